@@ -1,0 +1,35 @@
+# make quickstart | test | test-slow | lint | lock | clean
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= $(if $(INPUT),runs/quickstart-input,runs/quickstart)
+
+.PHONY: quickstart test test-slow lint lock clean
+
+# Versions come from the lock, which holds for every supported Python and every extra.
+$(VENV)/installed: setup.py requirements.lock
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed (make PYTHON=...)"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[data,dev]'
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(BIN)/ctllm quickstart --workdir=$(WORKDIR) $(if $(INPUT),--config.input="('$(INPUT)',)")
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock:
+	$(PYTHON) -m pip install --quiet uv
+	$(PYTHON) -m uv pip compile setup.py --extra data --extra tpu --extra cuda --extra dev --universal \
+		--python-version 3.11 --no-header --no-annotate --no-emit-index-url --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info

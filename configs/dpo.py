@@ -1,0 +1,23 @@
+"""Direct preference optimisation on a preference store; the reference is the starting point.
+
+    ctllm train --config=configs/dpo.py --config.init_from=RUN-SFT --config.data.store=STORE --workdir=RUN-DPO
+
+CT-LLM's values (model card of CT-LLM-SFT-DPO): beta 0.5, peak 1e-6, 2 epochs, decay 0.1, warm-up 3 %, effective batch
+probably 128. `:tiny` fits the quickstart's model and data.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import sft
+
+
+def get_config(name: str = "ct_llm_2b") -> ConfigDict:
+    """`name` is "ct_llm_2b" or "tiny"."""
+    config = sft.get_config(name)
+    config.objective.update(name="dpo", dpo_beta=0.5)
+    config.optimizer.update(learning_rate=1e-6, warmup_steps=107)
+    config.update(steps=3578)
+    if name == "tiny":
+        config.optimizer.update(learning_rate=5e-5, warmup_steps=5)
+        config.update(steps=40)
+    return config

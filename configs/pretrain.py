@@ -1,0 +1,52 @@
+"""Pretraining on a token store.
+
+    ctllm train --config=configs/pretrain.py:tiny --config.data.store=STORE --workdir=RUN
+    ctllm train --config=configs/pretrain.py:ct_llm_2b --config.data.store=STORE --workdir=RUN
+
+`tiny` (1.8 M parameters) runs on a CPU. `ct_llm_2b` has CT-LLM's published hyper-parameters (AdamW, 2e-4 to 2e-5
+cosine, 2,000 warm-up steps, about 2.1 M tokens a step for 1,254.68 B tokens); parameters, gradients and moments take
+32 GiB in all, divided over the fsdp axis. It has not been trained here.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import models
+
+
+def get_config(name: str = "tiny") -> ConfigDict:
+    """`name` is an architecture of configs/models.py."""
+    config = ConfigDict(
+        dict(
+            objective=dict(name="lm", z_loss=0.0, dpo_beta=0.0),
+            model=models.named(name),
+            init_from=None,
+            data=dict(store="", rates={}, mask_documents=True),
+            optimizer=dict(
+                learning_rate=2e-4,
+                final_learning_rate=2e-5,
+                schedule="cosine",
+                warmup_steps=2000,
+                decay_fraction=0.0,
+                beta1=0.9,
+                beta2=0.95,
+                epsilon=1e-8,
+                weight_decay=0.1,
+                clip_norm=1.0,
+            ),
+            mesh=dict(data=1, fsdp=-1, tensor=1, context=1),
+            distributed=False,
+            batch_size=512,
+            microbatches=1,
+            steps=598_278,
+            seed=42,
+            log_every=10,
+            eval_every=2000,
+            eval_batches=8,
+            checkpoint_every=2000,
+            checkpoints_kept=3,
+        )
+    )
+    if name == "tiny":
+        config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=40)
+        config.update(batch_size=16, steps=600, log_every=10, eval_every=100, eval_batches=4, checkpoint_every=100)
+    return config

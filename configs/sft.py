@@ -1,0 +1,24 @@
+"""Supervised fine-tuning on a chat store: the pretraining loop, loss on the assistant's tokens only.
+
+    ctllm train --config=configs/sft.py --config.init_from=RUN --config.data.store=STORE --workdir=RUN-SFT
+
+CT-LLM's values as far as they are known (3 epochs, batch 128, peak 2e-5, decay 0.1): set `steps` to epochs x rows /
+batch. `:tiny` fits the quickstart's model and data.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import pretrain
+
+
+def get_config(name: str = "ct_llm_2b") -> ConfigDict:
+    """`name` is "ct_llm_2b" or "tiny"."""
+    config = pretrain.get_config(name)
+    config.model = config_dict.placeholder(object)
+    config.init_from = config_dict.placeholder(str)
+    config.optimizer.update(learning_rate=2e-5, final_learning_rate=0.0, warmup_steps=100)
+    config.update(batch_size=128, steps=3691, eval_every=500, checkpoint_every=500)
+    if name == "tiny":
+        config.optimizer.update(learning_rate=3e-4, warmup_steps=5)
+        config.update(batch_size=8, steps=40, log_every=2, eval_every=10, checkpoint_every=20)
+    return config

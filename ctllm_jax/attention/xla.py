@@ -1,0 +1,31 @@
+"""Attention in plain JAX: the oracle for every kernel. It holds the scores, so memory grows with L x T.
+
+Legend as in `ctllm_jax.attention`; G query heads per key/value head (N = K G).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+    q_BLNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    q_segments_BL: jax.Array,
+    kv_segments_BT: jax.Array,
+    *,
+    q_offset: jax.Array | int = 0,
+) -> jax.Array:
+    """See `ctllm_jax.attention.attention`. Scores and softmax are fp32."""
+    B, L, N, H = q_BLNH.shape
+    T, K = k_BTKH.shape[1:3]
+    q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
+    scores_BKGLT = jnp.einsum("BLKGH,BTKH->BKGLT", q_BLKGH, k_BTKH, preferred_element_type=jnp.float32) * H**-0.5
+    slot_L = q_offset + jnp.arange(L)
+    causal_LT = slot_L[:, None] >= jnp.arange(T)[None, :]
+    same_BLT = q_segments_BL[:, :, None] == kv_segments_BT[:, None, :]
+    visible_BLT = causal_LT[None] & same_BLT
+    # A finite mask value keeps rows that see nothing (padding) free of NaN.
+    scores_BKGLT = jnp.where(visible_BLT[:, None, None], scores_BKGLT, -1e30)
+    weights_BKGLT = jax.nn.softmax(scores_BKGLT, axis=-1).astype(v_BTKH.dtype)
+    return jnp.einsum("BKGLT,BTKH->BLKGH", weights_BKGLT, v_BTKH).reshape(B, L, N, H)

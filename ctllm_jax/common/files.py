@@ -1,0 +1,138 @@
+"""Paths, local or gs://, and writes that are whole or not there at all."""
+
+import contextlib
+import glob
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ctllm_jax.common.errors import UserError
+
+_EDGE = 64 * 1024  # bytes hashed at either end of an input file by `identity`
+
+
+def as_path(location: str | os.PathLike) -> Any:
+    """`pathlib.Path` for a local location, `etils.epath.Path` (same interface) for gs:// and s3://."""
+    text = os.fspath(location)
+    if "://" in text:
+        return importlib.import_module("etils.epath").Path(text)
+    return pathlib.Path(text)
+
+
+def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a whole file: under another name first, flushed to the disk, then renamed."""
+    path = as_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if not isinstance(path, pathlib.Path):  # object stores publish an object only when it is whole
+        path.write_bytes(data)
+        return
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary local path to write to; renames it to `path` when the block ends without an error."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields an empty temporary folder; renames it to `path`, replacing what is there, when the block ends well."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_temporaries(folder: str | os.PathLike) -> None:
+    """Deletes what killed writers of `atomic_*` left behind under `folder`."""
+    for leftover in pathlib.Path(folder).rglob(".*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented UTF-8 JSON, atomically."""
+    write_atomic(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads a JSON file; raises UserError naming the file if it is missing or malformed."""
+    path = as_path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+    """Reads a small JSON-lines file; raises UserError naming file and line of the first malformed one."""
+    try:
+        lines = as_path(path).read_bytes().split(b"\n")  # of a text, splitlines also splits at U+2028 and others
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:  # malformed UTF-8 too
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        rows.append(row)
+    return rows
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """All files that the globs or paths name, sorted, without repeats; a pattern that names none is an error."""
+    found: set[str] = set()
+    for pattern in patterns:
+        if "://" in pattern:
+            root, _, rest = pattern.partition("://")
+            bucket, _, tail = rest.partition("/")
+            matches = [os.fspath(p) for p in as_path(f"{root}://{bucket}").glob(tail)]
+        else:
+            matches = [name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)]
+        if not matches:
+            raise UserError(f"no file matches {pattern!r} (working folder: {os.getcwd()})")
+        found.update(matches)
+    return sorted(found)
+
+
+def identity(path: str | os.PathLike) -> str:
+    """Hash of a file's size, first and last 64 KiB: notices a changed input without reading terabytes."""
+    path = as_path(path)
+    size = path.stat().st_size if isinstance(path, pathlib.Path) else path.stat().length
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_EDGE))
+        if size > _EDGE:
+            file.seek(max(_EDGE, size - _EDGE))
+            digest.update(file.read(_EDGE))
+    return digest.hexdigest()[:16]

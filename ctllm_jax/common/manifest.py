@@ -1,0 +1,172 @@
+"""A stage's folder: what it was made from, whether it is finished, what came out.
+
+Every verb writes into a folder of its own. `stage.json` is written first and says what the folder is for (the
+fingerprint of inputs, settings and format version); `manifest.json` is written last and says what is there. Hence:
+a manifest means a whole result; a fingerprint that differs means another run's folder, which is never overwritten;
+a stage without a manifest was cut short and is taken up again.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import as_path, read_json, remove_temporaries, write_json
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 (16 hex digits) of a JSON-able value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass
+class Stage:
+    """One stage's folder. Invariant: `result` is set exactly when `manifest.json` is on the disk."""
+
+    name: str
+    folder: pathlib.Path
+    fingerprint: str
+    result: dict | None
+    started: float
+
+    @property
+    def done(self) -> bool:
+        """Whether an earlier run already finished exactly this stage."""
+        return self.result is not None
+
+    def look(self) -> bool:
+        """Reads the manifest if there is one; whether the stage is finished."""
+        manifest = self.folder / "manifest.json"
+        if self.result is None and manifest.exists():
+            self.result = read_json(manifest)["result"]
+        return self.done
+
+    def finish(self, result: Mapping[str, Any]) -> dict:
+        """Publishes the result; from here on the folder counts as whole."""
+        self.result = dict(result)
+        write_json(
+            self.folder / "manifest.json",
+            {
+                "stage": self.name,
+                "fingerprint": self.fingerprint,
+                "result": self.result,
+                "seconds": round(time.time() - self.started, 1),
+            },
+        )
+        return self.result
+
+
+def open_stage(
+    name: str, version: int, workdir: str | os.PathLike, settings: Any, inputs: Any, exclusive: bool = True
+) -> Stage:
+    """Claims `workdir` for a stage, or finds it finished or cut short.
+
+    Args:
+      name: the stage's name.
+      version: of the stage's output format; a new one does not read as the old one.
+      workdir: the folder that the stage owns.
+      settings: JSON-able settings that decide the result.
+      inputs: JSON-able identities of what it reads (`files.identity`, fingerprints of earlier stages).
+      exclusive: whether this process alone writes the folder, until it ends.
+
+    Raises:
+      UserError: the folder holds a stage made from something else, another process is working on it, or it is not
+        on a file system.
+    """
+    if "://" in os.fspath(workdir):
+        raise UserError(f"{workdir}: a stage's folder must be on a local or shared file system; copy it afterwards")
+    folder = pathlib.Path(workdir)
+    mark = fingerprint([name, version, settings, inputs])
+    claim = folder / "stage.json"
+    if claim.exists():
+        held = read_json(claim)
+        if held.get("fingerprint") != mark:
+            raise UserError(
+                f"{folder} holds a {held.get('stage')!r} run made from other inputs or settings "
+                f"({_difference(held, {'stage': name, 'version': version, 'settings': settings, 'inputs': inputs})}). "
+                "Choose another --workdir, or delete this folder to start over."
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(
+            claim,
+            {"stage": name, "version": version, "fingerprint": mark, "settings": settings, "inputs": inputs},
+        )
+    stage = Stage(name, folder, mark, None, time.time())
+    if exclusive and not stage.look():
+        _lock(folder)
+        remove_temporaries(folder)
+    if stage.look():  # after the lock: another process may have finished just before
+        print(f"{name}: already finished in {folder}", file=sys.stderr)
+    return stage
+
+
+_locks: dict[str, int] = {}  # folder: descriptor of the lock file; the system frees it when the process ends
+
+
+def _lock(folder: pathlib.Path) -> None:
+    """Keeps a second process out of an unfinished folder, where two would tread on each other's files."""
+    path = os.path.abspath(folder)
+    if path in _locks:
+        return
+    descriptor = os.open(os.path.join(path, ".lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process is working here; wait until it ends, or stop it") from None
+    except OSError:
+        pass  # a file system without locks
+    _locks[path] = descriptor
+
+
+def stage_fingerprint(folder: str | os.PathLike, name: str | None = None) -> str:
+    """The fingerprint of a finished stage.
+
+    Raises:
+      UserError: the folder is no finished stage, or not the one called `name`.
+    """
+    return read_result(folder, name)[0]
+
+
+def read_result(folder: str | os.PathLike, name: str | None = None) -> tuple[str, dict]:
+    """(fingerprint, result) of a finished stage; UserError as `stage_fingerprint`."""
+    verb = f"`ctllm {name}`" if name else "a stage"
+    if not os.fspath(folder):
+        raise UserError(f"the folder of {verb} that is to be read is not given")
+    path = as_path(folder) / "manifest.json"
+    if not path.exists():
+        raise UserError(f"{folder}: not a finished folder of {verb} (manifest.json is missing)")
+    manifest = read_json(path)
+    if name is not None and manifest.get("stage") != name:
+        raise UserError(f"{folder}: expected a {name!r} folder, found {manifest.get('stage')!r}")
+    return manifest["fingerprint"], manifest["result"]
+
+
+def _difference(held: Mapping, wanted: Mapping, path: str = "") -> str:
+    """Names the first few entries that differ between two nested JSON values."""
+    found = []
+    wanted = json.loads(json.dumps(wanted, default=list))
+
+    def walk(a: Any, b: Any, where: str) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for key in sorted({*a, *b} - {"fingerprint"}):
+                walk(a.get(key), b.get(key), f"{where}.{key}" if where else key)
+        elif a != b:
+            found.append(f"{where}: {_short(a)} there, {_short(b)} now")
+
+    walk(held, wanted, path)
+    return "; ".join(found[:3]) or "format changed"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

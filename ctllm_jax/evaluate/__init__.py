@@ -1,0 +1,1 @@
+"""Measuring a model: held-out perplexity, multiple choice, samples. `evaluate.run` is the verb `ctllm eval`."""

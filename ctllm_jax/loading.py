@@ -1,0 +1,72 @@
+"""A model ready for use: from a run directory of ours or from a Hugging Face folder, told apart by what they
+hold."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable, Sequence
+
+from ctllm_jax import hf
+from ctllm_jax.checkpoint import load_params
+from ctllm_jax.common.config import build
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import identity, read_json
+from ctllm_jax.common.manifest import fingerprint
+from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ctllm_jax.model import ModelConfig, abstract_params
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """Architecture, parameters and tokenizer.
+
+    Attributes:
+      digest: names the weights: equal digests, equal parameters and tokenizer.
+      name: for people; the folder's name, with the step where there is one.
+    """
+
+    config: ModelConfig
+    params: dict
+    tokenizer: Tokenizer
+    digest: str
+    name: str
+
+
+def load_model(location: str, step: int | None = None, dtype: str | None = None) -> LoadedModel:
+    """Loads a model.
+
+    Args:
+      location: a run directory (holds run.json) or a Hugging Face folder (holds config.json).
+      step: which checkpoint of a run; None takes the newest. A Hugging Face folder has none.
+      dtype: overrides the compute dtype, "float32" or "bfloat16".
+
+    Raises:
+      UserError: the location is neither, or something in it is missing or unreadable.
+    """
+    folder = pathlib.Path(location)
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r} is unknown; there are: float32, bfloat16")
+    if (folder / "run.json").exists():
+        config = build(ModelConfig, read_json(folder / "run.json")["model"], f"{folder}/run.json: model")
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        params, step, digest = load_params(folder, abstract_params(config), step)
+        name = f"{folder.resolve().name}@{step}"
+    elif (folder / "config.json").exists():
+        if step is not None:
+            raise UserError(f"{folder} is a Hugging Face folder; it has no step {step} (leave step unset)")
+        config, params, tokenizer = hf.load(folder)
+        parts = [identity(file) for file in (folder / "config.json", *hf.weight_files(folder))]
+        digest = fingerprint([parts, tokenizer.digest])
+        name = folder.resolve().name
+    else:
+        raise UserError(f"{folder}: neither a run directory (run.json) nor a Hugging Face folder (config.json)")
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    return LoadedModel(config, params, tokenizer, digest, name)
+
+
+def check_ids(model: LoadedModel, sequences: Iterable[Sequence[int]]) -> None:
+    """UserError if an id has no row in the embedding (look-ups would silently take another row's)."""
+    for ids in sequences:
+        worst = max(ids, default=0)
+        if worst >= model.config.vocab_size:
+            raise UserError(f"{model.name}: id {worst} is outside the model's vocabulary of {model.config.vocab_size}")

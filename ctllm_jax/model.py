@@ -1,0 +1,300 @@
+"""The decoder: a Llama-2 block as CT-LLM released it (arXiv 2404.04167, m-a-p/CT-LLM-Base), in Flax NNX.
+
+Modules only declare parameters (shape, logical axes, initialisation) and the forward pass; values come from
+`init_params`, which draws each one from its path in the tree, so any mesh gives the same bits. Layers are stacked
+along a leading axis and scanned.
+
+Legend: B batch, L length, T cache slots, D model width, N query heads, K key/value heads, H head size, F feed-forward
+width, V vocabulary (padded), Y layers.
+"""
+
+import dataclasses
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from flax import nnx
+
+from ctllm_jax.attention import attention
+from ctllm_jax.sharding import constrain
+
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture and numerics. The values of CT-LLM-2B stand in configs/models.py."""
+
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    vocab_size: int  # ids the tokenizer can give; logits of the padding beyond are masked
+    padded_vocab_size: int  # rows of the embedding tables
+    max_length: int  # context, tokens
+    norm_eps: float
+    rope_theta: float
+    tie_embeddings: bool
+    qk_norm: bool  # RMSNorm over the head size on queries and keys
+    init_std: float
+    dtype: str  # activations and matmuls: "bfloat16" or "float32"
+    param_dtype: str
+    remat: str  # what the backward pass keeps of a layer: a key of REMAT_POLICIES
+    attention: str  # backend: a key of ctllm_jax.attention.BACKENDS
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even (rotary embedding)")
+        if self.padded_vocab_size < self.vocab_size:
+            raise ValueError(f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat {self.remat!r} is unknown; there are: {', '.join(REMAT_POLICIES)}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of every layer, filled up to slot `length`; segment 0 marks unused and padding slots."""
+
+    k_YBTKH: jax.Array
+    v_YBTKH: jax.Array
+    segments_BT: jax.Array
+    length: jax.Array  # scalar int32
+
+
+def _param(cfg: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ...], init: float | str) -> nnx.Param:
+    """Declares a parameter; `init` is a normal's standard deviation or "ones"."""
+    assert len(shape) == len(axes)
+    return nnx.Param(jnp.zeros(shape, cfg.param_dtype), axes=axes, init=init)
+
+
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis, computed in fp32."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rotate(x_BLNH: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding over the whole head, halves paired as Llama does (not interleaved)."""
+    half = x_BLNH.shape[-1] // 2
+    # In numpy and in this order: the roundings of transformers' table, which XLA's power does not reproduce.
+    frequency = 1 / np.float32(theta) ** (np.arange(half, dtype=np.float32) / np.float32(half))
+    angle = positions_BL[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLNH.dtype)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and SwiGLU; every parameter has a leading axis of Y layers."""
+
+    def __init__(self, cfg: ModelConfig):
+        Y, D, N, K, H, F = (
+            cfg.num_layers,
+            cfg.d_model,
+            cfg.num_heads,
+            cfg.num_kv_heads,
+            cfg.head_dim,
+            cfg.d_ff,
+        )
+        std, out_std = cfg.init_std, cfg.init_std / (2 * Y) ** 0.5  # outputs scaled down as Megatron does
+        self.cfg = cfg
+        self.attention_norm = _param(cfg, (Y, D), ("layers", None), "ones")
+        self.q = _param(cfg, (Y, D, N, H), ("layers", "embed", "heads", None), std)
+        self.k = _param(cfg, (Y, D, K, H), ("layers", "embed", "kv_heads", None), std)
+        self.v = _param(cfg, (Y, D, K, H), ("layers", "embed", "kv_heads", None), std)
+        self.out = _param(cfg, (Y, N, H, D), ("layers", "heads", None, "embed"), out_std)
+        if cfg.qk_norm:
+            self.q_norm = _param(cfg, (Y, H), ("layers", None), "ones")
+            self.k_norm = _param(cfg, (Y, H), ("layers", None), "ones")
+        self.mlp_norm = _param(cfg, (Y, D), ("layers", None), "ones")
+        self.gate = _param(cfg, (Y, D, F), ("layers", "embed", "mlp"), std)
+        self.up = _param(cfg, (Y, D, F), ("layers", "embed", "mlp"), std)
+        self.down = _param(cfg, (Y, F, D), ("layers", "mlp", "embed"), out_std)
+
+    def __call__(self, x_BLD, positions_BL, segments_BL, kv_BTKH=None, kv_segments_BT=None, offset=0):
+        """One layer (its parameters already sliced). Returns (x_BLD, (k, v)) with k, v as kept for the cache."""
+        cfg, dtype = self.cfg, x_BLD.dtype
+        y_BLD = _rms_norm(x_BLD, self.attention_norm[...], cfg.norm_eps)
+        q_BLNH = jnp.einsum("BLD,DNH->BLNH", y_BLD, self.q[...].astype(dtype))
+        k_BLKH = jnp.einsum("BLD,DKH->BLKH", y_BLD, self.k[...].astype(dtype))
+        v_BLKH = jnp.einsum("BLD,DKH->BLKH", y_BLD, self.v[...].astype(dtype))
+        if cfg.qk_norm:
+            q_BLNH = _rms_norm(q_BLNH, self.q_norm[...], cfg.norm_eps)
+            k_BLKH = _rms_norm(k_BLKH, self.k_norm[...], cfg.norm_eps)
+        q_BLNH = constrain(_rotate(q_BLNH, positions_BL, cfg.rope_theta), "batch", "length", "heads", None)
+        k_BLKH = constrain(_rotate(k_BLKH, positions_BL, cfg.rope_theta), "batch", "length", "kv_heads", None)
+        if kv_BTKH is None:
+            k, v, kv_segments = k_BLKH, v_BLKH, segments_BL
+        else:
+            k = jax.lax.dynamic_update_slice_in_dim(kv_BTKH[0], k_BLKH.astype(kv_BTKH[0].dtype), offset, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(kv_BTKH[1], v_BLKH.astype(kv_BTKH[1].dtype), offset, axis=1)
+            kv_segments = kv_segments_BT
+        o_BLNH = attention(q_BLNH, k, v, segments_BL, kv_segments, q_offset=offset, backend=cfg.attention)
+        x_BLD = x_BLD + jnp.einsum("BLNH,NHD->BLD", o_BLNH, self.out[...].astype(dtype))
+        x_BLD = constrain(x_BLD, "batch", "length", None)
+        y_BLD = _rms_norm(x_BLD, self.mlp_norm[...], cfg.norm_eps)
+        gate_BLF = jnp.einsum("BLD,DF->BLF", y_BLD, self.gate[...].astype(dtype))
+        up_BLF = jnp.einsum("BLD,DF->BLF", y_BLD, self.up[...].astype(dtype))
+        hidden_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, "batch", "length", "mlp")
+        x_BLD = x_BLD + jnp.einsum("BLF,FD->BLD", hidden_BLF, self.down[...].astype(dtype))
+        return constrain(x_BLD, "batch", "length", None), (k, v)
+
+
+class Transformer(nnx.Module):
+    """The whole decoder. Use through `init_params`, `forward` and `decode`."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg = cfg
+        V, D = cfg.padded_vocab_size, cfg.d_model
+        self.embed = _param(cfg, (V, D), ("vocab", "embed"), cfg.init_std)
+        self.layers = Block(cfg)
+        self.final_norm = _param(cfg, (D,), (None,), "ones")
+        if not cfg.tie_embeddings:
+            self.head = _param(cfg, (D, V), ("embed", "vocab"), cfg.init_std)
+
+    def __call__(self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None):
+        """Returns (logits_BLV in fp32 with padded ids at -inf, cache with these tokens appended or None)."""
+        cfg = self.cfg
+        x_BLD = self.embed[...].astype(cfg.dtype)[tokens_BL]
+        x_BLD = constrain(x_BLD, "batch", "length", None)
+        graph, layers_Y = nnx.split(self.layers)
+        offset = 0 if cache is None else cache.length
+        kv_segments_BT = None
+        if cache is not None:
+            kv_segments_BT = jax.lax.dynamic_update_slice_in_dim(cache.segments_BT, segments_BL, offset, axis=1)
+
+        def layer(x_BLD, inputs):
+            params, kv_BTKH = inputs
+            x_BLD, kv_BTKH = nnx.merge(graph, params)(x_BLD, positions_BL, segments_BL, kv_BTKH, kv_segments_BT, offset)
+            return x_BLD, kv_BTKH if cache is not None else None
+
+        policy = REMAT_POLICIES[cfg.remat]
+        if policy is not None:
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        kv_YBTKH = None if cache is None else (cache.k_YBTKH, cache.v_YBTKH)
+        x_BLD, kv_YBTKH = jax.lax.scan(layer, x_BLD, (layers_Y, kv_YBTKH))
+        x_BLD = _rms_norm(x_BLD, self.final_norm[...], cfg.norm_eps)
+        head_DV = self.embed[...].T if cfg.tie_embeddings else self.head[...]
+        logits_BLV = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
+        logits_BLV = constrain(logits_BLV, "batch", "length", "vocab")
+        # The released model could sample ids that its tokenizer cannot decode; ours cannot.
+        logits_BLV = jnp.where(jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size, logits_BLV, -jnp.inf)
+        if cache is None:
+            return logits_BLV, None
+        length = cache.length + tokens_BL.shape[1]
+        return logits_BLV, Cache(kv_YBTKH[0], kv_YBTKH[1], kv_segments_BT, length)
+
+
+def _abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(cfg)))
+
+
+def abstract_params(cfg: ModelConfig) -> dict:
+    """Nested dict of ShapeDtypeStructs: the form in which parameters are passed around, saved and converted."""
+    return nnx.to_pure_dict(_abstract(cfg)[1])
+
+
+def logical_axes(cfg: ModelConfig) -> dict:
+    """Nested dict like `abstract_params`, with each parameter's logical axis names."""
+    return _metadata(cfg, "axes")
+
+
+def _metadata(cfg: ModelConfig, name: str) -> dict:
+    tree: dict = {}
+    for path, leaf in nnx.to_flat_state(_abstract(cfg)[1]):
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf.get_metadata()[name]
+    return tree
+
+
+@functools.cache
+def _normal_quantiles() -> np.ndarray:
+    """The standard normal's 65,536 quantiles (i + 1/2) / 65,536, fp32; the outermost are at 4.3 deviations."""
+    return scipy.special.ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32)
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
+    """Draws every parameter: normal with its declared deviation, from `key` folded with the parameter's path.
+
+    Sixteen random bits choose a quantile from a table: `jax.random.normal` computes it instead, and the compiler's
+    roundings then depend on how an array is cut (seen: one ulp between 1 and 8 CPU devices, jax 0.12).
+    """
+
+    def draw(path, leaf, init):
+        if init == "ones":
+            return jnp.ones(leaf.shape, leaf.dtype)
+        name = "/".join(entry.key for entry in path)
+        own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        bits = jax.random.bits(own_key, leaf.shape, jnp.uint16)
+        return (init * jnp.asarray(_normal_quantiles())[bits]).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg), _metadata(cfg, "init"))
+
+
+def forward(
+    cfg: ModelConfig,
+    params: dict,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """The forward pass as a pure function of the parameters.
+
+    Args:
+      cfg: the architecture.
+      params: nested dict as `init_params` gives it.
+      tokens_BL: int32 ids.
+      positions_BL: int32 position of each token within its document.
+      segments_BL: int32 document of each token; tokens see only their own; 0 is padding.
+      cache: keys and values of earlier tokens; the tokens are appended to it.
+
+    Returns:
+      (logits_BLV fp32, the extended cache or None).
+    """
+    graph, state = _abstract(cfg)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)(tokens_BL, positions_BL, segments_BL, cache)
+
+
+def init_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
+    """An empty cache for `batch` rows of at most `slots` tokens, in the compute dtype."""
+    shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
+    return Cache(
+        k_YBTKH=jnp.zeros(shape, cfg.dtype),
+        v_YBTKH=jnp.zeros(shape, cfg.dtype),
+        segments_BT=jnp.zeros((batch, slots), jnp.int32),
+        length=jnp.int32(0),
+    )
+
+
+def count_params(cfg: ModelConfig) -> int:
+    """Number of parameters, counted from the arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg)))
+
+
+def flops_per_token(cfg: ModelConfig, length: int, causal: bool) -> float:
+    """Model FLOPs of one training token (forward and backward, no recomputation).
+
+    6 per matmul parameter (the embedding look-up is none), plus 12 x layers x heads x head size x length for scores
+    and mixing; `causal` halves the latter (only the visible half), the other convention counts the full square.
+    """
+    N, H, Y, D = cfg.num_heads, cfg.head_dim, cfg.num_layers, cfg.d_model
+    per_layer = D * H * (2 * N + 2 * cfg.num_kv_heads) + 3 * D * cfg.d_ff
+    matmul = Y * per_layer + D * cfg.padded_vocab_size
+    return 6.0 * matmul + (6.0 if causal else 12.0) * Y * N * H * length

@@ -1,0 +1,168 @@
+"""`ctllm quickstart`: every stage of the project, small, each by the command that a user would type.
+
+Stages run as processes of their own and hand files to one another, so a killed quickstart is taken up by running it
+again: finished stages say so, the one that was cut short goes on. At the end the numbers that the stages left behind
+become summary.json and report.html.
+"""
+
+import ctypes
+import dataclasses
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+
+from ctllm_jax import __version__
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import expand, identity, read_json, write_atomic, write_json
+from ctllm_jax.common.manifest import fingerprint
+from ctllm_jax.quickstart_report import collect, page, table
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartConfig:
+    """What differs from the stages' own configs. Paths are relative to the working folder, else to the repository."""
+
+    input: tuple[str, ...]  # documents: globs of jsonl or jsonl.gz
+    chats: tuple[str, ...]  # conversations for SFT
+    preferences: tuple[str, ...]  # preference pairs for DPO
+    tasks: tuple[str, ...]  # multiple-choice task declarations
+    vocab_size: int
+    character_coverage: float
+    sample_bytes: int
+    sequence_length: int
+    validation_share: float
+    alignment_validation_share: float
+    pretrain_steps: int
+    sft_steps: int
+    dpo_steps: int
+    evaluation_rows: int
+    prompts: tuple[str, ...]  # continued by the base model
+    questions: tuple[str, ...]  # asked before and after alignment, in the chat template
+    max_tokens: int
+
+
+def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
+    """The stages in order: {folder below `out`: `ctllm` arguments without --workdir}."""
+
+    def items(name: str, values: tuple[str, ...]) -> str:
+        return f"--config.{name}={tuple(values)!r}"
+
+    def tokenize(kind: str, share: float) -> list[str]:
+        return [
+            "tokenize",
+            f"--config=configs/tokenize.py:{kind}",
+            f"--config.tokenizer={out}/tokenizer",
+            f"--config.sequence_length={config.sequence_length}",
+            f"--config.validation_share={share}",
+        ]
+
+    def train(name: str, store: str, steps: int, origin: str | None) -> list[str]:
+        return [
+            "train",
+            f"--config=configs/{name}.py:tiny",
+            f"--config.data.store={out}/store/{store}",
+            f"--config.steps={steps}",
+            *([f"--config.init_from={out}/train/{origin}"] if origin else []),
+        ]
+
+    def evaluate(model: str, prompts: tuple[str, ...], chat: bool) -> list[str]:
+        return [
+            "eval",
+            f"--config.model={out}/{model}",
+            f"--config.perplexity.store={out}/store/pretrain",
+            f"--config.perplexity.rows={config.evaluation_rows}",
+            items("tasks", _found(config.tasks)),
+            items("prompts", prompts),
+            f"--config.chat={chat}",
+            f"--config.sampling.max_tokens={config.max_tokens}",
+        ]
+
+    chats, pairs = items("input", _found(config.chats)), items("input", _found(config.preferences))
+    share = config.alignment_validation_share
+    model_size = [f"--config.model.{name}vocab_size={config.vocab_size}" for name in ("", "padded_")]
+    model_size.append(f"--config.model.max_length={config.sequence_length}")
+    return {
+        "corpus": ["corpus", items("input", _found(config.input))],
+        "tokenizer": [
+            "tokenizer",
+            f"--config.corpus={out}/corpus",
+            f"--config.vocab_size={config.vocab_size}",
+            f"--config.character_coverage={config.character_coverage}",
+            f"--config.sample_bytes={config.sample_bytes}",
+        ],
+        "store/pretrain": [*tokenize("pretrain", config.validation_share), f"--config.corpus={out}/corpus"],
+        "store/sft": [*tokenize("chat", share), chats],
+        "store/preference": [*tokenize("preference", share), pairs],
+        "train/pretrain": [*train("pretrain", "pretrain", config.pretrain_steps, None), *model_size],
+        "train/sft": train("sft", "sft", config.sft_steps, "pretrain"),
+        "train/dpo": train("dpo", "preference", config.dpo_steps, "sft"),
+        "eval/pretrain": evaluate("train/pretrain", config.prompts, False),
+        "eval/pretrain-chat": [
+            "generate",
+            f"--config.model={out}/train/pretrain",
+            items("prompts", config.questions),
+            "--config.chat=True",
+            "--config.sampling.temperature=0.0",
+            f"--config.sampling.max_tokens={config.max_tokens}",
+        ],
+        "eval/sft": evaluate("train/sft", config.questions, True),
+        "eval/dpo": evaluate("train/dpo", config.questions, True),
+        "huggingface": ["convert", f"--config.source={out}/train/dpo", "--config.dtype=float32"],
+        "eval/huggingface": evaluate("huggingface/model", config.questions, True),
+    }
+
+
+def run(config: QuickstartConfig, workdir: str) -> dict:
+    """Runs what is not finished yet, then writes summary.json and report.html; returns the summary.
+
+    Raises:
+      UserError: an input is missing, or a stage failed (its own message stands above).
+    """
+    out = os.path.abspath(workdir)
+    stages = commands(config, out)
+    record = pathlib.Path(out) / "quickstart.json"  # {stage: what it was run with}, written when it has finished
+    finished = read_json(record) if record.exists() else {}
+    inputs = [identity(file) for file in _found((*config.input, *config.chats, *config.preferences, *config.tasks))]
+    for number, (folder, arguments) in enumerate(stages.items(), 1):
+        shown = ["ctllm", *arguments, f"--workdir={out}/{folder}"]
+        print(f"\n[{number}/{len(stages)}] {shlex.join(shown)}", file=sys.stderr, flush=True)
+        key = fingerprint([__version__, arguments, inputs])
+        if finished.get(folder) == key and (pathlib.Path(out) / folder / "manifest.json").exists():
+            print(f"already finished in {out}/{folder}", file=sys.stderr)
+            continue
+        process = subprocess.run(
+            [sys.executable, "-m", "ctllm_jax.cli", *shown[1:]], preexec_fn=_die_with_parent, check=False
+        )
+        if process.returncode:
+            raise UserError(
+                f"stage {folder!r} ended with status {process.returncode}; "
+                f"what is finished in {workdir} is kept, and the same command goes on from there"
+            )
+        finished[folder] = key
+        write_json(record, finished)
+    summary = collect(out, list(stages))
+    write_json(pathlib.Path(out) / "summary.json", summary)
+    write_atomic(pathlib.Path(out) / "report.html", page(summary))
+    print(table(summary))
+    print(f"\nreport: {out}/report.html\nnumbers: {out}/summary.json")
+    return summary
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to kill a stage when the quickstart that started it is killed, so that no orphan goes on writing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _found(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Absolute paths of the files that the patterns name, looked for here, then in the repository."""
+    files = []
+    for pattern in patterns:
+        inside = not os.path.isabs(os.path.expanduser(pattern)) and not any(pathlib.Path().glob(pattern))
+        files += expand([str(ROOT / pattern) if inside and any(ROOT.glob(pattern)) else pattern])
+    return tuple(os.path.abspath(file) for file in files)

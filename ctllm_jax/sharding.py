@@ -1,0 +1,95 @@
+"""The device mesh and the one table that maps logical axes to mesh axes.
+
+Mesh axes: data (replicas), fsdp (parameters sharded, gathered when used), tensor (within a layer), context (along the
+sequence). Auto axes throughout: XLA places the collectives, the constraints here say where the arrays lie.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ctllm_jax.common.errors import UserError
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; exactly one may be -1, which takes what is left."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    context: int
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+    """Lays out all devices (or the given ones) as the config says.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = devices if devices is not None else jax.devices()
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) == 1 and fixed > 0:
+        sizes[free[0]] = len(devices) // fixed
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
+        raise UserError(f"mesh {dataclasses.asdict(config)} does not fit {len(devices)} devices")
+    if devices[0].platform == "cpu":
+        grid = np.array(devices).reshape(tuple(sizes.values()))
+        return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The partition of an array with these logical axes.
+
+    Raises:
+      ValueError: two of its axes map to the same mesh axis.
+    """
+    entries = [RULES[axis] if axis is not None else () for axis in axes]
+    used = [mesh_axis for entry in entries for mesh_axis in entry]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} put one mesh axis to use twice: {used}")
+    return PartitionSpec(*(entry if len(entry) > 1 else (entry[0] if entry else None) for entry in entries))
+
+
+def shardings(mesh: Mesh, abstract: Any, logical: Any) -> Any:
+    """NamedShardings for a tree of arrays, given the tree of their logical axes.
+
+    Raises:
+      UserError: a dimension does not divide by the mesh axes it is laid over.
+    """
+
+    def place(path, leaf, axes):
+        partition = spec(axes)
+        for size, entry in zip(leaf.shape, partition, strict=True):
+            ways = math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+            if size % ways:
+                name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
+                raise UserError(f"{name} {leaf.shape}: size {size} does not divide over {ways} devices of axis {entry}")
+        return NamedSharding(mesh, partition)
+
+    return jax.tree_util.tree_map_with_path(place, abstract, logical)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """States where an activation lies. Does nothing outside `jax.set_mesh`."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes))

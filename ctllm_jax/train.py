@@ -1,0 +1,386 @@
+"""One loop for pretraining, SFT and DPO: the config says which.
+
+The state after step n is a pure function of the config, the token store and the seed: the same for any number of
+processes, and across kill and resume to the last bit (same devices).
+
+Legend: S sources of the store.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import io
+import math
+import shutil
+import signal
+import sys
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ctllm_jax import __version__, processes
+from ctllm_jax.checkpoint import Checkpoints
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import write_json
+from ctllm_jax.common.manifest import Stage, open_stage
+from ctllm_jax.common.progress import Progress
+from ctllm_jax.data.batches import Batch, Stream, held_out, prefetched
+from ctllm_jax.data.order import Mixture
+from ctllm_jax.data.store import TokenStore, open_store
+from ctllm_jax.data.tokenizer import load_tokenizer
+from ctllm_jax.loading import LoadedModel, load_model
+from ctllm_jax.metrics import Meter, MetricsLog
+from ctllm_jax.model import (
+    ModelConfig,
+    abstract_params,
+    count_params,
+    flops_per_token,
+    init_params,
+    logical_axes,
+)
+from ctllm_jax.objectives import STORE_KINDS, Objective, ObjectiveConfig, make_objective
+from ctllm_jax.optim import OptimizerConfig, make_optimizer, schedule
+from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
+
+EXIT_RESUME = 75  # stopped by a signal after saving: start the same command again
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read and in which proportion."""
+
+    store: str  # folder of `ctllm tokenize`
+    rates: dict[str, float]  # share of each source (any scale); empty: by rows
+    mask_documents: bool  # False lets tokens see earlier documents of their row, as the released model did
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run."""
+
+    objective: ObjectiveConfig
+    model: ModelConfig | None  # None: as in init_from
+    init_from: (
+        str | None
+    )  # run directory or Hugging Face folder whose parameters start the run (and are DPO's reference)
+    data: DataConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    distributed: bool  # this process is one of a job of several (see ctllm_jax.processes)
+    batch_size: int  # sequences (pairs for DPO) of a step, over all devices
+    microbatches: int  # parts that a step's batch is gone through in
+    steps: int
+    seed: int
+    log_every: int  # steps between lines of metrics.jsonl
+    eval_every: int  # steps between looks at the held-out split
+    eval_batches: int  # most batches of each source at such a look
+    checkpoint_every: int
+    checkpoints_kept: int
+
+    def __post_init__(self):
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches")
+        if (self.model is None) == (self.init_from is None):
+            raise ValueError("give either model (a fresh start) or init_from (its architecture is taken over)")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training changes. `skipped` counts steps whose gradient was not finite: they change nothing else."""
+
+    params: dict
+    optimizer: Any
+    step: jax.Array
+    skipped: jax.Array
+
+
+def train_step(
+    state: TrainState,
+    reference: dict | None,
+    batch: Batch,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    microbatches: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update. Gradients are sums over microbatches divided once by the global count of what was predicted."""
+
+    def part(sums, piece):
+        grads, metrics = jax.grad(objective, has_aux=True)(state.params, reference, piece)
+        return jax.tree.map(jnp.add, sums, (grads, metrics)), None
+
+    # Every part takes rows from every device: part j has the rows i * microbatches + j.
+    pieces = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
+    first = jax.tree.map(lambda x: x[0], pieces)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(jax.grad(objective, has_aux=True), state.params, reference, first),
+    )
+    if microbatches == 1:
+        (grads, metrics), _ = part(zeros, first)
+    else:
+        (grads, metrics), _ = jax.lax.scan(part, zeros, pieces)
+    count = jnp.maximum(metrics["count"], 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    norm = optax.tree.norm(grads)
+    updates, moments = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(norm)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    state = TrainState(
+        params=keep(params, state.params),
+        optimizer=keep(moments, state.optimizer),
+        step=state.step + 1,
+        skipped=state.skipped + ~finite,
+    )
+    return state, {**metrics, "grad_norm": norm, "skipped": state.skipped}
+
+
+def evaluate(eval_fn, state: TrainState, reference: dict | None, job: "Job") -> dict[str, float]:
+    """Means over the held-out split: loss over all and by source; bits per byte for documents, rewards for pairs."""
+    config, store = job.config, job.store
+    totals: dict[str, collections.Counter] = {}
+    for source, text_bytes, batch in held_out(
+        store, "validation", config.batch_size, config.eval_batches, config.data.mask_documents, job.mesh
+    ):
+        sums = jax.device_get(eval_fn(state.params, reference, batch))
+        scalars = {name: float(value) for name, value in sums.items() if np.ndim(value) == 0}
+        totals.setdefault(source, collections.Counter()).update({"bytes": text_bytes, **scalars})
+    if not totals:
+        return {}
+    names = {name for total in totals.values() for name in total}
+    whole = {name: sum(total[name] for total in totals.values()) for name in names}
+    result = {"count": whole["count"], "loss": whole["loss"] / whole["count"]}
+    result |= {f"loss/{source}": total["loss"] / total["count"] for source, total in totals.items()}
+    if store.kind == "pretrain":
+        bits = {"": whole, **{f"/{source}": total for source, total in totals.items()}}
+        result |= {f"bits_per_byte{name}": t["loss"] / np.log(2) / t["bytes"] for name, t in bits.items()}
+    for name in ("accuracy", "margin", "reward_chosen", "reward_rejected"):
+        if name in whole:
+            result[name] = whole[name] / whole["count"]
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run works with, besides its state."""
+
+    config: TrainConfig
+    model: ModelConfig
+    store: TokenStore
+    mesh: Mesh
+    stage: Stage
+
+
+def run(config: TrainConfig, workdir: str) -> dict:
+    """Trains, or takes up a run that was cut short. Returns the last held-out figures and the token ledger.
+
+    Raises:
+      UserError: store, model and objective do not go together; the folder holds another run.
+    """
+    if config.distributed:
+        processes.join()
+    store = open_store(config.data.store)
+    origin = load_model(config.init_from) if config.init_from else None
+    model = origin.config if origin else config.model
+    _check_fit(config, model, store)
+    inputs = {"store": store.fingerprint, "init": origin.digest if origin else None}
+    with processes.first_process_first():
+        first = jax.process_index() == 0
+        stage = open_stage("train", 1, workdir, _decisive(config, model), inputs, exclusive=first)
+    if stage.done:
+        return stage.result
+    job = Job(config, model, store, make_mesh(config.mesh), stage)
+    _check_layout(job)
+    with jax.set_mesh(job.mesh), _stop_on_signal() as stopping:
+        result = _train(job, origin, stopping)
+    return stage.finish(result) if jax.process_index() == 0 else result
+
+
+def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
+    # ---- State: this run's newest checkpoint, or init_from, or drawn from the seed
+    config, store, sources = job.config, job.store, job.store.sources("train")
+    if jax.process_index() == 0:
+        _write_run(job)
+    optimizer = make_optimizer(config.optimizer, job.model, config.steps)
+    checkpoints = Checkpoints(job.stage.folder, config.checkpoints_kept)
+    state, reference = _start_state(job, optimizer, origin)
+    ledger = dict.fromkeys(sources, 0)
+    first = checkpoints.latest() or 0
+    if first:
+        params, rest, record = checkpoints.restore(
+            first, _like(state.params), _like((state.optimizer, state.step, state.skipped))
+        )
+        state, ledger = TrainState(params, *rest), record["ledger"]
+        print(f"train: resumed at step {first}", file=sys.stderr)
+
+    # ---- Compiled steps, the stream of batches, the books
+    objective = make_objective(config.objective, job.model, len(sources))
+    everywhere = NamedSharding(job.mesh, PartitionSpec())
+    step_fn = jax.jit(
+        functools.partial(train_step, objective=objective, optimizer=optimizer, microbatches=config.microbatches),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
+        donate_argnums=0,
+    )
+    eval_fn = jax.jit(lambda params, reference, batch: objective(params, reference, batch)[1], out_shardings=everywhere)
+    stream = Stream(store, "train", _mixture(config, store), config.batch_size, config.data.mask_documents)
+    log = MetricsLog(job.stage.folder, first)
+    meter = Meter(log, config.log_every, schedule(config.optimizer, config.steps), sources, ledger)
+    meter.measure(job.model, store, config.batch_size, job.mesh)
+
+    # ---- The loop: dispatch a step, then read the metrics of the one before
+    held = evaluate(eval_fn, state, reference, job)
+    if first == 0:
+        log.write("eval", 0, held)
+    stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
+    with Progress(f"train {config.objective.name}", config.steps, "steps", stream_out) as progress:
+        for step, batch in enumerate(prefetched(stream, first, config.steps, job.mesh), first + 1):
+            state, metrics = step_fn(state, reference, batch)
+            meter.dispatched(step, metrics, progress)
+            last, stop = step == config.steps, stopping.requested
+            if last or step % config.eval_every == 0:
+                meter.catch_up(progress)
+                held = evaluate(eval_fn, state, reference, job)
+                log.write("eval", step, held)
+                meter.restart_clock()
+            if last or stop or step % config.checkpoint_every == 0:
+                meter.catch_up(progress)  # the ledger up to this very step goes into the checkpoint
+                record = {"step": step, "ledger": meter.ledger, "store": store.fingerprint}
+                checkpoints.save(step, state.params, (state.optimizer, state.step, state.skipped), record)
+                meter.restart_clock()
+            if stop and not last:
+                break
+        else:
+            stop = False
+
+    # ---- End: everything committed before anyone is told
+    checkpoints.close()
+    log.close()
+    if stop:
+        print(f"train: stopped by a signal, step {step} is saved; the same command goes on", file=sys.stderr)
+        sys.exit(EXIT_RESUME)
+    return {
+        "step": config.steps,
+        "validation": held,
+        "ledger": meter.ledger,
+        "skipped": int(state.skipped),
+        "parameters": count_params(job.model),
+    }
+
+
+def _start_state(job: Job, optimizer, origin: LoadedModel | None) -> tuple[TrainState, dict | None]:
+    """(state at step 0 laid out over the mesh, DPO's frozen reference)."""
+    layout = shardings(job.mesh, abstract_params(job.model), logical_axes(job.model))
+    if origin is None:
+        draw = jax.jit(functools.partial(init_params, job.model), out_shardings=layout)
+        params = draw(jax.random.key(job.config.seed))
+    else:
+        params = jax.device_put(jax.device_get(origin.params), layout)  # every process has read all of them
+    reference = jax.tree.map(jnp.copy, params) if job.config.objective.name == "dpo" else None
+    everywhere = NamedSharding(job.mesh, PartitionSpec())
+    moment_layout = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,  # moments lie where their parameters lie
+        jax.eval_shape(optimizer.init, params),
+        layout,
+        transform_non_params=lambda _: everywhere,
+    )
+    moments = jax.jit(optimizer.init, out_shardings=moment_layout)(params)
+    step, skipped = (jax.device_put(np.int32(0), everywhere) for _ in range(2))
+    return TrainState(params, moments, step, skipped), reference
+
+
+def _like(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _decisive(config: TrainConfig, model: ModelConfig) -> dict:
+    """The settings that decide the result: where the run's folder must agree. The others may change on resume."""
+    settings = dataclasses.asdict(config)
+    for name in ("mesh", "distributed", "microbatches", "log_every", "eval_every", "eval_batches"):
+        settings.pop(name)
+    for name in ("checkpoint_every", "checkpoints_kept", "init_from"):  # init_from is identified by its digest
+        settings.pop(name)
+    settings["data"].pop("store")  # by its fingerprint
+    settings["model"] = dataclasses.asdict(model)
+    return settings
+
+
+def _check_fit(config: TrainConfig, model: ModelConfig, store: TokenStore) -> None:
+    """Store, model and objective go together."""
+    if store.kind not in STORE_KINDS[config.objective.name]:
+        wanted = " or ".join(STORE_KINDS[config.objective.name])
+        raise UserError(f"{store.folder} is a {store.kind} store; objective {config.objective.name} reads {wanted}")
+    vocabulary = load_tokenizer(store.tokenizer_folder).vocab_size
+    if vocabulary > model.vocab_size:
+        raise UserError(f"{store.folder}: its tokenizer has {vocabulary} ids, the model only {model.vocab_size}")
+    if store.sequence_length > model.max_length:
+        raise UserError(f"{store.folder}: rows of {store.sequence_length} tokens, the model takes {model.max_length}")
+    _mixture(config, store)
+
+
+def _mixture(config: TrainConfig, store: TokenStore) -> Mixture:
+    sizes = {source: store.size("train", source) for source in store.sources("train")}
+    return Mixture(sizes, config.data.rates, config.seed)
+
+
+def _check_layout(job: Job) -> None:
+    """A batch divides over the mesh."""
+    shape = job.mesh.shape
+    for what, size, axes in (
+        ("batch_size", job.config.batch_size, ("data", "fsdp")),
+        ("the rows' length", job.store.sequence_length, ("context",)),
+    ):
+        ways = math.prod(shape[axis] for axis in axes)
+        if size % ways:
+            raise UserError(f"{what} {size} does not divide over {ways} devices (mesh: {' x '.join(axes)})")
+
+
+def _write_run(job: Job) -> None:
+    """run.json and the tokenizer: the run directory is complete in itself."""
+    length = job.store.sequence_length
+    write_json(
+        job.stage.folder / "run.json",
+        {
+            "fingerprint": job.stage.fingerprint,
+            "config": dataclasses.asdict(job.config),
+            "model": dataclasses.asdict(job.model),
+            "parameters": count_params(job.model),
+            "flops_per_token": {
+                "causal": flops_per_token(job.model, length, causal=True),
+                "full": flops_per_token(job.model, length, causal=False),
+            },
+            "mesh": dict(job.mesh.shape),
+            "devices": f"{job.mesh.size} x {job.mesh.devices.flat[0].device_kind}",
+            "versions": {"ctllm-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},
+        },
+    )
+    shutil.copytree(job.store.tokenizer_folder, job.stage.folder / "tokenizer", dirs_exist_ok=True)
+
+
+class _Stopping:
+    requested = False
+
+
+@contextlib.contextmanager
+def _stop_on_signal():
+    """Turns SIGTERM and Ctrl-C into a request that the loop honours after the step at hand; a second one kills."""
+    stopping = _Stopping()
+
+    def request(number, _):
+        stopping.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

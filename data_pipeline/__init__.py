@@ -1,0 +1,1 @@
+"""Documents to token store: Beam, SeqIO, TFDS, SentencePiece. Never imports JAX."""

@@ -1,0 +1,138 @@
+"""`ctllm corpus`: raw documents to MAP-CC, with every rejection accounted for.
+
+    input files --filter--> kept + rejected + hashes --deduplicate--> removals --TFDS--> map_cc/<subset>
+
+Beam's elements are pointers to files and blocks of numbers (TFDS's own writer, which orders records by a hash
+of their id, is the one place where documents are grouped). Each step's output per shard is written whole and
+looked for first, so that a killed run goes on where it was and ends in the same bytes. `WORKDIR/work` is
+deleted at the end. Runs on a local or shared file system.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import apache_beam as beam
+
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import expand, identity, write_atomic, write_json
+from ctllm_jax.common.manifest import open_stage
+from ctllm_jax.common.progress import Watch
+from data_pipeline import report
+from data_pipeline.dedup.minhash import DedupConfig
+from data_pipeline.dedup.stage import deduplicate
+from data_pipeline.documents import SUBSETS, Fields, InputFile, input_files
+from data_pipeline.filters.rules import FilterConfig
+from data_pipeline.filters.stage import FilterSettings, filter_file
+from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
+from data_pipeline.shards import Layout
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+    """input: globs of jsonl(.gz); default_source: the subset of records without one (None: rejected)."""
+
+    input: tuple[str, ...]
+    fields: Fields
+    default_source: str | None
+    max_record_bytes: int
+    filters: FilterConfig
+    dedup: DedupConfig
+    beam: BeamConfig
+
+    def __post_init__(self) -> None:
+        if self.default_source is not None and self.default_source not in SUBSETS:
+            raise UserError(f"default_source: {self.default_source!r} is not one of {', '.join(SUBSETS)}")
+        if self.max_record_bytes < 1:
+            raise UserError("max_record_bytes must be at least 1")
+
+
+def run(config: CorpusConfig, workdir: str) -> dict:
+    """Builds MAP-CC in `workdir`; returns the manifest's result (see `report.summary`).
+
+    Raises:
+      UserError: no input file, another run's folder, an unknown runner, or no document that survives.
+    """
+    if not config.input:
+        raise UserError("input: no files named; give --config.input=PATTERN")
+    make_runner(config.beam)  # a wrong name is said before anything is written
+    files = input_files(expand(config.input))
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("input", "beam")}
+    inputs = [[file.name, identity(file.path)] for file in files]
+    stage = open_stage("corpus", VERSION, workdir, settings, inputs)
+    layout = Layout(os.path.abspath(workdir))
+    if not stage.done:
+        _filter(files, config, layout)
+        with Watch("corpus: deduplicate", len(files), "files", lambda: _count(files, layout.outcome)):
+            deduplicate(len(files), config.dedup, layout, config.beam)
+        found = report.collect(files, layout)
+        write_json(layout.report("json"), found)
+        write_atomic(layout.report("html"), report.page(found))
+        _tell(found)
+        _write_map_cc(found, len(files), layout, config.beam)
+        stage.finish(report.summary(found))
+    shutil.rmtree(layout.work, ignore_errors=True)
+    return stage.result
+
+
+def _filter(files: list[InputFile], config: CorpusConfig, layout: Layout) -> None:
+    settings = FilterSettings(
+        config.fields, config.default_source, config.max_record_bytes, config.filters, config.dedup
+    )
+    waiting = [file for file in files if not layout.counts(file.index).exists()]
+    for file in waiting:
+        layout.progress(file.index).parent.mkdir(parents=True, exist_ok=True)
+        layout.progress(file.index).write_text("0")  # a killed run counted further than it got
+    if not waiting:
+        return
+
+    def read() -> int:
+        return sum(layout.records_read(file.index) for file in files)
+
+    with Watch("corpus: filter", 0, "records", read):
+        with make_pipeline(config.beam) as pipeline:
+            _ = pipeline | beam.Create(waiting) | beam.Reshuffle() | beam.Map(filter_file, settings, layout)
+    print(f"corpus: filter: {_count(files, layout.counts)}/{len(files)} files", file=sys.stderr)
+
+
+def _write_map_cc(found: dict, shards: int, layout: Layout, runner: BeamConfig) -> None:
+    from data_pipeline import map_cc  # takes seconds to import, so last
+
+    subsets = [subset for subset in SUBSETS if found["subsets"].get(subset, {}).get("kept")]
+    for leftover in layout.map_cc.glob("*/*incomplete*"):  # of a killed run
+        shutil.rmtree(leftover)
+
+    def written() -> int:
+        return len(list(layout.map_cc.glob(f"*/*/{map_cc.INDEX}")))
+
+    with Watch("corpus: write", len(subsets), "subsets", written):
+        for subset in subsets:
+            map_cc.write(subset, shards, layout, runner)
+
+
+def _count(files: list[InputFile], where: Callable[[int], pathlib.Path]) -> int:
+    """How many of the files have what `where` names."""
+    return sum(where(file.index).exists() for file in files)
+
+
+def _tell(found: dict) -> None:
+    """Says on standard error what a reader must not overlook; no surviving document is an error."""
+    for entry in found["damaged_files"]:
+        print(f"corpus: {entry['file']} is damaged: {entry['damage']}; read up to there", file=sys.stderr)
+    for path in found["empty_files"]:
+        print(f"corpus: {path} holds no record", file=sys.stderr)
+    totals = found["totals"]
+    print(f"corpus: {totals['read']:,} records read, {totals['kept']:,} documents kept", file=sys.stderr)
+    if not totals["kept"]:
+        reasons = Counter(totals["malformed"]) + Counter(totals["rules"])
+        worst = ", ".join(f"{rule} ({count:,})" for rule, count in reasons.most_common(4))
+        raise UserError(
+            f"no document survived; most frequent reasons: {worst or 'the files hold no records'}. "
+            "rejected/*.jsonl.gz in the work folder lists every rejection with its value and threshold."
+        )

@@ -1,0 +1,1 @@
+"""Deduplication: hashes of folded text, MinHash signatures, clusters."""

@@ -1,0 +1,140 @@
+"""Stage 1: one input file in; kept and rejected documents, hashes for deduplication and counts out.
+
+`filter_file` is the whole work of one Beam element. It depends on nothing but its arguments, so that a retry
+or a re-run writes the same bytes; a file whose counts are on the disk is not read again.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from ctllm_jax.common.files import write_json
+from data_pipeline.dedup.minhash import DedupConfig, Hashes, hash_documents
+from data_pipeline.documents import EXCERPT, Document, DocumentReader, Fields, InputFile, Malformed
+from data_pipeline.filters.batch import TextBatch
+from data_pipeline.filters.rules import FilterConfig, Filters, Verdict
+from data_pipeline.shards import Layout, gzip_writer, json_line, save_array, save_arrays
+
+_DOCUMENTS, _CHARACTERS = 512, 1 << 19  # a batch is closed when it holds this many of either
+EXAMPLES = 3  # rejected documents shown per rule and file
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterSettings:
+    """What stage 1 needs to know, beside the file."""
+
+    fields: Fields
+    default_source: str | None
+    max_record_bytes: int
+    filters: FilterConfig
+    dedup: DedupConfig
+
+
+def filter_file(file: InputFile, settings: FilterSettings, layout: Layout) -> InputFile:
+    """Filters one file; returns its pointer, for the next transform."""
+    if layout.counts(file.index).exists():
+        return file
+    reader = DocumentReader(file, settings.fields, settings.default_source, settings.max_record_bytes)
+    filters = Filters(settings.filters)
+    hashes = []
+    with contextlib.ExitStack() as stack:
+        writer = _Writer(file, layout, stack)
+        for batch, malformed in _batches(reader):
+            for item in malformed:
+                writer.malformed(item)
+            kept = [document for document, verdict in _judge(filters, batch) if writer.judged(document, verdict)]
+            hashes.append(hash_documents(kept, settings.dedup))
+            layout.progress(file.index).write_text(str(reader.records))
+    merged = Hashes.concatenate(hashes, settings.dedup)
+    save_array(layout.signatures(file.index), merged.signatures)
+    save_arrays(layout.hashes(file.index), **merged.arrays())
+    write_json(layout.counts(file.index), writer.counts | {"records": reader.records, "damage": reader.damage})
+    return file
+
+
+def _batches(reader: DocumentReader) -> Iterator[tuple[list[Document], list[Malformed]]]:
+    """Documents in the file's order, with the malformed records met on the way."""
+    documents, malformed, characters = [], [], 0
+    for item in reader:
+        if isinstance(item, Malformed):
+            malformed.append(item)
+        else:
+            documents.append(item)
+            characters += len(item.text)
+        if len(documents) + len(malformed) >= _DOCUMENTS or characters >= _CHARACTERS:
+            yield documents, malformed
+            documents, malformed, characters = [], [], 0
+    yield documents, malformed
+
+
+def _judge(filters: Filters, documents: list[Document]) -> list[tuple[Document, Verdict]]:
+    """Documents with their verdicts, in the order given; each subset is measured as one batch."""
+    verdicts: dict[int, Verdict] = {}
+    for subset in sorted({document.source for document in documents}):
+        places = [i for i, document in enumerate(documents) if document.source == subset]
+        batch = TextBatch([documents[i].text for i in places])
+        verdicts.update(zip(places, filters.judge(subset, batch), strict=True))
+    return [(document, verdicts[i]) for i, document in enumerate(documents)]
+
+
+class _Writer:
+    """Writes one file's kept and rejected documents and counts them. Rows number the kept documents."""
+
+    def __init__(self, file: InputFile, layout: Layout, stack: contextlib.ExitStack):
+        self._file, self._layout, self._stack = file, layout, stack
+        self._kept: dict[str, Any] = {}
+        self._rejected = stack.enter_context(gzip_writer(layout.rejected(file.index, "filter")))
+        self._row = 0
+        self.counts: dict[str, Any] = {"file": file.path, "subsets": {}, "examples": {}}
+
+    def malformed(self, item: Malformed) -> None:
+        """Rejects a record that is no document."""
+        count = self._subset(item.source)
+        count["read"] += 1
+        count["malformed"][item.reason] = count["malformed"].get(item.reason, 0) + 1
+        place = {"file": self._file.path, "line": item.line}
+        reason = {"rule": item.reason, "value": item.detail}
+        self._rejected.write(json_line({**place, "source": item.source, "reasons": [reason], "excerpt": item.excerpt}))
+        self._example(f"{self._file.name}:{item.line}", item.excerpt, reason)
+
+    def judged(self, document: Document, verdict: Verdict) -> bool:
+        """Writes a document to where its verdict sends it; returns whether it was kept."""
+        count = self._subset(document.source)
+        count["read"] += 1
+        count["well_formed"] += 1
+        count["passed_rules"] += verdict.passed_rules
+        place = {"file": self._file.path, "line": document.line}
+        record = {name: getattr(document, name) for name in ("id", "url", "source", "text", "meta")}
+        record |= {"signals": verdict.signals, **place}
+        if not verdict.reasons:
+            self._writer(document.source).write(json_line({"row": self._row, **record}))
+            self._row += 1
+            count["passed_language"] += 1
+            return True
+        self._rejected.write(json_line({**record, "reasons": verdict.reasons}))
+        for reason in verdict.reasons:
+            count["rules"][reason["rule"]] = count["rules"].get(reason["rule"], 0) + 1
+            self._example(document.id, document.text[:EXCERPT], reason)
+        return False
+
+    def _writer(self, subset: str) -> Any:
+        if subset not in self._kept:
+            self._kept[subset] = self._stack.enter_context(gzip_writer(self._layout.kept(self._file.index, subset)))
+        return self._kept[subset]
+
+    def _subset(self, subset: str) -> dict[str, Any]:
+        empty = {
+            "read": 0,
+            "well_formed": 0,
+            "passed_rules": 0,
+            "passed_language": 0,
+            "malformed": {},
+            "rules": {},
+        }
+        return self.counts["subsets"].setdefault(subset, empty)
+
+    def _example(self, identity: str, excerpt: str, reason: dict[str, Any]) -> None:
+        examples = self.counts["examples"].setdefault(reason["rule"], [])
+        if len(examples) < EXAMPLES:
+            examples.append({"id": identity, "excerpt": excerpt, **reason})

@@ -1,0 +1,36 @@
+"""What TRL and torch computed on a tiny model: batches, losses, trajectories of alignment training."""
+
+import json
+
+import numpy as np
+from tiny_models import REFERENCE
+
+from ctllm_jax.data.record import Row
+
+ALIGN = REFERENCE / "align"
+
+
+def golden(name: str) -> dict:
+    """The content of one of the reference files."""
+    return json.loads((ALIGN / f"{name}.json").read_text())
+
+
+def preference_pairs() -> list[Row]:
+    """The reference's eight preference pairs, answers learned."""
+    rows = []
+    for entry in golden("dpo_inputs")["rows"]:
+        sides = [entry["prompt_ids"] + entry[side] for side in ("chosen_ids", "rejected_ids")]
+        given = len(entry["prompt_ids"])
+        mask = np.concatenate([np.arange(len(side)) >= given for side in sides]).astype(np.uint8)
+        rows.append(Row(np.concatenate(sides).astype(np.int32), [len(s) for s in sides], ["", ""], mask, 0))
+    return rows
+
+
+def sft_rows(case: dict) -> list[Row]:
+    """TRL's batch: ids with labels of -100 where nothing is learned."""
+    rows = []
+    for ids, seen, labels in zip(case["input_ids"], case["attention_mask"], case["labels"], strict=True):
+        size = sum(seen)
+        mask = (np.array(labels[:size]) != -100).astype(np.uint8)
+        rows.append(Row(np.array(ids[:size], np.int32), [size], [""], mask, 0))
+    return rows

@@ -1,0 +1,170 @@
+"""Decoding: the same as the uncached model, whoever else is in the batch."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import NO_REFERENCE, REFERENCE, tiny_model, write_jsonl
+
+from ctllm_jax import generate as verb
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.generate import GenerateConfig, SamplingConfig, generate, keep_likely
+from ctllm_jax.hf_export import export
+from ctllm_jax.loading import load_model
+from ctllm_jax.model import forward
+
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+SAMPLED = {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "seed": 5}
+PROMPTS = [[1, 40, 50, 60, 70], [1, 33], [1, 80, 81, 82, 83, 84, 85, 86, 87, 88, 89], [1, 33, 44]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def continue_without_cache(model, prompt, steps):
+    """Greedy, one whole forward pass for each token (padded to one shape)."""
+    run, ids = jax.jit(forward, static_argnums=0), list(prompt)
+    for _ in range(steps):
+        tokens = np.zeros((1, 32), np.int32)
+        tokens[0, : len(ids)] = ids
+        real = (np.arange(32) < len(ids)).astype(np.int32)[None]
+        logits, _ = run(model.config, model.params, tokens, np.arange(32, dtype=np.int32)[None], real)
+        ids.append(int(np.argmax(logits[0, len(ids) - 1])))
+    return ids[len(prompt) :]
+
+
+def test_greedy_decoding_equals_the_model_without_a_cache(model):
+    found = generate(model, PROMPTS, max_tokens=12, stop_ids=[], **GREEDY)
+    assert found == [continue_without_cache(model, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
+@pytest.mark.parametrize("name", ["tiny_mha", "tiny_gqa", "tiny_gqa_ref"])
+def test_greedy_decoding_equals_that_of_transformers(name):
+    reference, golden = load_model(str(REFERENCE / name)), np.load(REFERENCE / "logits.npz")
+    prompt, whole = golden[f"{name}/greedy_prompt"].tolist(), golden[f"{name}/greedy_out"].tolist()
+    stops = [reference.tokenizer.eos_id]
+    found = generate(reference, [prompt], max_tokens=len(whole) - len(prompt), stop_ids=stops, **GREEDY)
+    assert found == [whole[len(prompt) :]]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
+def test_a_sample_does_not_depend_on_its_neighbours(model, sampling):
+    def first(others):
+        return generate(model, [PROMPTS[0], *others], max_tokens=10, stop_ids=[], **sampling)[0]
+
+    alone = first([])
+    assert first(PROMPTS[1:]) == alone
+    assert first([[1] * 40] * 17) == alone  # a longer bucket, and more than one batch
+
+
+def test_the_seed_and_the_place_in_the_list_decide_a_sample(model):
+    def samples(seed):
+        options = {**SAMPLED, "seed": seed}
+        return generate(model, [PROMPTS[0]] * 3, max_tokens=10, stop_ids=[], **options)
+
+    assert samples(1) == samples(1)
+    assert samples(1) != samples(2)
+    assert len({tuple(ids) for ids in samples(1)}) == 3
+
+
+def test_a_row_ends_with_its_stop_id_and_others_go_on(model):
+    free = generate(model, PROMPTS, max_tokens=10, stop_ids=[], **GREEDY)
+    stop = free[0][4]
+    stopped = generate(model, PROMPTS, max_tokens=10, stop_ids=[stop], **GREEDY)
+    for whole, part in zip(free, stopped, strict=True):
+        expected = whole[: whole.index(stop) + 1] if stop in whole else whole
+        assert part == expected
+    assert len(stopped[0]) <= 5 and any(len(ids) == 10 for ids in stopped)
+
+
+def test_a_row_ends_where_the_context_is_full(model):
+    long = list(range(5, 5 + model.config.max_length - 3))
+    found = generate(model, [long, [1]], max_tokens=200, stop_ids=[], **GREEDY)
+    assert [len(ids) for ids in found] == [3, model.config.max_length - 1]
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_sampling_narrowed_to_one_token_is_greedy(model, narrow):
+    options = {**SAMPLED, "top_k": 0, "top_p": 1.0, **narrow}
+    assert generate(model, PROMPTS, max_tokens=8, stop_ids=[], **options) == generate(
+        model, PROMPTS, max_tokens=8, stop_ids=[], **GREEDY
+    )
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (7, 0.8), (3, 0.01)])
+def test_top_k_and_top_p_keep_the_likely_tokens(top_k, top_p):
+    logits_BV = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 2
+    kept_BV = np.isfinite(keep_likely(logits_BV, top_k or 50, top_p))
+    for logits_V, kept_V in zip(logits_BV, kept_BV, strict=True):
+        chosen = sorted(range(50), key=lambda i: -logits_V[i])[: top_k or 50]
+        weights = np.exp(logits_V[chosen].astype(np.float64))
+        weights /= weights.sum()
+        count = next((n for n in range(1, len(chosen)) if weights[:n].sum() >= top_p), len(chosen))
+        assert set(np.flatnonzero(kept_V)) == set(chosen[:count])
+
+
+def test_sampled_tokens_come_with_the_models_probabilities(model):
+    prompt, temperature = [1, 40], 1.5
+    run = jax.jit(forward, static_argnums=0)
+    inputs = (np.array([prompt]), np.array([[0, 1]]), np.ones((1, 2), np.int32))
+    logits_1LV, _ = run(model.config, model.params, *inputs)
+    probability_V = np.asarray(jax.nn.softmax(logits_1LV[0, -1] / temperature))
+    options = {**SAMPLED, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    drawn = [ids[0] for ids in generate(model, [prompt] * 2000, max_tokens=1, stop_ids=[], **options)]
+    best = int(np.argmax(probability_V))
+    share, expected = drawn.count(best) / 2000, float(probability_V[best])
+    assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 2000)
+    assert max(drawn) < model.config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [([], "prompt 0 has 0 tokens"), ([1] * 64, "has 64"), ([1, 384], "id 384")]
+)
+def test_prompts_that_cannot_be_continued_are_refused(model, prompt, message):
+    with pytest.raises(UserError, match=message):
+        generate(model, [prompt], max_tokens=4, stop_ids=[], **GREEDY)
+
+
+def config(location, **changes) -> GenerateConfig:
+    values = {
+        "model": str(location),
+        "step": None,
+        "dtype": None,
+        "prompts": ("从前有座山", "The quick"),
+        "input": None,
+        "chat": False,
+        "sampling": SamplingConfig(max_tokens=8, **GREEDY),
+    }
+    return GenerateConfig(**{**values, **changes})
+
+
+def test_the_verb_writes_and_prints_samples_and_does_not_repeat_itself(model, tmp_path, capsys, monkeypatch):
+    export(model.config, model.params, model.tokenizer, tmp_path / "hf", "float32")
+    asked = write_jsonl(
+        tmp_path / "asked.jsonl", [{"prompt": "水"}, {"messages": [{"role": "user", "content": "你好"}]}]
+    )
+    settings = config(tmp_path / "hf", input=str(asked))
+    result = verb.run(settings, str(tmp_path / "out"))
+    lines = (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert result["samples"] == len(lines) == 4
+    ids = [model.tokenizer.bos_id, *model.tokenizer.encode("The quick")]
+    expected = generate(model, [ids], max_tokens=8, stop_ids=[model.tokenizer.eos_id], **GREEDY)[0]
+    assert json.loads(lines[1])["text"] == model.tokenizer.decode(expected)
+    printed = capsys.readouterr().out
+    assert "--- 从前有座山" in printed and json.loads(lines[1])["text"] in printed
+
+    monkeypatch.setattr(verb, "sample", lambda *_: pytest.fail("sampled again"))
+    assert verb.run(settings, str(tmp_path / "out")) == result
+    with pytest.raises(UserError, match="other inputs or settings"):
+        verb.run(dataclasses.replace(settings, chat=True), str(tmp_path / "out"))
+
+
+def test_a_malformed_conversation_is_refused_with_its_place(tmp_path):
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "水"}, {"messages": []}])
+    with pytest.raises(UserError, match="entry 2"):
+        verb.read_prompts(str(asked))

@@ -1,0 +1,169 @@
+"""Where arrays lie: every parameter's place, refused layouts, and one loss on every mesh."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny_models import tiny_config
+from tiny_stores import tiny_store
+
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.data.batches import Stream, global_batch
+from ctllm_jax.data.order import Mixture
+from ctllm_jax.model import abstract_params, logical_axes
+from ctllm_jax.objectives import ObjectiveConfig, make_objective
+from ctllm_jax.sharding import RULES, MeshConfig, constrain, make_mesh, shardings, spec
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+
+
+def flat(tree) -> dict:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(entry.key for entry in path): leaf for path, leaf in leaves}
+
+
+# ---- Rules
+
+
+@pytest.mark.parametrize("axes", [("heads", "mlp"), ("batch", "embed"), ("vocab", "kv_heads"), ("embed", "embed")])
+def test_axes_that_would_use_a_mesh_axis_twice_are_refused(axes):
+    with pytest.raises(ValueError, match=r"put one mesh axis to use twice: .*(tensor|fsdp)"):
+        spec(axes)
+
+
+def test_rules_name_mesh_axes_only():
+    known = {"data", "fsdp", "tensor", "context"}
+    assert all(set(entry) <= known for entry in RULES.values())
+    assert spec(("batch", "length", None)) == P(("data", "fsdp"), "context", None)
+    with pytest.raises(KeyError, match="width"):
+        spec(("width",))
+
+
+PLACES = {
+    "embed": P("tensor", "fsdp"),
+    "final_norm": P(None),
+    "head": P("fsdp", "tensor"),
+    "layers/attention_norm": P(None, None),
+    "layers/q": P(None, "fsdp", "tensor", None),
+    "layers/k": P(None, "fsdp", "tensor", None),
+    "layers/v": P(None, "fsdp", "tensor", None),
+    "layers/out": P(None, "tensor", None, "fsdp"),
+    "layers/q_norm": P(None, None),
+    "layers/k_norm": P(None, None),
+    "layers/mlp_norm": P(None, None),
+    "layers/gate": P(None, "fsdp", "tensor"),
+    "layers/up": P(None, "fsdp", "tensor"),
+    "layers/down": P(None, "tensor", "fsdp"),
+}
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
+def test_every_parameter_lies_where_the_table_says(axes):
+    config = tiny_config(qk_norm=True)
+    abstract = abstract_params(config)
+    mesh = make_mesh(MeshConfig(*axes))
+    layout = shardings(mesh, abstract, logical_axes(config))
+    assert {name: sharding.spec for name, sharding in flat(layout).items()} == PLACES
+    _, fsdp, tensor, _ = axes
+    for name, sharding in flat(layout).items():
+        shape = flat(abstract)[name].shape
+        ways = {"fsdp": fsdp, "tensor": tensor, None: 1}
+        expected = tuple(size // ways[axis] for size, axis in zip(shape, PLACES[name], strict=True))
+        assert sharding.mesh == mesh and sharding.shard_shape(shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "axes", "message"),
+    [
+        ({"num_kv_heads": 1}, (1, 4, 2, 1), r"layers/k .*size 1 does not divide over 2 devices of axis tensor"),
+        ({"d_ff": 50}, (1, 2, 4, 1), r"layers/(down|gate|up|k) .*does not divide over 4 devices of axis tensor"),
+        ({"d_model": 36}, (1, 8, 1, 1), r"embed \(384, 36\): size 36 does not divide over 8 devices of axis fsdp"),
+        ({"padded_vocab_size": 385}, (4, 1, 2, 1), r"embed \(385, 32\): size 385 does not divide over 2 devices"),
+    ],
+)
+def test_a_parameter_that_does_not_divide_is_named(changes, axes, message):
+    config = tiny_config(**changes)
+    with pytest.raises(UserError, match=message):
+        shardings(make_mesh(MeshConfig(*axes)), abstract_params(config), logical_axes(config))
+
+
+# ---- Meshes
+
+
+def test_one_mesh_axis_takes_what_is_left():
+    assert dict(make_mesh(MeshConfig(2, -1, 2, 1)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    assert dict(make_mesh(MeshConfig(1, -1, 1, 1), jax.devices()[:3]).shape)["fsdp"] == 3
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [(1, 1, 1, 1), (3, -1, 1, 1), (16, 1, 1, 1), (-1, -1, 8, 1), (-2, -4, 1, 1), (0, -1, 1, 1), (1, -1, 16, 1)],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(axes):
+    with pytest.raises(UserError, match="does not fit 8 devices"):
+        make_mesh(MeshConfig(*axes))
+
+
+def test_constraints_do_nothing_without_a_mesh():
+    x = np.ones((3, 5), np.float32)
+    assert constrain(x, "batch", "length") is x
+
+
+# ---- The same step everywhere
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    store = tiny_store(tmp_path_factory.mktemp("store"))
+    sizes = {source: store.size("train", source) for source in store.sources("train")}
+    return Stream(store, "train", Mixture(sizes, {}, seed=0), 8, True)
+
+
+def random_params(config) -> dict:
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: random.normal(0, 0.2, leaf.shape).astype(np.float32), abstract_params(config))
+
+
+def on_mesh(stream, axes, grad: bool):
+    """(sums, gradient or None) of one batch, with parameters, gradient and batch laid over the mesh."""
+    model = tiny_config(d_ff=64)
+    mesh = make_mesh(MeshConfig(*axes))
+    layout = shardings(mesh, abstract_params(model), logical_axes(model))
+    objective = make_objective(ObjectiveConfig("lm", 1e-4, 0.0), model, 2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(random_params(model), layout)
+        batch = global_batch(stream, 0, mesh)
+        if not grad:
+            return jax.device_get(jax.jit(objective)(params, None, batch)[1]), None
+        step = jax.jit(jax.value_and_grad(objective, has_aux=True), out_shardings=((None, None), layout))
+        (_, sums), grads = step(params, None, batch)
+        return jax.device_get((sums, grads))
+
+
+REPLICAS = (8, 1, 1, 1)
+OTHERS = pytest.mark.parametrize("axes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
+
+
+@pytest.fixture(scope="module")
+def replicated_loss(stream):
+    return on_mesh(stream, REPLICAS, grad=False)[0]
+
+
+@OTHERS
+def test_the_loss_is_the_same_on_any_mesh(stream, replicated_loss, axes):
+    sums, _ = on_mesh(stream, axes, grad=False)
+    for name, value in replicated_loss.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def replicated_gradient(stream):
+    return on_mesh(stream, REPLICAS, grad=True)[1]
+
+
+@pytest.mark.slow
+@OTHERS
+def test_the_gradient_is_the_same_on_any_mesh(stream, replicated_gradient, axes):
+    _, grads = on_mesh(stream, axes, grad=True)
+    for name, value in flat(replicated_gradient).items():
+        np.testing.assert_allclose(flat(grads)[name], value, rtol=0, atol=1e-5 * np.abs(value).max(), err_msg=name)

@@ -1,0 +1,390 @@
+"""The training loop: it learns, and kill, stop and resume leave no trace in the result."""
+
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny_stores import tiny_store, train_values
+
+from ctllm_jax import train
+from ctllm_jax.common.config import build
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import read_json
+from ctllm_jax.data.batches import row_arrays
+from ctllm_jax.data.store import open_store
+from ctllm_jax.loading import load_model
+from ctllm_jax.metrics import read_metrics
+from ctllm_jax.train import TrainConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 12
+TIMINGS = {"time", "tokens_per_second", "mfu_causal", "mfu_full"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of this module, in processes of their own too, share what XLA compiled."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
+
+
+def config_of(store, **changes) -> TrainConfig:
+    """A run of 12 steps over 8 devices; a key may reach into a group, as in `data__rates`."""
+    values = train_values(store)
+    for key, value in changes.items():
+        *groups, name = key.split("__")
+        target = values
+        for group in groups:
+            target = target[group]
+        assert name in target
+        target[name] = value
+    return build(TrainConfig, values)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    return {kind: tiny_store(folder / kind, kind).folder for kind in ("pretrain", "chat", "preference")}
+
+
+@pytest.fixture(scope="module")
+def finished(stores, tmp_path_factory):
+    """(run directory, result) of an undisturbed run."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    return workdir, train.run(config_of(stores["pretrain"]), str(workdir))
+
+
+def at_step(number: int, act, prefetched=train.prefetched):
+    """A stand-in for `prefetched` that acts before the batch of a step (counted from 1) is handed over."""
+
+    def batches(stream, start, stop, mesh):
+        for step, batch in enumerate(prefetched(stream, start, stop, mesh), start + 1):
+            if step == number:
+                act()
+            yield batch
+
+    return batches
+
+
+def entries(workdir, *kinds) -> list[dict]:
+    """Lines of metrics.jsonl without timings."""
+    found = [entry for kind in kinds or ("train", "eval") for entry in read_metrics(workdir, kind)]
+    return [{name: value for name, value in entry.items() if name not in TIMINGS} for entry in found]
+
+
+def params_of(workdir):
+    return load_model(str(workdir)).params
+
+
+def assert_same_run(workdir, other):
+    jax.tree.map(np.testing.assert_array_equal, params_of(workdir), params_of(other))
+    assert entries(workdir) == entries(other)
+    assert read_json(workdir / "manifest.json")["result"] == read_json(other / "manifest.json")["result"]
+
+
+# ---- An undisturbed run
+
+
+def test_the_loss_falls_on_both_sources(finished):
+    workdir, result = finished
+    curve = [entry["loss"] for entry in entries(workdir, "train")]
+    assert curve[0] > 5.5 and curve[-1] < curve[0] - 1.0  # it begins near ln 370 = 5.9
+    before, *_, after = entries(workdir, "eval")
+    for name in ("loss", "loss/zh", "loss/en", "bits_per_byte"):
+        assert after[name] < before[name] - 0.1, name
+    assert result["validation"] == {name: value for name, value in after.items() if name not in ("kind", "step")}
+
+
+def test_metrics_are_a_line_a_step_with_what_a_reader_needs(finished):
+    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in lines if entry["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert [entry["step"] for entry in lines if entry["kind"] == "eval"] == [0, 4, 8, 12]
+    assert [entry["time"] for entry in lines] == sorted(entry["time"] for entry in lines)
+    for entry in lines:
+        assert all(np.isfinite(value) for name, value in entry.items() if name != "kind")
+    trained = [entry for entry in lines if entry["kind"] == "train"]
+    always = {"kind", "step", "time", "count", "loss", "grad_norm", "skipped", "learning_rate"}
+    for entry in trained:
+        assert entry.keys() - {"tokens_per_second", "loss/zh", "loss/en"} == always
+        sources = [entry[name] for name in ("loss/zh", "loss/en") if name in entry]
+        assert min(sources) - 1e-5 <= entry["loss"] <= max(sources) + 1e-5
+    assert any("tokens_per_second" in entry for entry in trained)
+    rates = [entry["learning_rate"] for entry in trained]
+    assert rates[0] == 0 and max(rates) == rates[2] == pytest.approx(2e-2) and rates[-1] < 3e-3
+
+
+def test_the_ledger_counts_the_tokens_learned_of_each_source(finished, stores):
+    workdir, result = finished
+    trained = entries(workdir, "train")
+    assert sum(result["ledger"].values()) == sum(entry["count"] for entry in trained)
+    store = open_store(stores["pretrain"])
+    mixture = train.Mixture({"en": 30, "zh": 60}, {"zh": 0.75, "en": 0.25}, 11)
+    expected = dict.fromkeys(("en", "zh"), 0)
+    for example in range(8 * STEPS):
+        place = mixture.place(example)
+        row = store.row("train", place.source, place.index)
+        expected[place.source] += len(row.tokens) - len(row.lengths)
+    assert result["ledger"] == expected
+
+
+def test_the_held_out_figures_are_means_over_documents_and_bytes(finished, stores):
+    store = open_store(stores["pretrain"])
+    _, result = finished
+    rows = {source: [store.row("validation", source, i) for i in range(n)] for source, n in (("zh", 8), ("en", 5))}
+    count = {source: sum(len(row.tokens) - len(row.lengths) for row in own) for source, own in rows.items()}
+    size = {source: sum(row.bytes for row in own) for source, own in rows.items()}
+    held = result["validation"]
+    assert held["count"] == sum(count.values())
+    nats = {source: held[f"loss/{source}"] * count[source] for source in rows}
+    assert held["loss"] == pytest.approx(sum(nats.values()) / sum(count.values()), rel=1e-6)
+    assert held["bits_per_byte"] == pytest.approx(sum(nats.values()) / np.log(2) / sum(size.values()), rel=1e-6)
+    assert held["bits_per_byte/zh"] == pytest.approx(nats["zh"] / np.log(2) / size["zh"], rel=1e-6)
+
+
+def test_the_run_directory_is_complete_in_itself(finished, stores):
+    workdir, result = finished
+    run = read_json(workdir / "run.json")
+    assert run["parameters"] == result["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params_of(workdir)))
+    assert run["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1} and run["versions"]["jax"]
+    assert run["config"]["seed"] == 11 and run["flops_per_token"]["causal"] < run["flops_per_token"]["full"]
+    loaded = load_model(str(workdir))
+    assert loaded.tokenizer.digest == open_store(stores["pretrain"]).info["tokenizer"]["digest"]
+    assert loaded.name == "finished@12"
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [5, 10, 12]
+
+
+def test_a_finished_run_returns_at_once(finished, stores, monkeypatch):
+    monkeypatch.setattr(train, "_train", lambda *_: pytest.fail("trained again"))
+    workdir, result = finished
+    assert train.run(config_of(stores["pretrain"]), str(workdir)) == result
+    # What does not decide the result may differ.
+    other = config_of(stores["pretrain"], mesh__data=8, log_every=7, microbatches=2, checkpoints_kept=1)
+    assert train.run(other, str(workdir)) == result
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 12}, r"settings\.seed: 11 there, 12 now"),
+        ({"steps": 24}, r"settings\.steps: 12 there, 24 now"),
+        ({"batch_size": 16}, r"settings\.batch_size: 8 there, 16 now"),
+        ({"optimizer__learning_rate": 1e-3}, r"settings\.optimizer\.learning_rate: 0\.02 there, 0\.001 now"),
+        ({"data__rates": {"zh": 1.0}}, r"settings\.data\.rates\.en: 0\.25 there, null now"),
+        ({"data__mask_documents": False}, r"settings\.data\.mask_documents: true there, false now"),
+        ({"model__d_ff": 64}, r"settings\.model\.d_ff: 48 there, 64 now"),
+        ({"data__store": "chat"}, r"inputs\.store: .* there, .* now"),
+    ],
+)
+def test_another_run_is_refused_in_the_same_folder_and_the_difference_named(finished, stores, change, named):
+    change = {name: str(stores[value]) if name == "data__store" else value for name, value in change.items()}
+    with pytest.raises(UserError, match=f"holds a 'train' run made from other inputs or settings .*{named}"):
+        train.run(config_of(stores["pretrain"], **change), str(finished[0]))
+
+
+# ---- Cut short and taken up
+
+
+def killed_run(store: str, workdir: str) -> None:
+    """Trains and dies without warning in step 8, after the checkpoint of step 5 is committed."""
+
+    def die():
+        while not pathlib.Path(workdir, "checkpoints", "5").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    train.prefetched = at_step(8, die)
+    train.run(config_of(store), workdir)
+
+
+def test_a_killed_run_ends_in_the_same_bits(finished, stores, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import conftest, test_train; "
+        f"test_train.killed_run({str(stores['pretrain'])!r}, {str(workdir)!r})"
+    )
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert max(entry["step"] for entry in entries(workdir, "train")) >= 6
+    assert not (workdir / "manifest.json").exists()
+    train.run(config_of(stores["pretrain"]), str(workdir))
+    assert "train: resumed at step 5" in capsys.readouterr().err
+    assert_same_run(workdir, finished[0])
+
+
+def stopped(monkeypatch, step: int, config: TrainConfig, workdir) -> None:
+    """A run that gets SIGTERM at the start of a step."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "prefetched", at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(SystemExit) as stop:
+            train.run(config, str(workdir))
+    assert stop.value.code == train.EXIT_RESUME == 75
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_a_stopped_run_saves_says_so_and_goes_on(finished, stores, tmp_path, monkeypatch, capsys):
+    stopped(monkeypatch, 3, config_of(stores["pretrain"]), tmp_path / "run")
+    assert "stopped by a signal, step 3 is saved; the same command goes on" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["3"]
+    train.run(config_of(stores["pretrain"]), str(tmp_path / "run"))
+    assert "train: resumed at step 3" in capsys.readouterr().err
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(finished, stores, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    monkeypatch.setattr(train, "prefetched", at_step(12, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert train.run(config_of(stores["pretrain"]), str(tmp_path / "run")) == finished[1]
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_manifest_only_finishes(finished, stores, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").unlink()
+    assert train.run(config_of(stores["pretrain"]), str(tmp_path / "run")) == finished[1]
+    assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_another_mesh_goes_on_from_a_checkpoint(finished, stores, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").unlink()
+    for step in ("10", "12"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    config = config_of(stores["pretrain"], mesh__fsdp=2, mesh__tensor=2, microbatches=2)
+    result = train.run(config, str(tmp_path / "run"))
+    assert read_json(tmp_path / "run" / "run.json")["mesh"]["tensor"] == 2
+    assert result["ledger"] == finished[1]["ledger"]
+    for ours, theirs in zip(entries(tmp_path / "run"), entries(finished[0]), strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert result["validation"] == pytest.approx(finished[1]["validation"], rel=1e-4)
+
+
+# ---- Alignment
+
+
+def test_sft_starts_from_a_run_and_learns_the_masked_tokens_only(finished, stores, tmp_path):
+    config = config_of(stores["chat"], model=None, init_from=str(finished[0]))
+    result = train.run(config, str(tmp_path / "run"))
+    first, *_, last = entries(tmp_path / "run", "eval")
+    assert first["loss"] < 5.0  # not from scratch
+    assert last["loss"] < first["loss"] and "bits_per_byte" not in last
+    assert read_json(tmp_path / "run" / "run.json")["model"] == read_json(finished[0] / "run.json")["model"]
+    store, expected = open_store(stores["chat"]), 0
+    mixture = train.Mixture({"en": 30, "zh": 60}, {"zh": 0.75, "en": 0.25}, 11)
+    for example in range(8 * STEPS):
+        place = mixture.place(example)
+        arrays = row_arrays(store.row("train", place.source, place.index), 32, "chat", True)
+        expected += int(arrays["weights"].sum())
+    assert sum(result["ledger"].values()) == expected
+
+
+def test_dpo_starts_level_with_its_reference_and_a_stop_does_not_move_the_reference(
+    finished, stores, tmp_path, monkeypatch
+):
+    config = config_of(
+        stores["preference"],
+        model=None,
+        init_from=str(finished[0]),
+        objective__name="dpo",
+        optimizer__learning_rate=1e-3,
+        steps=6,
+        checkpoint_every=100,
+        eval_every=3,
+    )
+    result = train.run(config, str(tmp_path / "whole"))
+    first, *_, last = entries(tmp_path / "whole", "eval")
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert (first["margin"], first["accuracy"], first["count"]) == (0, 0, 13)  # 8 of zh, 5 of en
+    assert last["loss"] < first["loss"] and last["margin"] > 0
+    assert result["skipped"] == 0
+    stopped(monkeypatch, 3, config, tmp_path / "parts")
+    train.run(config, str(tmp_path / "parts"))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+# ---- What does not go together
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("preference", {}, "is a preference store; objective lm reads pretrain or chat"),
+        ("pretrain", {"objective__name": "dpo"}, "is a pretrain store; objective dpo reads preference"),
+        ("pretrain", {"model__vocab_size": 300}, "its tokenizer has 370 ids, the model only 300"),
+        ("pretrain", {"model__max_length": 31}, "rows of 32 tokens, the model takes 31"),
+        ("pretrain", {"data__rates": {"code": 1.0}}, "mixture rate given for 'code'"),
+        ("nowhere", {}, "manifest.json is missing"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_the_folder_is_claimed(stores, tmp_path, kind, change, message):
+    with pytest.raises(UserError, match=message):
+        train.run(config_of(stores.get(kind, tmp_path / kind), **change), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh__fsdp": 3}, "does not fit 8 devices"),
+        ({"batch_size": 12}, r"batch_size 12 does not divide over 8 devices \(mesh: data x fsdp\)"),
+        (
+            {"mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 1, "mesh__context": 8, "data__store": "short"},
+            "length 30",
+        ),
+        ({"model__num_kv_heads": 1, "mesh__tensor": 2}, "layers/k .*does not divide over 2 devices of axis tensor"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused_by_name(stores, tmp_path, change, message):
+    if change.get("data__store"):
+        change = {**change, "data__store": str(tiny_store(tmp_path / "short", length=30, rows=4).folder)}
+    with pytest.raises(UserError, match=message):
+        train.run(config_of(stores["pretrain"], **change), str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"microbatches": 3}, "batch_size 8 does not divide into 3 microbatches"),
+        ({"init_from": "somewhere"}, "give either model .* or init_from"),
+        ({"model": None}, "give either model .* or init_from"),
+        ({"objective__name": "ppo"}, "objective 'ppo' is unknown; there are: lm, dpo"),
+        ({"model__remat": "some"}, "remat 'some' is unknown"),
+    ],
+)
+def test_contradictions_in_a_config_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        config_of("store", **change)
+
+
+def test_metrics_of_a_kill_in_the_middle_of_a_line_are_read_on(finished, tmp_path):
+    from ctllm_jax.metrics import MetricsLog
+
+    lines = (finished[0] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+    log = MetricsLog(tmp_path, resume_step=5)
+    log.write("train", 6, {"loss": 1.0})
+    log.close()
+    kept = [json.loads(line)["step"] for line in lines]
+    expected = [step for step in kept if step <= 5]
+    found = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert found == [*expected, 6] and list(itertools.accumulate(found, max)) == found
