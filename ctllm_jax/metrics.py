@@ -41,7 +41,11 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 class MetricsLog:
-    """Appends to a run's metrics.jsonl (process 0 only); a resumed run first drops what came after its checkpoint."""
+    """Appends to a run's metrics.jsonl (process 0 only).
+
+    A run that goes on from the checkpoint of step `resume_step` first drops the lines of later steps; one that starts
+    (resume_step 0) drops all: a run killed before its first checkpoint says everything again.
+    """
 
     def __init__(self, run_dir: str | os.PathLike, resume_step: int):
         self._file = None
@@ -49,7 +53,7 @@ class MetricsLog:
             return
         path = pathlib.Path(run_dir) / "metrics.jsonl"
         kept = []
-        if path.exists():
+        if resume_step and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     if json.loads(line)["step"] <= resume_step:
