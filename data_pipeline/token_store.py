@@ -22,7 +22,7 @@ from ctllm_jax.common.progress import Watch
 from ctllm_jax.data.order import keyed
 from ctllm_jax.data.record import FORMAT, KINDS, Row, shard_name, write_shard
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from data_pipeline import map_cc, tasks
+from data_pipeline import chat_tasks, map_cc, records, tasks
 from data_pipeline.packing import chunks, pack
 from data_pipeline.runner import BeamConfig, make_pipeline
 
@@ -79,20 +79,20 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
     if stage.done:
         return stage.result
 
-    records = tasks.Records([], [])
+    found = records.Records([], [])
     if config.kind == "pretrain":
         names = tasks.corpus_tasks(map_cc.subset_folders(config.corpus), tokenizer, config.validation_share)
     else:
-        check = {"chat": tasks.check_chat, "preference": tasks.check_preference}[config.kind]
-        records = tasks.read_records(files, check)
-        if not records.kept:
-            raise UserError(f"{', '.join(files)}: no usable {config.kind} record among {len(records.rejected)}")
-        register = {"chat": tasks.chat_tasks, "preference": tasks.preference_tasks}[config.kind]
-        names = register(records.kept, tokenizer, config.validation_share)
-    write_json(stage.folder / "rejected.json", records.rejected)
-    if records.rejected:
+        check = {"chat": records.check_chat, "preference": records.check_preference}[config.kind]
+        found = records.read_records(files, check)
+        if not found.kept:
+            raise UserError(f"{', '.join(files)}: no usable {config.kind} record among {len(found.rejected)}")
+        register = {"chat": chat_tasks.chat_tasks, "preference": chat_tasks.preference_tasks}[config.kind]
+        names = register(found.kept, tokenizer, config.validation_share)
+    write_json(stage.folder / "rejected.json", found.rejected)
+    if found.rejected:
         print(
-            f"tokenize: {len(records.rejected)} records rejected, see {stage.folder}/rejected.json",
+            f"tokenize: {len(found.rejected)} records rejected, see {stage.folder}/rejected.json",
             file=sys.stderr,
         )
 
@@ -114,7 +114,7 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
         "sequence_length": config.sequence_length,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest},
         "splits": _collect(stage.folder, shards),
-        "rejected_records": len(records.rejected),
+        "rejected_records": len(found.rejected),
     }
     if not any(entry["rows"] for entry in result["splits"]["train"].values()):
         raise UserError(f"{workdir}: nothing is left to train on (validation_share {config.validation_share})")

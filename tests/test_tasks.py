@@ -20,7 +20,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.chat import render
 from ctllm_jax.data.store import open_store
 from ctllm_jax.data.tokenizer import ASSISTANT, CHAT_PIECES, END, load_tokenizer
-from data_pipeline import corpus, map_cc, tasks, token_store, tokenizer
+from data_pipeline import chat_tasks, corpus, map_cc, tasks, token_store, tokenizer
 from data_pipeline.splits import is_held_out
 
 SAMPLE = pathlib.Path(__file__).resolve().parent.parent / "sample"
@@ -176,7 +176,7 @@ def test_every_document_is_in_one_split_which_its_id_alone_decides(root, seqio_e
     assert ids["validation"] and len(ids["validation"]) < len(ids["train"])
     # The same id among other records, in another kind of store, falls into the same split.
     records = [{"id": name, "messages": say("问", "答")} for name in sorted(ids["train"] | ids["validation"])]
-    names = tasks.chat_tasks(records, load_tokenizer(root / "tokenizer"), 0.25)
+    names = chat_tasks.chat_tasks(records, load_tokenizer(root / "tokenizer"), 0.25)
     for split, expected in ids.items():
         assert {example["id"].decode() for example in dataset_of(names["chat"], split)} == expected
 
