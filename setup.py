@@ -12,10 +12,10 @@ import setuptools
 BASE = [
     "absl-py",  # flags, as ml-collections uses them
     "array-record",  # token store shards, readable by index
-    "etils[epath]",  # gs:// paths behind the pathlib interface
     "flax>=0.12",
     "jax>=0.10,<0.13",
     "ml-collections",
+    "jinja2",  # chat templates of Hugging Face tokenizers
     "msgpack",  # token store records: plain data, cannot run code
     "numpy",
     "optax",
@@ -24,6 +24,7 @@ BASE = [
     "scipy",  # normal quantiles; connected components
     "sentencepiece<0.2.3",  # 0.2.3 needs protobuf 7, TensorFlow and Beam hold protobuf 6
     "tokenizers",  # Hugging Face tokenizer.json
+    "universal-pathlib",  # gs:// paths behind the pathlib interface
 ]
 DATA = [
     "apache-beam",
@@ -35,7 +36,8 @@ DATA = [
     "tensorflow-datasets",
     "xxhash",
 ]
-DEV = ["pytest", "pytest-xdist", "ruff"]
+GCS = ["gcsfs"]  # the gs:// of universal-pathlib
+DEV = [*GCS, "pytest", "pytest-xdist", "ruff"]
 
 setuptools.setup(
     name="ctllm-jax",
@@ -47,6 +49,6 @@ setuptools.setup(
     python_requires=">=3.11,<3.14",
     packages=setuptools.find_namespace_packages(include=["ctllm_jax*", "data_pipeline*", "configs*", "launch*"]),
     install_requires=BASE,
-    extras_require={"data": DATA, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda13]"], "dev": DEV},
+    extras_require={"data": DATA, "gcs": GCS, "tpu": ["jax[tpu]", *GCS], "cuda": ["jax[cuda13]"], "dev": DEV},
     entry_points={"console_scripts": ["ctllm = ctllm_jax.cli:main"]},
 )

@@ -20,7 +20,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
             objective=dict(name="lm", z_loss=0.0, dpo_beta=0.0),
             model=models.named(name),
             init_from=None,
-            data=dict(store="", rates={}, mask_documents=True),
+            data=dict(store="", rates={}, rate_changes=(), mask_documents=True),
             optimizer=dict(
                 learning_rate=2e-4,
                 final_learning_rate=2e-5,

@@ -30,10 +30,8 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import write_json
 from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.common.progress import Progress
-from ctllm_jax.data.batches import Batch, Stream, held_out, prefetched
-from ctllm_jax.data.order import Mixture
+from ctllm_jax.data.batches import Batch, DataConfig, Stream, held_out, make_stream, prefetched
 from ctllm_jax.data.store import TokenStore, open_store
-from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.metrics import Meter, MetricsLog
 from ctllm_jax.model import (
@@ -49,15 +47,6 @@ from ctllm_jax.optim import OptimizerConfig, make_optimizer, schedule
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
 
 EXIT_RESUME = 75  # stopped by a signal after saving: start the same command again
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is read and in which proportion."""
-
-    store: str  # folder of `ctllm tokenize`
-    rates: dict[str, float]  # share of each source (any scale); empty: by rows
-    mask_documents: bool  # False lets tokens see earlier documents of their row, as the released model did
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +164,7 @@ class Job:
     config: TrainConfig
     model: ModelConfig
     store: TokenStore
+    stream: Stream
     mesh: Mesh
     stage: Stage
 
@@ -190,14 +180,16 @@ def run(config: TrainConfig, workdir: str) -> dict:
     store = open_store(config.data.store)
     origin = load_model(config.init_from) if config.init_from else None
     model = origin.config if origin else config.model
-    _check_fit(config, model, store)
+    _check_fit(config, model, origin, store)
     inputs = {"store": store.fingerprint, "init": origin.digest if origin else None}
+    stream = make_stream(config.data, store, config.batch_size, config.seed)
     with processes.first_process_first():
         first = jax.process_index() == 0
-        stage = open_stage("train", 1, workdir, _decisive(config, model), inputs, exclusive=first)
+        stage = open_stage("train", 2, workdir, _decisive(config, model), inputs, exclusive=first)
     if stage.done:
+        _check_past_rates(config, stage.result["rates"], config.steps)
         return stage.result
-    job = Job(config, model, store, make_mesh(config.mesh), stage)
+    job = Job(config, model, store, stream, make_mesh(config.mesh), stage)
     _check_layout(job)
     with jax.set_mesh(job.mesh), _stop_on_signal() as stopping:
         result = _train(job, origin, stopping)
@@ -218,6 +210,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
         params, rest, record = checkpoints.restore(
             first, _like(state.params), _like((state.optimizer, state.step, state.skipped))
         )
+        _check_past_rates(config, record["rates"], first)
         state, ledger = TrainState(params, *rest), record["ledger"]
         print(f"train: resumed at step {first}", file=sys.stderr)
 
@@ -230,7 +223,6 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
         donate_argnums=0,
     )
     eval_fn = jax.jit(lambda params, reference, batch: objective(params, reference, batch)[1], out_shardings=everywhere)
-    stream = Stream(store, "train", _mixture(config, store), config.batch_size, config.data.mask_documents)
     log = MetricsLog(job.stage.folder, first)
     meter = Meter(log, config.log_every, schedule(config.optimizer, config.steps), sources, ledger)
     meter.measure(job.model, store, config.batch_size, job.mesh)
@@ -241,7 +233,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
         log.write("eval", 0, held)
     stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
     with Progress(f"train {config.objective.name}", config.steps, "steps", stream_out) as progress:
-        for step, batch in enumerate(prefetched(stream, first, config.steps, job.mesh), first + 1):
+        for step, batch in enumerate(prefetched(job.stream, first, config.steps, job.mesh), first + 1):
             state, metrics = step_fn(state, reference, batch)
             meter.dispatched(step, metrics, progress)
             last, stop = step == config.steps, stopping.requested
@@ -252,7 +244,12 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
                 meter.restart_clock()
             if last or stop or step % config.checkpoint_every == 0:
                 meter.catch_up(progress)  # the ledger up to this very step goes into the checkpoint
-                record = {"step": step, "ledger": meter.ledger, "store": store.fingerprint}
+                record = {
+                    "step": step,
+                    "ledger": meter.ledger,
+                    "store": store.fingerprint,
+                    "rates": _rates(config, step),
+                }
                 checkpoints.save(step, state.params, (state.optimizer, state.step, state.skipped), record)
                 meter.restart_clock()
             if stop and not last:
@@ -270,6 +267,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
         "step": config.steps,
         "validation": held,
         "ledger": meter.ledger,
+        "rates": _rates(config, config.steps),
         "skipped": int(state.skipped),
         "parameters": count_params(job.model),
     }
@@ -309,26 +307,42 @@ def _decisive(config: TrainConfig, model: ModelConfig) -> dict:
     for name in ("checkpoint_every", "checkpoints_kept", "init_from"):  # init_from is identified by its digest
         settings.pop(name)
     settings["data"].pop("store")  # by its fingerprint
+    settings["data"].pop("rates"), settings["data"].pop("rate_changes")  # may change ahead: see _check_past_rates
     settings["model"] = dataclasses.asdict(model)
     return settings
 
 
-def _check_fit(config: TrainConfig, model: ModelConfig, store: TokenStore) -> None:
+def _rates(config: TrainConfig, step: int) -> list[dict]:
+    """The rates that the first `step` steps were drawn at."""
+    phases = config.data.phases(config.batch_size)
+    return [dataclasses.asdict(phase) for phase in phases if phase.start < step * config.batch_size]
+
+
+def _check_past_rates(config: TrainConfig, seen: list[dict], step: int) -> None:
+    """Rates may change ahead of a run, never behind it: what it has learned from would be another stream."""
+    if seen != _rates(config, step):
+        raise UserError(
+            f"data.rates or data.rate_changes differ for the steps up to {step}, which this run has made with {seen}; "
+            f"give those, and changes from step {step + 1} on as data.rate_changes"
+        )
+
+
+def _check_fit(config: TrainConfig, model: ModelConfig, origin: LoadedModel | None, store: TokenStore) -> None:
     """Store, model and objective go together."""
     if store.kind not in STORE_KINDS[config.objective.name]:
         wanted = " or ".join(STORE_KINDS[config.objective.name])
         raise UserError(f"{store.folder} is a {store.kind} store; objective {config.objective.name} reads {wanted}")
-    vocabulary = load_tokenizer(store.tokenizer_folder).vocab_size
-    if vocabulary > model.vocab_size:
-        raise UserError(f"{store.folder}: its tokenizer has {vocabulary} ids, the model only {model.vocab_size}")
+    if store.tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{store.folder}: its tokenizer has {store.tokenizer.vocab_size} ids, the model only {model.vocab_size}"
+        )
+    if origin and origin.tokenizer.digest != store.tokenizer.digest:
+        raise UserError(
+            f"{store.folder} was made with another tokenizer than {config.init_from}; "
+            f"build it with `ctllm tokenize --config.tokenizer={origin.tokenizer.file}`"
+        )
     if store.sequence_length > model.max_length:
         raise UserError(f"{store.folder}: rows of {store.sequence_length} tokens, the model takes {model.max_length}")
-    _mixture(config, store)
-
-
-def _mixture(config: TrainConfig, store: TokenStore) -> Mixture:
-    sizes = {source: store.size("train", source) for source in store.sources("train")}
-    return Mixture(sizes, config.data.rates, config.seed)
 
 
 def _check_layout(job: Job) -> None:

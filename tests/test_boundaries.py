@@ -65,8 +65,8 @@ def test_the_data_side_imports_what_is_shared_and_never_jax(path):
 @pytest.mark.parametrize("path", sources("ctllm_jax/common"), ids=lambda path: path.name)
 def test_common_needs_the_standard_library_only(path):
     allowed = set(sys.stdlib_module_names) | {"ctllm_jax.common"}
-    # etils is loaded by name, and only for gs:// and s3://.
-    assert {name for name in imports(path) if not within(name, allowed)} <= {"etils.epath"}
+    # upath is loaded by name, and only for gs:// and its like.
+    assert {name for name in imports(path) if not within(name, allowed)} <= {"upath"}
 
 
 def test_what_is_shared_does_not_reach_jax_by_a_detour():

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from tiny_models import tiny_config, tiny_tokenizer
 
+from ctllm_jax.common import files
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.data.batches import row_arrays
-from ctllm_jax.data.record import FORMAT, Row, shard_name, write_shard
+from ctllm_jax.data.record import FORMAT, Row, ids_name, shard_name, write_ids, write_shard
 from ctllm_jax.data.store import TokenStore, open_store
 
 Rows = Mapping[str, Mapping[str, Sequence[Row]]]  # {split: {source: rows}}
@@ -25,12 +26,15 @@ def write_store(folder: pathlib.Path, rows: Rows, kind: str, length: int, shards
             for index, part in enumerate(np.array_split(np.arange(len(own)), shards)):
                 name = shard_name(split, source, index, shards)
                 write_shard(folder / name, [own[i] for i in part])
-                entry["shards"].append({"file": name, "rows": len(part)})
+                write_ids(folder / ids_name(name), [own[i] for i in part])
+                identity = files.identity(folder / name)
+                entry["shards"].append({"file": name, "rows": len(part), "identity": identity})
+            entry["learned"] = sum(int(row_arrays(row, length, kind, True)["weights"].sum()) for row in own)
     tokenizer = tiny_tokenizer()
     (folder / "tokenizer").mkdir()
     shutil.copyfile(tokenizer.file, folder / "tokenizer" / "tokenizer.model")
-    identity = {"vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest}
-    stage.finish({"format": FORMAT, "kind": kind, "sequence_length": length, "tokenizer": identity, "splits": splits})
+    result = {"format": FORMAT, "kind": kind, "sequence_length": length, "made_from": [], "splits": splits}
+    stage.finish({**result, "tokenizer": {"vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest}})
     return open_store(folder)
 
 
@@ -89,7 +93,7 @@ def train_values(store: pathlib.Path) -> dict:
         "objective": {"name": "lm", "z_loss": 1e-4, "dpo_beta": 0.5},
         "model": dataclasses.asdict(tiny_config(max_length=32)),
         "init_from": None,
-        "data": {"store": str(store), "rates": {"zh": 0.75, "en": 0.25}, "mask_documents": True},
+        "data": {"store": str(store), "rates": {"zh": 0.75, "en": 0.25}, "rate_changes": [], "mask_documents": True},
         "optimizer": {
             "learning_rate": 2e-2,
             "final_learning_rate": 1e-3,

@@ -18,11 +18,22 @@ _EDGE = 64 * 1024  # bytes hashed at either end of an input file by `identity`
 
 
 def as_path(location: str | os.PathLike) -> Any:
-    """`pathlib.Path` for a local location, `etils.epath.Path` (same interface) for gs:// and s3://."""
-    text = os.fspath(location)
-    if "://" in text:
-        return importlib.import_module("etils.epath").Path(text)
-    return pathlib.Path(text)
+    """`pathlib.Path` for a local location, `upath.UPath` (same interface, over fsspec) for gs:// and its like.
+
+    Raises:
+      UserError: the library for such locations is not installed.
+    """
+    if not is_remote(location):
+        return pathlib.Path(location)
+    try:
+        return importlib.import_module("upath").UPath(location)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{location}: cannot be reached ({error}); gs:// needs: pip install 'ctllm-jax[gcs]'") from None
+
+
+def is_remote(location: str | os.PathLike) -> bool:
+    """Whether a location is a URL such as gs://bucket/path."""
+    return "://" in str(location)
 
 
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
@@ -116,7 +127,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
         if "://" in pattern:
             root, _, rest = pattern.partition("://")
             bucket, _, tail = rest.partition("/")
-            matches = [os.fspath(p) for p in as_path(f"{root}://{bucket}").glob(tail)]
+            matches = [str(path) for path in as_path(f"{root}://{bucket}").glob(tail)]
         else:
             matches = [name for name in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(name)]
         if not matches:
@@ -128,7 +139,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 def identity(path: str | os.PathLike) -> str:
     """Hash of a file's size, first and last 64 KiB: notices a changed input without reading terabytes."""
     path = as_path(path)
-    size = path.stat().st_size if isinstance(path, pathlib.Path) else path.stat().length
+    size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         digest.update(file.read(_EDGE))

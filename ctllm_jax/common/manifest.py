@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, read_json, remove_temporaries, write_json
+from ctllm_jax.common.files import as_path, is_remote, read_json, remove_temporaries, write_json
 
 
 def fingerprint(value: Any) -> str:
@@ -81,7 +81,7 @@ def open_stage(
       UserError: the folder holds a stage made from something else, another process is working on it, or it is not
         on a file system.
     """
-    if "://" in os.fspath(workdir):
+    if is_remote(workdir):
         raise UserError(f"{workdir}: a stage's folder must be on a local or shared file system; copy it afterwards")
     folder = pathlib.Path(workdir)
     mark = fingerprint([name, version, settings, inputs])
@@ -140,7 +140,7 @@ def stage_fingerprint(folder: str | os.PathLike, name: str | None = None) -> str
 def read_result(folder: str | os.PathLike, name: str | None = None) -> tuple[str, dict]:
     """(fingerprint, result) of a finished stage; UserError as `stage_fingerprint`."""
     verb = f"`ctllm {name}`" if name else "a stage"
-    if not os.fspath(folder):
+    if not str(folder):
         raise UserError(f"the folder of {verb} that is to be read is not given")
     path = as_path(folder) / "manifest.json"
     if not path.exists():

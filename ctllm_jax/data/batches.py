@@ -3,25 +3,58 @@
 Legend: B sequences of the global batch, L sequence length; preference batches have [B, 2, L] (chosen, rejected).
 """
 
+import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ctllm_jax.data.order import Mixture, Place
+from ctllm_jax.data.order import Mixture, Phase, Place
 from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import TokenStore
 from ctllm_jax.sharding import spec
 
 Batch = dict[str, jax.Array]
+_EMPTY = Row(np.zeros(0, np.int32), [0, 0], [], np.zeros(0, np.uint8), 0)  # fills up a batch; carries no weight
+_AHEAD = 2  # batches that are read while one is used
+_FIELDS = {
+    "tokens": np.int32,
+    "positions": np.int32,
+    "segments": np.int32,
+    "labels": np.int32,
+    "weights": np.float32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RateChange:
+    """Other rates from a step on (steps count from 1)."""
+
+    step: int
+    rates: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read and in which proportion."""
+
+    store: str  # folder of `ctllm tokenize`, local or gs://
+    rates: dict[str, float]  # share of each source (any scale); empty: by rows
+    rate_changes: tuple[RateChange, ...]  # a run that goes on may add some after the step it has reached
+    mask_documents: bool  # False lets tokens see earlier documents of their row, as the released model did
+
+    def phases(self, batch_size: int) -> list[Phase]:
+        """The rates as the order of examples knows them."""
+        changes = [Phase((change.step - 1) * batch_size, change.rates) for change in self.rate_changes]
+        return [Phase(0, self.rates), *changes]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The training stream of a store: batch(step) holds examples [step B, (step + 1) B)."""
+    """The training stream of a store: batch(step) holds examples [step B, (step + 1) B); here steps count from 0."""
 
     store: TokenStore
     split: str
@@ -29,57 +62,70 @@ class Stream:
     batch_size: int
     mask_documents: bool  # False gives the released model's attention across documents
 
-    def place(self, step: int, row: int) -> Place:
-        """Where a row of a step's global batch comes from."""
-        return self.mixture.place(step * self.batch_size + row)
+    def places(self, step: int, rows: Sequence[int] | None = None) -> list[Place]:
+        """Where rows (None: all) of a step's global batch come from."""
+        rows = range(self.batch_size) if rows is None else rows
+        return self.mixture.places([step * self.batch_size + row for row in rows])
 
-    def places(self, step: int) -> list[Place]:
-        """Where each row of a step's global batch comes from."""
-        return [self.place(step, row) for row in range(self.batch_size)]
-
-    def arrays(self, step: int, rows: range | list[int]) -> dict[str, np.ndarray]:
+    def arrays(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """The given rows of a step's global batch, as numpy arrays."""
-        sources = self.store.sources(self.split)
-        examples = []
-        for row in rows:
-            place = self.place(step, row)
-            record = self.store.row(self.split, place.source, place.index)
-            example = row_arrays(record, self.store.sequence_length, self.store.kind, self.mask_documents)
-            examples.append({**example, "source": np.int32(sources.index(place.source))})
-        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+        places, sources = self.places(step, rows), self.store.sources(self.split)
+        by_source = collections.defaultdict(list)
+        for position, place in enumerate(places):
+            by_source[place.source].append(position)
+        records: list[Row | None] = [None] * len(places)
+        for source, positions in by_source.items():
+            read = self.store.read(self.split, source, [places[position].index for position in positions])
+            for position, row in zip(positions, read, strict=True):
+                records[position] = row
+        arrays = rows_arrays(records, self.store.sequence_length, self.store.kind, self.mask_documents)
+        return {**arrays, "source": np.array([sources.index(place.source) for place in places], np.int32)}
+
+
+def make_stream(config: DataConfig, store: TokenStore, batch_size: int, seed: int) -> Stream:
+    """The training stream of a run; UserError where the rates do not fit the store."""
+    sizes = {source: store.size("train", source) for source in store.sources("train")}
+    mixture = Mixture(sizes, config.phases(batch_size), seed)
+    return Stream(store, "train", mixture, batch_size, config.mask_documents)
+
+
+def rows_arrays(rows: Sequence[Row], length: int, kind: str, mask_documents: bool) -> dict[str, np.ndarray]:
+    """What the model reads of rows: tokens, positions, segments, labels, weights; [N, L], or [N, 2, L] for pairs."""
+    sides = 2 if kind == "preference" else 1
+    arrays = {name: np.zeros((len(rows) * sides, length), dtype) for name, dtype in _FIELDS.items()}
+    for number, row in enumerate(rows):
+        if kind == "preference":
+            cut = row.lengths[0]
+            _fill(arrays, 2 * number, row.tokens[:cut], row.mask[:cut], [cut])
+            _fill(arrays, 2 * number + 1, row.tokens[cut:], row.mask[cut:], [len(row.tokens) - cut])
+        else:
+            _fill(arrays, number, row.tokens, row.mask, row.lengths if mask_documents else [len(row.tokens)])
+    if kind == "preference":
+        return {name: array.reshape(len(rows), 2, length) for name, array in arrays.items()}
+    return arrays
 
 
 def row_arrays(row: Row, length: int, kind: str, mask_documents: bool) -> dict[str, np.ndarray]:
-    """What the model reads of a row: tokens, positions, segments, labels, weights; [L], or [2, L] for a pair."""
-    if kind == "preference":
-        cut = row.lengths[0]
-        parts = [(row.tokens[:cut], row.mask[:cut]), (row.tokens[cut:], row.mask[cut:])]
-        sides = [_sequence(tokens, mask, [len(tokens)], length, True) for tokens, mask in parts]
-        return {name: np.stack([side[name] for side in sides]) for name in sides[0]}
-    mask = np.ones(len(row.tokens), np.uint8) if row.mask is None else row.mask
-    return _sequence(row.tokens, mask, row.lengths, length, mask_documents)
+    """`rows_arrays` of one row: [L], or [2, L] for a pair."""
+    return {name: array[0] for name, array in rows_arrays([row], length, kind, mask_documents).items()}
 
 
-def _sequence(
-    tokens: np.ndarray, mask: np.ndarray, lengths: list[int], length: int, mask_documents: bool
-) -> dict[str, np.ndarray]:
-    """A padded sequence. A token predicts the next one of its own segment; a segment's first token is given."""
+def _fill(
+    arrays: dict[str, np.ndarray], number: int, tokens: np.ndarray, mask: np.ndarray | None, lengths: Sequence[int]
+) -> None:
+    """Writes a sequence into row `number`. A token predicts the next one of its own segment; the first is given."""
     filled = len(tokens)
-    if not mask_documents:
-        lengths = [filled]
-    segments = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
-    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-    labels, weights = np.zeros(filled, np.int32), np.zeros(filled, np.float32)
-    labels[:-1] = tokens[1:]
-    weights[:-1] = mask[1:] * (segments[1:] == segments[:-1])
-    arrays = {
-        "tokens": tokens,
-        "positions": positions,
-        "segments": segments,
-        "labels": labels,
-        "weights": weights,
-    }
-    return {name: np.pad(array, (0, length - filled)) for name, array in arrays.items()}
+    if not filled:
+        return
+    lengths = np.asarray(lengths)
+    ends = np.cumsum(lengths)
+    segment = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    arrays["tokens"][number, :filled] = tokens
+    arrays["segments"][number, :filled] = segment + 1
+    arrays["positions"][number, :filled] = np.arange(filled, dtype=np.int32) - (ends - lengths)[segment]
+    arrays["labels"][number, : filled - 1] = tokens[1:]
+    arrays["weights"][number, : filled - 1] = 1 if mask is None else mask[1:]
+    arrays["weights"][number, ends - 1] = 0
 
 
 def _lay_out(
@@ -113,14 +159,14 @@ def global_batch(stream: Stream, step: int, mesh: Mesh) -> Batch:
 
 
 def prefetched(stream: Stream, start: int, stop: int, mesh: Mesh) -> Iterator[Batch]:
-    """The batches of steps [start, stop), the next one read in a thread while the last is used."""
+    """The batches of steps [start, stop), the next ones read in a thread while one is used."""
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        pending = pool.submit(global_batch, stream, start, mesh) if start < stop else None
-        for step in range(start, stop):
-            batch = pending.result()
-            if step + 1 < stop:
-                pending = pool.submit(global_batch, stream, step + 1, mesh)
-            yield batch
+        pending = collections.deque()
+        for step in range(start, stop + _AHEAD):
+            if step < stop:
+                pending.append(pool.submit(global_batch, stream, step, mesh))
+            if step >= start + _AHEAD:
+                yield pending.popleft().result()
 
 
 def held_out(
@@ -133,13 +179,13 @@ def held_out(
     for number, source in enumerate(store.sources(split)):
         size = min(store.size(split, source), most * batch_size)
         for start in range(0, size, batch_size):
-            records = [store.row(split, source, i) for i in range(start, min(start + batch_size, size))]
-            examples = [row_arrays(r, store.sequence_length, store.kind, mask_documents) for r in records]
-            empty = {name: np.zeros_like(array) for name, array in examples[0].items()}
-            examples += [empty] * (batch_size - len(examples))
+            indices = range(start, min(start + batch_size, size))
+            records = store.read(split, source, indices)
+            records += [_EMPTY] * (batch_size - len(indices))
 
-            def read(rows, examples=examples, number=number):
-                arrays = {name: np.stack([examples[row][name] for row in rows]) for name in examples[0]}
+            def read(rows, records=records, number=number):
+                chosen = [records[row] for row in rows]
+                arrays = rows_arrays(chosen, store.sequence_length, store.kind, mask_documents)
                 return {**arrays, "source": np.full(len(rows), number, np.int32)}
 
             yield source, sum(r.bytes for r in records), _lay_out(read, batch_size, store, mesh)
