@@ -9,7 +9,7 @@ from tiny_stores import tiny_store
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.batches import Stream, global_batch
-from ctllm_jax.data.order import Mixture
+from ctllm_jax.data.order import Mixture, Phase
 from ctllm_jax.model import abstract_params, logical_axes
 from ctllm_jax.objectives import ObjectiveConfig, make_objective
 from ctllm_jax.sharding import RULES, MeshConfig, constrain, make_mesh, shardings, spec
@@ -116,7 +116,7 @@ def test_constraints_do_nothing_without_a_mesh():
 def stream(tmp_path_factory):
     store = tiny_store(tmp_path_factory.mktemp("store"))
     sizes = {source: store.size("train", source) for source in store.sources("train")}
-    return Stream(store, "train", Mixture(sizes, {}, seed=0), 8, True)
+    return Stream(store, "train", Mixture(sizes, [Phase(0, {})], seed=0), 8, True)
 
 
 def random_params(config) -> dict:

@@ -10,9 +10,8 @@ from tiny_models import tiny_tokenizer
 from tiny_stores import counting, tiny_store, write_store
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.data.batches import Stream, global_batch, held_out, prefetched, row_arrays
-from ctllm_jax.data.order import Mixture
-from ctllm_jax.data.record import FORMAT, Row, decode_row, encode_row, write_shard
+from ctllm_jax.data.batches import DataConfig, Stream, global_batch, held_out, make_stream, prefetched, row_arrays
+from ctllm_jax.data.record import FORMAT, Row, decode_row, encode_row, ids_name, write_shard
 from ctllm_jax.data.store import open_store
 from ctllm_jax.data.tokenizer import load_tokenizer
 from ctllm_jax.sharding import MeshConfig, make_mesh
@@ -25,9 +24,8 @@ def mesh_of(devices: int):
     return make_mesh(MeshConfig(*MESHES[devices]), jax.devices()[:devices])
 
 
-def stream_of(store, batch_size=8, mask_documents=True):
-    sizes = {source: store.size("train", source) for source in store.sources("train")}
-    return Stream(store, "train", Mixture(sizes, RATES, seed=5), batch_size, mask_documents)
+def stream_of(store, batch_size=8, mask_documents=True) -> Stream:
+    return make_stream(DataConfig(str(store.folder), RATES, (), mask_documents), store, batch_size, seed=5)
 
 
 @pytest.fixture(scope="module", params=["pretrain", "chat", "preference"])
@@ -41,14 +39,14 @@ def store(request, tmp_path_factory):
 def equal(a: Row, b: Row) -> bool:
     masks = (a.mask is None) == (b.mask is None) and (a.mask is None or np.array_equal(a.mask, b.mask))
     same = np.array_equal(a.tokens, b.tokens) and list(a.lengths) == list(b.lengths) and list(a.ids) == list(b.ids)
-    return masks and same and a.bytes == b.bytes
+    return masks and same and a.bytes == b.bytes and list(a.starts) == list(b.starts)
 
 
 @pytest.mark.parametrize(
     "row",
     [
         Row(np.array([1, 125_695, 0], np.int32), [3], ["文档-1"], None, 2**40),
-        Row(np.arange(7, dtype=np.int32), np.array([3, 4]), ("a", "b"), np.array([0, 1, 1, 0, 1, 1, 1]), 12),
+        Row(np.arange(7, dtype=np.int32), np.array([3, 4]), ("a", "b"), np.array([0, 1, 1, 0, 1, 1, 1]), 12, (0, 90)),
     ],
 )
 def test_a_record_gives_its_row_back(row):
@@ -65,6 +63,8 @@ def test_rows_come_in_order_across_shards(tmp_path):
     assert store.sources("validation") == []
     assert all(equal(a, b) for a, b in zip(store.rows("train", "zh"), rows, strict=True))
     assert equal(store.row("train", "zh", 7), rows[7]) and equal(store.row("train", "en", 1), rows[1])
+    several = store.read("train", "zh", [10, 0, 7, 0])  # of all shards, in no order, one twice
+    assert all(equal(a, rows[i]) for a, i in zip(several, [10, 0, 7, 0], strict=True))
     for index in (-1, 11):
         with pytest.raises(IndexError, match="train/zh has 11 rows"):
             store.row("train", "zh", index)
@@ -72,6 +72,14 @@ def test_rows_come_in_order_across_shards(tmp_path):
 
 def test_the_tokenizer_travels_with_the_store(store):
     assert load_tokenizer(store.tokenizer_folder).digest == tiny_tokenizer().digest == store.info["tokenizer"]["digest"]
+
+
+def test_the_rows_that_hold_a_document_are_found(tmp_path):
+    cut = [Row(np.arange(4, dtype=np.int32), [4], ["long"], None, 4, [3 * i]) for i in range(5)]
+    both = Row(np.arange(8, dtype=np.int32), [3, 5], ["文档", "long"], None, 8, [0, 15])
+    store = write_store(tmp_path, {"train": {"zh": [*cut, both], "en": cut[:1]}}, "pretrain", 8, shards=4)
+    assert store.find("train", "zh", "long") == [0, 1, 2, 3, 4, 5] and store.find("train", "en", "long") == [0]
+    assert store.find("train", "zh", "文档") == [5] and store.find("train", "zh", "another") == []
 
 
 # ---- Stores that are not whole
@@ -84,37 +92,70 @@ def shard_of(store):
 def test_a_missing_shard_is_refused_by_name(tmp_path):
     shard = shard_of(tiny_store(tmp_path))
     shard.unlink()
-    with pytest.raises(UserError, match=f"{re.escape(str(shard))}: a shard of the token store is missing"):
-        open_store(tmp_path).row("train", "zh", 0)
+    with pytest.raises(UserError, match=f"{re.escape(str(shard))}: a shard of the token store is missing; copy it"):
+        open_store(tmp_path)
 
 
-def test_a_shard_with_fewer_rows_than_its_manifest_says_is_refused(tmp_path):
+def test_a_missing_id_index_is_refused_by_name(tmp_path):
+    index = shard_of(tiny_store(tmp_path)).with_name(ids_name(shard_of(open_store(tmp_path)).name))
+    index.unlink()
+    with pytest.raises(UserError, match=f"{re.escape(str(index))}: the id index of a shard is missing"):
+        open_store(tmp_path).find("train", "zh", "train-zh-7.0")
+
+
+def test_a_shard_with_other_rows_is_refused(tmp_path):
     store = tiny_store(tmp_path)
-    rows = list(open_store(tmp_path).rows("train", "en"))[:29]
+    rows = list(open_store(tmp_path).rows("train", "en"))
     write_shard(shard_of(store), rows)
-    with pytest.raises(UserError, match=f"{re.escape(str(shard_of(store)))}: holds 29 rows, its manifest says 30"):
-        open_store(tmp_path).row("train", "zh", 0)
+    with pytest.raises(UserError, match=f"{re.escape(str(shard_of(store)))}: changed or cut short"):
+        open_store(tmp_path).row("train", "zh", 40)
 
 
 @pytest.mark.parametrize("keep", [0, 100, -10])
 def test_a_shard_that_was_cut_short_is_refused(tmp_path, keep):
     shard = shard_of(tiny_store(tmp_path))
     shard.write_bytes(shard.read_bytes()[:keep])
-    with pytest.raises(UserError, match=re.escape(str(shard))):
+    with pytest.raises(UserError, match=f"{re.escape(str(shard))}: changed or cut short"):
         list(open_store(tmp_path).rows("train", "zh"))
 
 
-def test_an_unfinished_store_and_another_format_are_refused(tmp_path):
-    store = tiny_store(tmp_path)
-    manifest = store.folder / "manifest.json"
-    values = json.loads(manifest.read_text())
-    values["result"]["format"] = FORMAT + 1
-    manifest.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=f"token store format {FORMAT + 1}, this version reads {FORMAT}"):
+def test_damage_in_the_middle_of_a_large_shard_is_noticed_when_it_is_read(tmp_path):
+    random = np.random.default_rng(0)
+    rows = [Row(random.integers(0, 2**30, 4000).astype(np.int32), [4000], [f"d{i}"], None, 0) for i in range(40)]
+    shard = write_store(tmp_path, {"train": {"zh": rows}}, "pretrain", 4000, shards=1).folder.glob("*.array_record")
+    (path,) = shard
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)  # size and edges are as they were
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: damaged .*copy it anew"):
+        list(open_store(tmp_path).rows("train", "zh"))
+
+
+def change_manifest(folder, **changes):
+    values = json.loads((folder / "manifest.json").read_text())
+    values["result"].update(changes)
+    (folder / "manifest.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(("version", "remedy"), [(FORMAT + 1, "update ctllm-jax"), (FORMAT - 1, "build it again")])
+def test_another_format_is_refused(tmp_path, version, remedy):
+    change_manifest(tiny_store(tmp_path).folder, format=version)
+    with pytest.raises(UserError, match=f"token store format {version}, this version reads {FORMAT}; {remedy}"):
         open_store(tmp_path)
-    manifest.unlink()
+
+
+def test_an_unfinished_store_is_refused(tmp_path):
+    (tiny_store(tmp_path).folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=r"manifest\.json is missing"):
         open_store(tmp_path)
+
+
+def test_an_exchanged_tokenizer_is_refused(tmp_path):
+    store = tiny_store(tmp_path)
+    assert store.tokenizer.digest == tiny_tokenizer().digest
+    change_manifest(tmp_path, tokenizer={"vocab_size": 370, "digest": "another"})
+    with pytest.raises(UserError, match="tokenizer is not the tokenizer that made this store"):
+        _ = open_store(tmp_path).tokenizer
 
 
 # ---- What the model reads of a row
@@ -208,10 +249,15 @@ def test_prefetched_batches_are_those_of_their_steps(store):
 
 def test_a_process_reads_the_rows_of_its_devices_only(store, monkeypatch):
     stream, read = stream_of(store), []
-    original = type(store).row
-    monkeypatch.setattr(type(store), "row", lambda self, *place: read.append(place) or original(self, *place))
+    original = type(store).read
+
+    def watched(self, split, source, indices):
+        read.extend((split, source, index) for index in indices)
+        return original(self, split, source, indices)
+
+    monkeypatch.setattr(type(store), "read", watched)
     part = stream.arrays(1, range(2, 5))
-    assert read == [("train", place.source, place.index) for place in stream.places(1)[2:5]]
+    assert sorted(read) == sorted(("train", place.source, place.index) for place in stream.places(1)[2:5])
     whole = stream.arrays(1, range(8))
     for name, array in part.items():
         np.testing.assert_array_equal(array, whole[name][2:5])

@@ -1,5 +1,6 @@
 """The training loop: it learns, and kill, stop and resume leave no trace in the result."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
 from ctllm_jax.data.batches import row_arrays
+from ctllm_jax.data.order import Mixture, Phase
 from ctllm_jax.data.store import open_store
 from ctllm_jax.loading import load_model
 from ctllm_jax.metrics import read_metrics
@@ -134,7 +136,7 @@ def test_the_ledger_counts_the_tokens_learned_of_each_source(finished, stores):
     trained = entries(workdir, "train")
     assert sum(result["ledger"].values()) == sum(entry["count"] for entry in trained)
     store = open_store(stores["pretrain"])
-    mixture = train.Mixture({"en": 30, "zh": 60}, {"zh": 0.75, "en": 0.25}, 11)
+    mixture = Mixture({"en": 30, "zh": 60}, [Phase(0, {"zh": 0.75, "en": 0.25})], 11)
     expected = dict.fromkeys(("en", "zh"), 0)
     for example in range(8 * STEPS):
         place = mixture.place(example)
@@ -185,7 +187,6 @@ def test_a_finished_run_returns_at_once(finished, stores, monkeypatch):
         ({"steps": 24}, r"settings\.steps: 12 there, 24 now"),
         ({"batch_size": 16}, r"settings\.batch_size: 8 there, 16 now"),
         ({"optimizer__learning_rate": 1e-3}, r"settings\.optimizer\.learning_rate: 0\.02 there, 0\.001 now"),
-        ({"data__rates": {"zh": 1.0}}, r"settings\.data\.rates\.en: 0\.25 there, null now"),
         ({"data__mask_documents": False}, r"settings\.data\.mask_documents: true there, false now"),
         ({"model__d_ff": 64}, r"settings\.model\.d_ff: 48 there, 64 now"),
         ({"data__store": "chat"}, r"inputs\.store: .* there, .* now"),
@@ -247,6 +248,32 @@ def test_a_stopped_run_saves_says_so_and_goes_on(finished, stores, tmp_path, mon
     assert_same_run(tmp_path / "run", finished[0])
 
 
+def test_rates_may_change_ahead_of_a_run_and_not_behind_it(stores, tmp_path, monkeypatch):
+    def changed(step: int) -> TrainConfig:
+        change = {"step": step, "rates": {"en": 1.0}}
+        return config_of(stores["pretrain"], data__rate_changes=[change])
+
+    stopped(monkeypatch, 3, config_of(stores["pretrain"]), tmp_path / "run")
+    with pytest.raises(UserError, match="differ for the steps up to 3, .* changes from step 4 on"):
+        train.run(changed(3), str(tmp_path / "run"))
+    with pytest.raises(UserError, match="differ for the steps up to 3"):
+        train.run(config_of(stores["pretrain"], data__rates={"zh": 1.0}), str(tmp_path / "run"))
+    result = train.run(changed(4), str(tmp_path / "run"))
+    sources = {
+        entry["step"]: {key for key in entry if key.startswith("loss/")} for entry in entries(tmp_path / "run", "train")
+    }
+    assert all(sources[step] == {"loss/en"} for step in range(4, STEPS + 1)) and "loss/zh" in sources[1]
+    assert train.run(changed(4), str(tmp_path / "run")) == result  # finished: the same rates, nothing to do
+    with pytest.raises(UserError, match="differ for the steps up to 12"):
+        train.run(changed(5), str(tmp_path / "run"))
+
+
+def test_the_ledger_of_an_epoch_is_what_the_manifest_says(tmp_path):
+    store = tiny_store(tmp_path / "store", rows=64)
+    result = train.run(config_of(store.folder, data__rates={"zh": 1.0}, steps=8), str(tmp_path / "run"))
+    assert result["ledger"] == {"en": 0, "zh": store.info["splits"]["train"]["zh"]["learned"]}
+
+
 def test_a_signal_in_the_last_step_lets_the_run_finish(finished, stores, tmp_path, monkeypatch):
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "manifest.json").unlink()
@@ -289,7 +316,7 @@ def test_sft_starts_from_a_run_and_learns_the_masked_tokens_only(finished, store
     assert last["loss"] < first["loss"] and "bits_per_byte" not in last
     assert read_json(tmp_path / "run" / "run.json")["model"] == read_json(finished[0] / "run.json")["model"]
     store, expected = open_store(stores["chat"]), 0
-    mixture = train.Mixture({"en": 30, "zh": 60}, {"zh": 0.75, "en": 0.25}, 11)
+    mixture = Mixture({"en": 30, "zh": 60}, [Phase(0, {"zh": 0.75, "en": 0.25})], 11)
     for example in range(8 * STEPS):
         place = mixture.place(example)
         arrays = row_arrays(store.row("train", place.source, place.index), 32, "chat", True)
@@ -338,6 +365,21 @@ def test_dpo_starts_level_with_its_reference_and_a_stop_does_not_move_the_refere
 def test_what_does_not_go_together_is_refused_before_the_folder_is_claimed(stores, tmp_path, kind, change, message):
     with pytest.raises(UserError, match=message):
         train.run(config_of(stores.get(kind, tmp_path / kind), **change), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_of_another_tokenizer_than_the_models_is_refused(finished, stores, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(stores["chat"], store)
+    model = store / "tokenizer" / "tokenizer.model"
+    model.write_bytes(model.read_bytes() + b"\xc0\x3e\x00")  # a field that no one knows
+    with pytest.raises(UserError, match="is not the tokenizer that made this store"):
+        train.run(config_of(store, model=None, init_from=str(finished[0])), str(tmp_path / "run"))
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["result"]["tokenizer"]["digest"] = hashlib.sha256(model.read_bytes()).hexdigest()[:16]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="made with another tokenizer than .*; build it with `ctllm tokenize"):
+        train.run(config_of(store, model=None, init_from=str(finished[0])), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

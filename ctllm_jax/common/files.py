@@ -26,7 +26,7 @@ def as_path(location: str | os.PathLike) -> Any:
     if not is_remote(location):
         return pathlib.Path(location)
     try:
-        return importlib.import_module("upath").UPath(location)
+        return importlib.import_module("upath").UPath(location, use_listings_cache=False)
     except (ImportError, ValueError) as error:
         raise UserError(f"{location}: cannot be reached ({error}); gs:// needs: pip install 'ctllm-jax[gcs]'") from None
 

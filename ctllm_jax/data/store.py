@@ -22,6 +22,7 @@ from ctllm_jax.data.record import FORMAT, Row, decode_row, id_hash, ids_name
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 _OPEN_SHARDS = 512  # file descriptors are finite
+_BUFFER = 1 << 16  # bytes that a read asks for at least; a row has some ten thousand
 _REQUESTS = 16  # shards of a remote store that are read at the same time
 _READ_AHEAD = 256  # rows that are read together when all are wanted in order
 _REPAIR = "copy it anew, or build the store again with `ctllm tokenize`"
@@ -154,18 +155,18 @@ class TokenStore:
     def _open_shard(self, file: str, rows: int, expected: str) -> Any:
         self._check(file, expected)
         path = self.folder / file
+        module = importlib.import_module("array_record.python.array_record_module")
         try:
-            # Rows are read here and there: reading ahead would only cost memory.
-            reader = _array_record().ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+            # Rows are read here and there: reading ahead would only cost memory and, from a bucket, traffic.
+            options = {"options": "readahead_buffer_size:0,max_parallelism:0", "file_reader_buffer_size": _BUFFER}
+            reader = module.ArrayRecordReader(str(path), **options)
+            if not reader.ok():
+                reader.read([0])  # says what is wrong
         except Exception as error:
             raise UserError(f"{path}: not a readable ArrayRecord file ({error}); {_REPAIR}") from None
         if reader.num_records() != rows:
             raise UserError(f"{path}: holds {reader.num_records()} rows, its manifest says {rows}; {_REPAIR}")
         return reader
-
-
-def _array_record():
-    return importlib.import_module("array_record.python.array_record_module")
 
 
 def _read_ids(path) -> np.ndarray:

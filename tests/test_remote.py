@@ -1,0 +1,81 @@
+"""Stores on gs://, read from a server on this machine through the libraries that read the real one."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from fake_gcs import serving
+from tiny_models import tiny_tokenizer
+from tiny_stores import tiny_store
+
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import expand, identity, read_json
+from ctllm_jax.data.batches import DataConfig, global_batch, make_stream
+from ctllm_jax.data.store import open_store
+from ctllm_jax.sharding import MeshConfig, make_mesh
+
+STORE = "gs://bucket/deep/store"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    root = tmp_path_factory.mktemp("buckets")
+    tiny_store(root / "bucket" / "deep" / "store")
+    with serving(root) as server, pytest.MonkeyPatch.context() as patch:
+        url = f"http://127.0.0.1:{server.server_port}"
+        patch.setenv("STORAGE_EMULATOR_HOST", url)  # gcsfs
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask another service
+        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", url)  # ArrayRecord
+        yield server
+
+
+def local(server) -> str:
+    return str(server.root / "bucket" / "deep" / "store")
+
+
+def stream_of(folder: str):
+    return make_stream(DataConfig(folder, {"zh": 0.75, "en": 0.25}, (), True), open_store(folder), 8, seed=5)
+
+
+def test_files_are_found_read_and_identified_as_local_ones_are(server):
+    assert read_json(f"{STORE}/manifest.json") == read_json(f"{local(server)}/manifest.json")
+    found = expand([f"{STORE}/*.array_record"])
+    assert [name.rpartition("/")[2] for name in found] == [
+        name.rpartition("/")[2] for name in expand([f"{local(server)}/*.array_record"])
+    ]
+    assert [identity(name) for name in found] == [identity(name.replace(STORE, local(server))) for name in found]
+    with pytest.raises(UserError, match="no file matches 'gs://bucket/deep/store/none"):
+        expand([f"{STORE}/none-*"])
+
+
+def test_batches_from_a_bucket_are_those_from_the_disk(server):
+    near, far = stream_of(local(server)), stream_of(STORE)
+    mesh = make_mesh(MeshConfig(2, -1, 1, 1), jax.devices())
+    for step in (0, 5):
+        jax.tree.map(np.testing.assert_array_equal, global_batch(far, step, mesh), global_batch(near, step, mesh))
+    assert far.store.find("train", "zh", "train-zh-7.0") == [7]
+
+
+def test_the_tokenizer_comes_from_the_bucket(server):
+    assert open_store(STORE).tokenizer.digest == tiny_tokenizer().digest
+
+
+def test_opening_a_store_reads_its_manifest_and_a_listing_only(server):
+    server.requests.clear()
+    stream_of(STORE).places(1000)
+    assert not [path for path in server.requests if "array_record" in path and "alt=media" in path]
+
+
+def test_what_is_missing_or_cut_short_in_a_bucket_is_refused_by_name(server):
+    copy = server.root / "bucket" / "damaged"
+    shutil.copytree(local(server), copy)
+    shard = sorted(copy.glob("train-zh-*.array_record"))[0]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(UserError, match=f"gs://bucket/damaged/{shard.name}: changed or cut short"):
+        list(open_store("gs://bucket/damaged").rows("train", "zh"))
+    shard.unlink()
+    with pytest.raises(UserError, match=f"gs://bucket/damaged/{shard.name}: a shard of the token store is missing"):
+        open_store("gs://bucket/damaged")
+    with pytest.raises(UserError, match=r"gs://bucket/nowhere: not a finished folder"):
+        open_store("gs://bucket/nowhere")
