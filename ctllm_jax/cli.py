@@ -8,8 +8,11 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import os
 import pathlib
+import select
 import sys
+from collections.abc import Mapping
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -19,6 +22,16 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.quiet import quiet_libraries
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXIT_CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Short:
+    """A key of a verb's config that is a flag as well: `--step=5` is `--config.step=5`."""
+
+    form: str  # as the help writes it: "--step=N"
+    help: str
+    bare: str | None = None  # the value that the flag alone stands for; None: it needs one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +42,8 @@ class Verb:
     config: str
     default: str | None
     help: str
+    workdir: str = "folder to write; a second run resumes or says why not"
+    short: Mapping[str, Short] = dataclasses.field(default_factory=dict)
 
 
 VERBS = {
@@ -66,6 +81,22 @@ VERBS = {
     "convert": Verb(
         "ctllm_jax.convert", "ConvertConfig", "configs/convert.py", "run directory <-> Hugging Face folder"
     ),
+    "trace": Verb(
+        "ctllm_jax.trace",
+        "TraceConfig",
+        "configs/trace.py",
+        "training run -> the documents that a step saw, the steps that saw a document",
+        workdir="run directory to look into; nothing is written",
+        short={
+            "step": Short("--step=N", "what step N saw (steps count from 1, as in metrics.jsonl)"),
+            "spike": Short("--spike[=K]", "what the K steps with the largest jumps of the loss saw (5)", bare="5"),
+            "document": Short("--document=ID", "which steps saw a document"),
+            "store": Short("--store=DIR", "the run's token store, where it has moved"),
+            "corpus": Short("--corpus=DIR", "folder of `ctllm corpus`, for the URLs, where it has moved"),
+            "text_chars": Short("--text_chars=N", "characters of text to show"),
+            "json": Short("--json", "a JSON object a line instead of a table", bare="True"),
+        },
+    ),
     "quickstart": Verb(
         "ctllm_jax.quickstart", "QuickstartConfig", "configs/quickstart.py", "every stage, small, to a report page"
     ),
@@ -73,16 +104,32 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the `ctllm` script. Exit status: 0 done, 2 the user's to mend, 75 stopped and saved."""
+    """Entry point of the `ctllm` script.
+
+    Exit status: 0 done, 2 the user's to mend, 75 stopped and saved, 130 interrupted, 141 nobody read the output on.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         _dispatch(argv)
+        sys.stdout.flush()  # here, where a closed pipe can still be dealt with
     except UserError as error:
         print(f"ctllm: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("ctllm: interrupted; run the same command to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
+        sys.exit(EXIT_CLOSED_PIPE)
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more, as in `ctllm VERB | head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _dispatch(argv: list[str]) -> None:
@@ -112,7 +159,7 @@ def _execute(name: str, verb: Verb, values: ConfigDict, workdir: str | None, sho
         print(json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=1))
         return
     if not workdir:
-        raise UserError(f"{name}: give --workdir=DIR, the folder that it writes")
+        raise UserError(f"{name}: give --workdir=DIR ({verb.workdir})")
     module.run(config, workdir)
 
 
@@ -121,14 +168,9 @@ def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[ConfigDict, str
     values = flags.FlagValues()
     default = str(ROOT / verb.default) if verb.default else None
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"ctllm {name}: {verb.help}\n")
-        print("  --config=FILE.py[:ARG]  config file; relative paths are looked for here, then in the repository")
-        print("  --config.KEY=VALUE      sets one value of it")
-        print("  --workdir=DIR           folder to write; a second run resumes or says why not")
-        print("  --print_config          print the effective config and stop")
-        print(f"\nDefault config: {verb.default or 'none, --config is required'}.")
+        print(_help(name, verb))
         return None
-    arguments = [_from_repository(argument) for argument in arguments]
+    arguments = [_from_repository(argument) for argument in _spell_out(name, verb, arguments)]
     try:
         sys.argv = [name, *arguments]  # ml_collections reads the overrides of the default config from there
         config_flags.DEFINE_config_file("config", default, "", flag_values=values)
@@ -147,6 +189,24 @@ def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[ConfigDict, str
     if config is None:
         raise UserError(f"{name}: give --config=FILE.py, one of configs/")
     return config, values.workdir, values.print_config
+
+
+def _spell_out(name: str, verb: Verb, arguments: list[str]) -> list[str]:
+    """Short flags as the config keys that they stand for: `--step=5`, `--step 5` as `--config.step=5`."""
+    spelled, waiting = [], iter(arguments)
+    for argument in waiting:
+        flag, given, value = argument.partition("=")
+        key = flag.removeprefix("--")
+        if flag == key or key not in verb.short:
+            spelled.append(argument)
+            continue
+        short = verb.short[key]
+        if not given:
+            value = next(waiting, "--") if short.bare is None else short.bare
+            if value.startswith("--"):
+                raise UserError(f"{name}: {flag} needs a value: {short.form}")
+        spelled.append(f"--config.{key}={value}")
+    return spelled
 
 
 def _from_repository(argument: str) -> str:
@@ -170,6 +230,19 @@ def _plain(error: Exception) -> str:
 
 def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip()
+
+
+def _help(name: str, verb: Verb) -> str:
+    rows = [
+        *((short.form, short.help) for short in verb.short.values()),
+        ("--config=FILE.py[:ARG]", "config file; relative paths are looked for here, then in the repository"),
+        ("--config.KEY=VALUE", "sets one value of it"),
+        ("--workdir=DIR", verb.workdir),
+        ("--print_config", "print the effective config and stop"),
+    ]
+    lines = [f"  {flag:<23} {text}" for flag, text in rows]
+    default = f"Default config: {verb.default or 'none, --config is required'}."
+    return "\n".join([f"ctllm {name}: {verb.help}", "", *lines, "", default])
 
 
 def _overview() -> str:

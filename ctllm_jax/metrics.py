@@ -4,11 +4,12 @@
 work only. MFU is given in both conventions: causal (only the visible half of attention) and full square.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -54,12 +55,7 @@ class MetricsLog:
         path = pathlib.Path(run_dir) / "metrics.jsonl"
         kept = []
         if resume_step and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resume_step:
-                        kept.append(line)
-                except ValueError:  # the line that a kill cut short
-                    continue
+            kept = [json.dumps(entry) for entry in _whole_lines(path) if entry["step"] <= resume_step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
@@ -157,6 +153,11 @@ class Meter:
 
 def read_metrics(run_dir: str | os.PathLike, kind: str) -> list[dict]:
     """All entries of one kind, in order."""
-    path = pathlib.Path(run_dir) / "metrics.jsonl"
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [entry for entry in entries if entry["kind"] == kind]
+    return [entry for entry in _whole_lines(pathlib.Path(run_dir) / "metrics.jsonl") if entry["kind"] == kind]
+
+
+def _whole_lines(path: pathlib.Path) -> Iterator[dict]:
+    """The entries of a metrics file, without the line that a kill cut short."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NEEDED = {
     "tokenize": ["--config.corpus=CORPUS"],
     "train": ["--config=configs/pretrain.py:tiny", "--config.data.store=STORE"],
+    "trace": ["--step=1"],
 }
 
 
@@ -94,6 +95,29 @@ def test_a_tuple_is_given_in_pythons_notation(capsys, value, expected):
     assert printed(capsys, "corpus", f"--config.input={value}")["input"] == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--step=3"], {"step": 3}),
+        (["--step", "3", "--json"], {"step": 3, "json": True}),
+        (["--config.step=3", "--json=False"], {"step": 3, "json": False}),
+        (["--spike"], {"spike": 5}),
+        (["--spike=2", "--text_chars", "9"], {"spike": 2, "text_chars": 9}),
+        (["--document=--id=1"], {"document": "--id=1"}),
+        (["--document", "17"], {"document": "17"}),
+    ],
+)
+def test_a_short_flag_is_a_key_of_the_config(capsys, arguments, expected):
+    values, untouched = printed(capsys, "trace", *arguments), printed(capsys, "trace", "--step=1") | {"step": None}
+    assert values == untouched | expected
+
+
+def test_every_short_flag_is_a_key_that_its_default_config_has(capsys):
+    for name, verb in VERBS.items():
+        assert verb.short.keys() <= printed(capsys, name, *NEEDED.get(name, [])).keys()
+        assert all(short.form.startswith(f"--{key}") for key, short in verb.short.items())
+
+
 def test_values_of_every_kind_are_overridden(capsys):
     values = printed(
         capsys,
@@ -126,7 +150,9 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
     status, out, err = ctllm(capsys, name, "--help")
     assert (status, err) == (0, "")
     assert VERBS[name].help in out and (VERBS[name].default or "--config is required") in out
-    assert all(flag in out for flag in ("--config", "--workdir", "--print_config"))
+    assert all(f"\n  {flag}" in out for flag in ("--config=", "--config.KEY=", "--workdir=", "--print_config"))
+    assert VERBS[name].workdir in out
+    assert all(f"\n  {short.form} " in out and short.help in out for short in VERBS[name].short.values())
 
 
 # ---- What the user gets wrong
@@ -145,6 +171,13 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
         (["train", "--config=configs/pretrain.py:huge", "--workdir=out"], "'huge'"),
         (["train", "--workdir=out"], "train: give --config=FILE.py"),
         (["convert", "--config.source=x"], "convert: give --workdir=DIR"),
+        (["convert", "--step=3", "--workdir=out"], "convert: Unknown command line flag 'step'"),
+        (["trace", "--step"], "trace: --step needs a value: --step=N"),
+        (["trace", "--document", "--workdir=out"], "trace: --document needs a value: --document=ID"),
+        (["trace", "--step=three", "--workdir=out"], "--config.step=three"),
+        (["trace", "--spike", "3", "--workdir=out"], "trace: unexpected argument '3'"),
+        (["trace", "--workdir=out"], "config: give exactly one of step, spike and document"),
+        (["trace", "--step=3"], "trace: give --workdir=DIR (run directory"),
         (["convert", "out"], "convert: unexpected argument 'out'"),
         (["convert", "--workdir"], "--workdir"),
         (["tokenize", "--config=configs/tokenize.py:chat", "--workdir=out"], "config: "),
@@ -219,3 +252,22 @@ def test_the_installed_script_reports_its_statuses(tmp_path):
     code, error = status("convert", f"--config.source={tmp_path}", f"--workdir={tmp_path / 'out'}")
     assert code == 2 and error.startswith("ctllm: error: ") and "Traceback" not in error
     assert os.fspath(tmp_path) in error
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["convert", "--print_config"]])
+def test_output_that_nobody_reads_on_is_no_error(arguments):
+    command = [sys.executable, "-m", "ctllm_jax.cli", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `| head` does when it has seen enough
+        assert process.stderr.read() == ""
+    assert process.returncode == cli.EXIT_CLOSED_PIPE
+
+
+def test_a_broken_pipe_elsewhere_is_an_error_of_ours(monkeypatch, tmp_path):
+    def fail(config, workdir):
+        raise BrokenPipeError("a worker went away")
+
+    monkeypatch.setattr(convert, "run", fail)
+    with open(tmp_path / "out", "w") as file, pytest.raises(BrokenPipeError):
+        monkeypatch.setattr(sys, "stdout", file)
+        cli.main(["convert", "--workdir=out"])

@@ -52,6 +52,7 @@ CASES = [
     Case("eval", None, "eval"),
     Case("generate", None, "generate"),
     Case("convert", None, "convert"),
+    Case("trace", None, "trace", (("step", 1),)),
     Case("quickstart", None, "quickstart"),
 ]
 PARTS = {"__init__", "models"}  # no configs of a verb: what others are composed of
