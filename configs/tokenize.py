@@ -16,8 +16,11 @@ def get_config(kind: str = "pretrain") -> ConfigDict:
             corpus=config_dict.placeholder(str),
             input=(),
             tokenizer="",
+            template="ctllm",
+            learn="assistant",
             sequence_length=4096 if kind == "pretrain" else 2048,
             validation_share=0.001 if kind == "pretrain" else 0.05,
+            shards=0,
             seed=42,
             beam=dict(runner="local", options=()),
         )

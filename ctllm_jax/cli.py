@@ -57,7 +57,7 @@ VERBS = {
         "data_pipeline.tokenizer",
         "TokenizerConfig",
         "configs/tokenizer.py",
-        "MAP-CC -> SentencePiece model, fertility report",
+        "MAP-CC -> SentencePiece model (or one that is given), fertility report",
     ),
     "tokenize": Verb(
         "data_pipeline.token_store",

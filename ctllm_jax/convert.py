@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ctllm_jax.checkpoint import save_params
 from ctllm_jax.common.files import atomic_dir, write_json
 from ctllm_jax.common.manifest import fingerprint, open_stage
-from ctllm_jax.hf_export import copy_tokenizer, export
+from ctllm_jax.hf_export import export
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.model import count_params
 
@@ -69,5 +69,5 @@ def _write_run(model: LoadedModel, folder: pathlib.Path, dtype: str) -> None:
         run = {"model": dataclasses.asdict(config), "fingerprint": fingerprint([model.digest, dtype])}
         write_json(temporary / "run.json", {**run, "converted_from": model.name})
         (temporary / "tokenizer").mkdir()
-        copy_tokenizer(model.tokenizer, temporary / "tokenizer")
+        model.tokenizer.copy_to(temporary / "tokenizer")
         save_params(temporary, jax.tree.map(lambda x: jnp.asarray(x, dtype), model.params), 0)

@@ -5,9 +5,9 @@ What was written is checked before the folder gets its name: see `export`.
 Legend: L length, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -17,11 +17,10 @@ from safetensors.numpy import save_file
 from ctllm_jax import numpy_llama
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import atomic_dir, write_json
-from ctllm_jax.data.chat import JINJA
+from ctllm_jax.data.chat import JINJA, own_template
 from ctllm_jax.data.tokenizer import (
     BOS,
     CHAT_PIECES,
-    END,
     EOS,
     PAD,
     UNK,
@@ -69,7 +68,9 @@ def export(
     with atomic_dir(folder) as temporary:
         _write_weights(temporary, config, params, dtype, shard_bytes)
         write_json(temporary / "config.json", _their_config(config, tokenizer, dtype))
-        stops = [i for i in (tokenizer.eos_id, tokenizer.piece_id(END)) if i is not None]
+        stops = [tokenizer.eos_id]
+        with contextlib.suppress(UserError):  # a tokenizer without a chat template has one stop
+            stops += [i for i in own_template(tokenizer).end_ids if i != tokenizer.eos_id]
         generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else stops[0]}
         write_json(temporary / "generation_config.json", generation)
         _write_tokenizer(temporary, tokenizer, config.max_length)
@@ -145,7 +146,7 @@ def _their_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict
 
 def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, max_length: int) -> None:
     """A SentencePiece model with its settings, or the tokenizer.json set as it was."""
-    copy_tokenizer(tokenizer, folder)
+    tokenizer.copy_to(folder)
     if not isinstance(tokenizer, SentencePieceTokenizer):
         return
     found = {piece: tokenizer.piece_id(piece) for piece in (BOS, EOS, PAD, *CHAT_PIECES)}
@@ -172,17 +173,6 @@ def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, max_length: int
         settings["chat_template"] = JINJA
         (folder / "chat_template.jinja").write_text(JINJA, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", settings)
-
-
-def copy_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """Copies a tokenizer's file and those that it is read with, named as `load_tokenizer` looks for them."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        shutil.copyfile(tokenizer.file, folder / "tokenizer.model")
-        return
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        source = tokenizer.file if name == "tokenizer.json" else tokenizer.file.with_name(name)
-        if source.exists():
-            shutil.copyfile(source, folder / name)
 
 
 def _check(folder: pathlib.Path, config: ModelConfig, params: dict, dtype: str) -> dict[str, float]:

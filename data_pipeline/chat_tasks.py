@@ -1,40 +1,65 @@
-"""SeqIO tasks of instruction and preference records: one per language, through the chat template."""
+"""SeqIO tasks of instruction and preference records: one per source, through a chat template.
 
+A record's source is its `source`, else its `language`, else the kind of the records.
+"""
+
+import itertools
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
-from ctllm_jax.data.chat import marker, render
-from ctllm_jax.data.tokenizer import CHAT_PIECES, Tokenizer
+from ctllm_jax.data.chat import ChatTemplate, CtllmTemplate
+from ctllm_jax.data.tokenizer import Tokenizer
 from data_pipeline.splits import is_held_out
-from data_pipeline.tasks import SPLITS
+from data_pipeline.tasks import BATCH, SPLITS
 
 
-def chat_tasks(records: Sequence[dict], tokenizer: Tokenizer, share: float) -> dict[str, str]:
-    """Registers a task per language of instruction records; {language: task name}. Feature `loss_mask` marks
-    what is learned."""
+def chat_tasks(
+    records: Sequence[dict],
+    tokenizer: Tokenizer,
+    share: float,
+    template: ChatTemplate | None = None,
+    learn: str = "assistant",
+) -> dict[str, str]:
+    """Registers a task per source of instruction records; {source: task name}.
+
+    Examples: targets and loss_mask int32 [tokens], whole, as the template renders them; id and bytes (of all messages),
+    scalars.
+
+    Args:
+      records: as `records.read_records` gives them.
+      tokenizer: any of ours.
+      share: part of the records held out, by the hash of the id.
+      template: None is ours.
+      learn: what the mask marks, one of `chat.LEARN`.
+    """
+    template = template or CtllmTemplate(tokenizer)
 
     def example(record: dict) -> dict:
-        ids, mask = render(record["messages"], tokenizer)
+        ids, mask = template.render(record["messages"], learn)
         text_bytes = sum(len(message["content"].encode()) for message in record["messages"])
         return {"targets": ids, "loss_mask": mask, "bytes": text_bytes}
 
     return _record_tasks("chat", records, example, ("targets", "loss_mask"), tokenizer, share)
 
 
-def preference_tasks(records: Sequence[dict], tokenizer: Tokenizer, share: float) -> dict[str, str]:
-    """Registers a task per language of preference records; {language: task name}. Features `chosen`, `rejected`
-    and a mask for each."""
+def preference_tasks(
+    records: Sequence[dict], tokenizer: Tokenizer, share: float, template: ChatTemplate | None = None
+) -> dict[str, str]:
+    """Registers a task per source of preference records; {source: task name}.
+
+    Examples: chosen, chosen_mask, rejected, rejected_mask int32 [tokens]; id and bytes (of the two answers), scalars.
+    The prompt's own answers, if it has several turns, are given, not learned. Arguments as for `chat_tasks`.
+    """
+    template = template or CtllmTemplate(tokenizer)
 
     def example(record: dict) -> dict:
         features = {}
         for side in ("chosen", "rejected"):
             answer = {"role": "assistant", "content": record[side]}
-            # The prompt's own answers, if it has several turns, are given, not learned.
-            given = len(render(record["prompt"], tokenizer)[0])
-            ids, mask = render([*record["prompt"], answer], tokenizer)
-            features |= {side: ids, f"{side}_mask": [0] * given + mask[given:]}
+            features[side], features[f"{side}_mask"] = template.render([*record["prompt"], answer], "last")
         return {**features, "bytes": sum(len(record[side].encode()) for side in ("chosen", "rejected"))}
 
     features = ("chosen", "chosen_mask", "rejected", "rejected_mask")
@@ -49,34 +74,52 @@ def _record_tasks(
     tokenizer: Tokenizer,
     share: float,
 ) -> dict[str, str]:
-    for piece in CHAT_PIECES:
-        marker(tokenizer, piece)  # a vocabulary without chat markers is refused here, not deep inside a worker
+    sources: dict[str, list[dict]] = {}
+    for record in records:
+        sources.setdefault(record.get("source", record.get("language", kind)), []).append(record)
     names = {}
-    for language in sorted({record.get("language", kind) for record in records}):
-        chosen = [record for record in records if record.get("language", kind) == language]
-
-        def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None, chosen=chosen) -> tf.data.Dataset:
-            del shuffle_files, seed  # read in file order; the store and the reader shuffle
-            signature = {name: tf.TensorSpec([None], tf.int32) for name in features}
-            signature |= {"id": tf.TensorSpec([], tf.string), "bytes": tf.TensorSpec([], tf.int32)}
-
-            def generate():
-                for record in chosen:
-                    yield {**example(record), "id": record["id"]}
-
-            dataset = tf.data.Dataset.from_generator(generate, output_signature=signature)
-            held_out = split == "validation"
-            return dataset.filter(lambda e: tf.equal(is_held_out(e["id"], share), held_out))
-
-        name = f"{kind}_{language.replace('-', '.')}"  # SeqIO's names know no hyphen
+    for source in sorted(sources):
+        name = f"{kind}_{source.replace('-', '.')}"  # SeqIO's names know no hyphen
         vocabulary = seqio.PassThroughVocabulary(tokenizer.vocab_size, eos_id=tokenizer.eos_id)
         seqio.TaskRegistry.remove(name)
         seqio.TaskRegistry.add(
             name,
-            source=seqio.FunctionDataSource(dataset_fn, splits=SPLITS),
+            source=seqio.FunctionDataSource(_dataset_fn(sources[source], example, features, share), splits=SPLITS),
             preprocessors=[],
             output_features={f: seqio.Feature(vocabulary, add_eos=False, dtype=tf.int32) for f in features},
             metric_fns=[],
         )
-        names[language] = name
+        names[source] = name
     return names
+
+
+def _dataset_fn(
+    records: Sequence[dict], example: Callable[[dict], dict], features: Sequence[str], share: float
+) -> Callable[..., tf.data.Dataset]:
+    """What SeqIO calls for a split's data set. Examples cross into tf.data by the batch: one by one costs 1 ms each."""
+    signature = {name: tf.RaggedTensorSpec([None, None], tf.int32) for name in features}
+    signature |= {"id": tf.TensorSpec([None], tf.string), "bytes": tf.TensorSpec([None], tf.int32)}
+
+    def dense(found: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return found | {name: tf.ensure_shape(found[name], [None]) for name in features}
+
+    def dataset_fn(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed  # read in file order; the store and the reader shuffle
+        held_out = is_held_out(tf.constant([record["id"] for record in records]), share).numpy()
+        own = [record for record, held in zip(records, held_out, strict=True) if held == (split == "validation")]
+
+        def generate():
+            for start in range(0, len(own), BATCH):
+                batch = own[start : start + BATCH]
+                found = [example(record) for record in batch]
+                ragged = {name: _ragged([one[name] for one in found]) for name in features}
+                yield {**ragged, "id": [record["id"] for record in batch], "bytes": [one["bytes"] for one in found]}
+
+        return tf.data.Dataset.from_generator(generate, output_signature=signature).unbatch().map(dense)
+
+    return dataset_fn
+
+
+def _ragged(rows: Sequence[Sequence[int]]) -> tf.RaggedTensor:
+    values = np.fromiter(itertools.chain.from_iterable(rows), np.int32)
+    return tf.RaggedTensor.from_row_lengths(values, [len(row) for row in rows])

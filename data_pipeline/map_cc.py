@@ -107,14 +107,15 @@ def subset_folders(corpus: str | os.PathLike) -> dict[str, str]:
     return {path.parent.parent.name: str(path.parent) for path in sorted(found)}
 
 
-def _records(folder: pathlib.Path) -> list[pathlib.Path]:
+def shard_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The TFRecord files of a subset, in the order that its index numbers them."""
     return sorted(folder.glob("*.tfrecord-*"))
 
 
 def _write_index(folder: pathlib.Path, layout: Layout, runner: BeamConfig) -> None:
     parts = layout.work / "index" / folder.parent.name
     with make_pipeline(runner) as pipeline:
-        numbered = [(number, str(path)) for number, path in enumerate(_records(folder))]
+        numbered = [(number, str(path)) for number, path in enumerate(shard_files(folder))]
         _ = pipeline | beam.Create(numbered) | beam.Reshuffle() | beam.Map(_index_file, parts)
     entries = np.concatenate([np.load(path) for path in sorted(parts.glob("*.npy"))])
     save_array(folder / INDEX, np.sort(entries, order=["hash", "shard", "offset"]))
@@ -125,13 +126,13 @@ def _index_file(numbered: tuple[int, str], parts: pathlib.Path) -> None:
     entries = []
     with open(path, "rb") as file:
         offset = 0
-        while feature := _read_record(file):
+        while feature := read_record(file):
             entries.append((xxhash.xxh3_64_intdigest(feature["id"].bytes_list.value[0]), shard, offset))
             offset = file.tell()
     save_array(parts / f"{shard:05d}.npy", np.array(entries, _ENTRY))
 
 
-def _read_record(file: BinaryIO) -> Mapping[str, tf.train.Feature] | None:
+def read_record(file: BinaryIO) -> Mapping[str, tf.train.Feature] | None:
     """The features of the TFRecord that begins here, None at the file's end; leaves the file behind it."""
     header = file.read(_HEADER)
     if not header:
@@ -164,12 +165,12 @@ def find(folder: str | os.PathLike, identity: str) -> Found | None:
     key = np.uint64(xxhash.xxh3_64_intdigest(identity.encode()))
     for path in indexes:
         index = np.load(path, mmap_mode="r")
-        shards = _records(path.parent)
+        shards = shard_files(path.parent)
         first, last = (np.searchsorted(index["hash"], key, side=side) for side in ("left", "right"))
         for entry in index[first:last]:
             with open(shards[entry["shard"]], "rb") as file:
                 file.seek(int(entry["offset"]))
-                feature = _read_record(file)
+                feature = read_record(file)
             values = {name: feature[name].bytes_list.value[0].decode() for name in FIELDS}
             if values["id"] == identity:
                 return Found(**values | {name: orjson.loads(values[name]) for name in ("meta", "signals")})

@@ -1,6 +1,7 @@
 """Packing token sequences into rows of a fixed length with little padding and nothing cut away."""
 
 import bisect
+import collections
 import random
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +14,8 @@ def chunks(row: Row, length: int) -> Iterator[Row]:
     """Cuts a document that is longer than a row.
 
     A later piece repeats the last token before it, so that every token but a document's first is predicted exactly
-    once. Text bytes are shared out in proportion to the predicted tokens and add up exactly.
+    once; `starts` says where a piece begins. Text bytes are shared out in proportion to the predicted tokens and add
+    up exactly.
     """
     total, done = len(row.tokens) - 1, 0  # predicted tokens
     while True:
@@ -21,7 +23,7 @@ def chunks(row: Row, length: int) -> Iterator[Row]:
         tokens = row.tokens[done : end + 1]
         mask = None if row.mask is None else row.mask[done : end + 1]
         share = row.bytes * end // max(total, 1) - row.bytes * done // max(total, 1)
-        yield Row(tokens, [len(tokens)], row.ids, mask, share)
+        yield Row(tokens, [len(tokens)], row.ids, mask, share, [done] if done else ())
         done = end
         if done >= total:
             return
@@ -36,28 +38,44 @@ def pack(documents: Sequence[Row], length: int, seed: int) -> list[Row]:
     draw = random.Random(seed)
     draw.shuffle(order)
     order.sort(key=lambda i: -len(documents[i].tokens))  # stable: equal lengths stay in seeded order
-    rows: list[list[Row]] = []
-    space: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for i in order:
-        size = len(documents[i].tokens)
-        place = bisect.bisect_left(space, (size, -1))
-        if place == len(space):
-            rows.append([documents[i]])
-            bisect.insort(space, (length - size, len(rows) - 1))
+    plan = best_fit([len(documents[i].tokens) for i in order], length)
+    draw.shuffle(plan)
+    return [_join([documents[order[i]] for i in row]) for row in plan]
+
+
+def best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Rows of places in `sizes`: each, in the order given, goes into the fullest row that still takes it, of equally
+    full ones the one that became so first. Time per place is bounded by `length`, not by the number of rows.
+    """
+    rows: list[list[int]] = []
+    waiting: dict[int, collections.deque[int]] = {}  # free tokens: rows with so many, never empty
+    levels: list[int] = []  # its keys, ascending
+    for i, size in enumerate(sizes):
+        place = bisect.bisect_left(levels, size)
+        if place == len(levels):
+            row, free = len(rows), length
+            rows.append([])
         else:
-            free, row = space.pop(place)
-            rows[row].append(documents[i])
-            bisect.insort(space, (free - size, row))
-    draw.shuffle(rows)
-    return [_join(parts) for parts in rows]
+            free = levels[place]
+            row = waiting[free].popleft()
+            if not waiting[free]:
+                del waiting[free], levels[place]
+        rows[row].append(i)
+        if free - size not in waiting:
+            waiting[free - size] = collections.deque()
+            bisect.insort(levels, free - size)
+        waiting[free - size].append(row)
+    return rows
 
 
 def _join(parts: Sequence[Row]) -> Row:
     masks = None if parts[0].mask is None else np.concatenate([part.mask for part in parts])
+    starts = [part.starts[0] if part.starts else 0 for part in parts]
     return Row(
         tokens=np.concatenate([part.tokens for part in parts]),
         lengths=[len(part.tokens) for part in parts],
         ids=[part.ids[0] for part in parts],
         mask=masks,
         bytes=sum(part.bytes for part in parts),
+        starts=starts if any(starts) else (),
     )

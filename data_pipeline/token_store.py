@@ -1,26 +1,34 @@
 """`ctllm tokenize`: documents or conversations, through SeqIO tasks, into a token store of packed rows.
 
-A Beam job evaluates the tasks: its elements are (task, split, shard) pointers, and each becomes one ArrayRecord shard,
-packed from its documents within a seeded order. A shard's note beside it is written last, so a killed job goes on
-with the shards that are missing.
+A Beam job evaluates the tasks. Its element is a window: a part of one source's documents, which becomes one shard of
+the store, packed within itself in a seeded order. A window is the unit of memory (10 bytes a token, measured on web
+pages of 420 tokens: the documents, then the rows) and of resuming: a shard's note is written last, so a killed job goes
+on with the windows that have none. What a window holds depends on the inputs and the config alone, never on workers.
 """
 
 import collections
 import dataclasses
+import functools
+import os
+import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import apache_beam as beam
 import numpy as np
 import seqio
+import tensorflow as tf
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, atomic_file, expand, identity, read_json, write_json
+from ctllm_jax.common.files import atomic_file, expand, identity, read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage, stage_fingerprint
 from ctllm_jax.common.progress import Watch
+from ctllm_jax.data.chat import LEARN, load_template
 from ctllm_jax.data.order import keyed
-from ctllm_jax.data.record import FORMAT, KINDS, Row, shard_name, write_shard
+from ctllm_jax.data.record import FORMAT, KINDS, Row, ids_name, shard_name, write_ids, write_shard
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from data_pipeline import chat_tasks, map_cc, records, tasks
 from data_pipeline.packing import chunks, pack
@@ -35,8 +43,11 @@ class TokenizeConfig:
     corpus: str | None  # folder of `ctllm corpus`, for pretrain
     input: tuple[str, ...]  # jsonl files or globs, for chat and preference
     tokenizer: str  # folder of `ctllm tokenizer`, or a model file
+    template: str  # of chats: "ctllm" (ours), "tokenizer" (the Jinja template that came with it), or a Jinja file
+    learn: str  # of a conversation, kind chat: "assistant" (every answer), "last" (the final one) or "all"
     sequence_length: int
     validation_share: float  # part of the documents held out, by the hash of their id
+    shards: int  # of each source and split; 0: as many as the source has files
     seed: int
     beam: BeamConfig
 
@@ -47,15 +58,21 @@ class TokenizeConfig:
             raise ValueError("kind pretrain needs corpus (a folder of `ctllm corpus`), the other kinds take none")
         if (self.kind == "pretrain") == bool(self.input):
             raise ValueError("kinds chat and preference need input (jsonl files), kind pretrain takes none")
+        if self.learn not in LEARN:
+            raise ValueError(f"learn {self.learn!r} is unknown; there are: {', '.join(LEARN)}")
+        if self.kind != "chat" and self.learn != "assistant":
+            raise ValueError(f"learn {self.learn!r} is for kind chat; of kind {self.kind} what is learned is fixed")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share {self.validation_share} must lie between 0 and 1")
         if self.sequence_length < 2:  # a row predicts every token but its first
             raise ValueError(f"sequence_length {self.sequence_length} must be at least 2")
+        if self.shards < 0:
+            raise ValueError(f"shards {self.shards} must not be negative (0: as many as a source has files)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """One element of the job: a part of a task, and where it goes."""
+class Window:
+    """One element of the job: a part of a task, and the shard that it becomes."""
 
     task: str
     split: str
@@ -63,114 +80,156 @@ class Shard:
     index: int
     count: int
 
+    @property
+    def shard(self) -> str:
+        """File name of the shard."""
+        return shard_name(self.split, self.source, self.index, self.count)
+
 
 def run(config: TokenizeConfig, workdir: str) -> dict:
-    """Writes the store; returns its manifest's result (see `ctllm_jax.data.record`)."""
+    """Writes the store; returns its manifest's result (see `ctllm_jax.data.record`).
+
+    Raises:
+      UserError: an input or the tokenizer is missing or no such thing, another run's folder, or nothing to train on.
+    """
     tokenizer = load_tokenizer(config.tokenizer)
     settings = dataclasses.asdict(config)
-    for name in ("corpus", "input", "tokenizer", "beam"):
+    for name in ("corpus", "input", "tokenizer", "template", "beam"):
         settings.pop(name)
     if config.kind == "pretrain":
-        made_from = stage_fingerprint(config.corpus, "corpus")
+        files = [config.corpus]
+        inputs = stage_fingerprint(config.corpus, "corpus")
     else:
         files = expand(config.input)
-        made_from = [identity(file) for file in files]
-    stage = open_stage("tokenize", FORMAT, workdir, settings, {"data": made_from, "tokenizer": tokenizer.digest})
+        inputs = [identity(file) for file in files]
+        settings["template"] = load_template(config.template, tokenizer).jinja
+    stage = open_stage("tokenize", FORMAT, workdir, settings, {"data": inputs, "tokenizer": tokenizer.digest})
     if stage.done:
         return stage.result
 
-    found = records.Records([], [])
-    if config.kind == "pretrain":
-        names = tasks.corpus_tasks(map_cc.subset_folders(config.corpus), tokenizer, config.validation_share)
-    else:
-        check = {"chat": records.check_chat, "preference": records.check_preference}[config.kind]
-        found = records.read_records(files, check)
-        if not found.kept:
-            raise UserError(f"{', '.join(files)}: no usable {config.kind} record among {len(found.rejected)}")
-        register = {"chat": chat_tasks.chat_tasks, "preference": chat_tasks.preference_tasks}[config.kind]
-        names = register(found.kept, tokenizer, config.validation_share)
+    names, found = _register(config, tokenizer)
     write_json(stage.folder / "rejected.json", found.rejected)
     if found.rejected:
-        print(
-            f"tokenize: {len(found.rejected)} records rejected, see {stage.folder}/rejected.json",
-            file=sys.stderr,
-        )
-
-    shards = [
-        Shard(task, split, source, index, count)
-        for source, task in sorted(names.items())
-        for count in [len(seqio.get_mixture_or_task(task).source.list_shards("train"))]
-        for split in tasks.SPLITS
-        for index in range(count)
-    ]
-    notes = [_note(stage.folder, shard) for shard in shards]
-    with Watch(f"tokenize {config.kind}", len(shards), "shards", lambda: sum(note.exists() for note in notes)):
-        with make_pipeline(config.beam) as pipeline:
-            _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.ParDo(BuildShard(config, str(stage.folder)))
-    _keep_tokenizer(tokenizer, stage.folder / "tokenizer")
+        print(f"tokenize: {len(found.rejected)} records rejected, see {stage.folder}/rejected.json", file=sys.stderr)
+    windows = _windows(names, config.shards)
+    _build(windows, _inputs_of(names) or len(found.kept), config, stage.folder)
+    tokenizer.copy_to(stage.folder / "tokenizer")  # whoever has the store can read it
+    if config.kind != "pretrain":  # what is trained on it speaks this template
+        write_atomic(stage.folder / "tokenizer" / "chat_template.jinja", settings["template"])
     result = {
         "format": FORMAT,
         "kind": config.kind,
         "sequence_length": config.sequence_length,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest},
-        "splits": _collect(stage.folder, shards),
+        "made_from": [os.path.abspath(file) for file in files],
+        "splits": _collect(stage.folder, windows, config),
         "rejected_records": len(found.rejected),
     }
+    _tell(result["splits"])
     if not any(entry["rows"] for entry in result["splits"]["train"].values()):
         raise UserError(f"{workdir}: nothing is left to train on (validation_share {config.validation_share})")
     return stage.finish(result)
 
 
+def _register(config: TokenizeConfig, tokenizer: Tokenizer) -> tuple[dict[str, str], records.Records]:
+    """Registers the tasks with SeqIO, as every process that evaluates them must; ({source: task}, the records)."""
+    if config.kind == "pretrain":
+        folders = map_cc.subset_folders(config.corpus)
+        return tasks.corpus_tasks(folders, tokenizer, config.validation_share), records.Records([], [])
+    files = expand(config.input)
+    template = load_template(config.template, tokenizer)
+    if config.kind == "chat":
+        check = functools.partial(records.check_chat, template=template, learn=config.learn)
+    else:
+        check = functools.partial(records.check_preference, template=template)
+    found = records.read_records(files, check)
+    if not found.kept:
+        raise UserError(f"{', '.join(files)}: no usable {config.kind} record among {len(found.rejected)}")
+    if config.kind == "chat":
+        return chat_tasks.chat_tasks(found.kept, tokenizer, config.validation_share, template, config.learn), found
+    return chat_tasks.preference_tasks(found.kept, tokenizer, config.validation_share, template), found
+
+
+def _windows(names: Mapping[str, str], shards: int) -> list[Window]:
+    return [
+        Window(task, split, source, index, count)
+        for source, task in sorted(names.items())
+        for count in [shards or len(seqio.get_mixture_or_task(task).source.list_shards("train"))]
+        for split in tasks.SPLITS
+        for index in range(count)
+    ]
+
+
+def _inputs_of(names: Mapping[str, str]) -> int:
+    """Documents of all tasks over both splits; 0 where the sources do not know."""
+    return sum(seqio.get_mixture_or_task(task).num_input_examples("train") or 0 for task in names.values())
+
+
+def _build(windows: Sequence[Window], documents: int, config: TokenizeConfig, folder: pathlib.Path) -> None:
+    """Runs the Beam job over the windows that have no note yet."""
+    shutil.rmtree(folder / "progress", ignore_errors=True)  # a killed run counted further than it got
+    (folder / "progress").mkdir()
+    waiting = [window for window in windows if not _note(folder, window).exists()]
+    earlier = sum(read_json(_note(folder, window))["documents"] for window in set(windows) - set(waiting))
+
+    def count() -> int:
+        return earlier + sum(_documents_done(folder, window) for window in waiting)
+
+    with Watch(f"tokenize {config.kind}", documents, "documents", count):
+        with make_pipeline(config.beam) as pipeline:
+            _ = pipeline | beam.Create(waiting) | beam.Reshuffle() | beam.ParDo(BuildShard(config, str(folder)))
+    shutil.rmtree(folder / "progress")
+
+
+_registering = threading.Lock()  # a worker process may hold several windows at once
+
+
 class BuildShard(beam.DoFn):
-    """Evaluates one part of a task and writes its store shard. Deterministic; a finished shard is not redone."""
+    """Evaluates one window and writes its shard, its index of ids, and last its note. Deterministic."""
 
     def __init__(self, config: TokenizeConfig, folder: str):
         self._config, self._folder = config, folder
 
-    def process(self, shard: Shard) -> Iterator[None]:
-        folder = as_path(self._folder)
-        note = _note(folder, shard)
-        if note.exists():
-            return
+    def process(self, window: Window) -> Iterator[None]:
+        config, folder = self._config, pathlib.Path(self._folder)
+        with _registering:
+            if window.task not in seqio.TaskRegistry.names():  # a process of its own
+                _register(config, load_tokenizer(config.tokenizer))
         counts = collections.Counter()
-        documents = list(_documents(shard, self._config, counts))
-        if self._config.kind == "preference":
+        with open(_progress(folder, window), "w") as progress:
+            documents = list(_documents(window, config, counts, progress))
+        if config.kind == "preference":
             rows = documents
         else:
-            seed = keyed(self._config.seed, shard.source, shard.split, shard.index)
-            rows = pack(documents, self._config.sequence_length, seed)
-        counts["rows"] = len(rows)
-        counts["tokens"] = sum(len(row.tokens) for row in rows)
-        counts["bytes"] = sum(row.bytes for row in rows)
-        name = shard_name(shard.split, shard.source, shard.index, shard.count)
+            seed = keyed(config.seed, window.source, window.split, window.index)
+            rows = pack(documents, config.sequence_length, seed)
+        for row in rows:
+            counts.update(rows=1, tokens=len(row.tokens), learned=_learned(row), bytes=row.bytes)
+        note = {"file": window.shard, **{key: counts[key] for key in COUNTS}}
         if rows:
-            with atomic_file(folder / name) as temporary:
+            shard = folder / window.shard
+            with atomic_file(shard) as temporary:
                 write_shard(temporary, rows)
-        write_json(note, {"file": name, **{key: counts[key] for key in COUNTS}})
+            with atomic_file(folder / ids_name(window.shard)) as temporary:
+                write_ids(temporary, rows)
+            note["identity"] = identity(shard)
+        write_json(_note(folder, window), note)
         yield
 
 
-COUNTS = ("rows", "documents", "tokens", "bytes", "truncated", "dropped")
+COUNTS = ("rows", "documents", "tokens", "learned", "bytes", "truncated", "dropped")
 
 
-def _documents(shard: Shard, config: TokenizeConfig, counts: collections.Counter) -> Iterator[Row]:
-    """The rows-to-be of a part of a task, each at most a row long; counts documents, truncations and drops."""
-    dataset = seqio.get_mixture_or_task(shard.task).get_dataset(
-        sequence_length=None,
-        split=shard.split,
-        shuffle=False,
-        num_epochs=1,
-        shard_info=seqio.ShardInfo(shard.index, shard.count),
-    )
+def _documents(window: Window, config: TokenizeConfig, counts: collections.Counter, progress: TextIO) -> Iterator[Row]:
+    """The rows-to-be of a window, each at most a row long; counts documents, truncations and drops."""
     length = config.sequence_length
-    for example in dataset.as_numpy_iterator():
+    sides = ("chosen", "rejected") if config.kind == "preference" else ("targets",)
+    for example in _examples(window, counts, progress):
         document_id, text_bytes = example["id"].decode(), int(example["bytes"])
-        counts["documents"] += 1
         if config.kind == "pretrain":
             tokens = example["targets"]
             yield from chunks(Row(tokens, [len(tokens)], [document_id], None, text_bytes), length)
             continue
-        sides = ("targets",) if config.kind == "chat" else ("chosen", "rejected")
         tokens = [example[side][:length] for side in sides]
         masks = [example["loss_mask" if side == "targets" else f"{side}_mask"][:length] for side in sides]
         counts["truncated"] += any(len(example[side]) > length for side in sides)
@@ -182,29 +241,78 @@ def _documents(shard: Shard, config: TokenizeConfig, counts: collections.Counter
         yield Row(np.concatenate(tokens), lengths, [document_id] * len(sides), mask, text_bytes)
 
 
-def _note(folder, shard: Shard):
-    return folder / "shards" / f"{shard_name(shard.split, shard.source, shard.index, shard.count)}.json"
+def _examples(window: Window, counts: collections.Counter, progress: TextIO) -> Iterator[dict[str, Any]]:
+    """A window's examples, read from SeqIO by batches, as one by one costs as much as their tokens; counts them."""
+    dataset = seqio.get_mixture_or_task(window.task).get_dataset(
+        sequence_length=None,
+        split=window.split,
+        shuffle=False,
+        num_epochs=1,
+        shard_info=seqio.ShardInfo(window.index, window.count),
+        trim_output_features=False,
+        try_in_mem_cache=False,
+    )
+    for batch in dataset.ragged_batch(tasks.BATCH).as_numpy_iterator():
+        columns = {name: _column(values) for name, values in batch.items()}
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
+        counts["documents"] += len(columns["id"])
+        progress.seek(0)
+        progress.write(str(counts["documents"]))
+        progress.flush()
 
 
-def _collect(folder, shards: list[Shard]) -> dict:
-    """{split: {source: shards and summed counts}} from the notes."""
+def _column(values: np.ndarray | tf.compat.v1.ragged.RaggedTensorValue) -> Sequence[Any]:
+    """A feature's value in each example of a batch."""
+    return values if isinstance(values, np.ndarray) else np.split(values.values, values.row_splits[1:-1])
+
+
+def _learned(row: Row) -> int:
+    """Tokens of a row that are predicted: those that count, but the first of a segment."""
+    if row.mask is None:
+        return len(row.tokens) - len(row.lengths)
+    firsts = np.cumsum(row.lengths) - row.lengths
+    return int(row.mask.sum()) - int(row.mask[firsts].sum())
+
+
+def _note(folder: pathlib.Path, window: Window) -> pathlib.Path:
+    return folder / "shards" / f"{window.shard}.json"
+
+
+def _progress(folder: pathlib.Path, window: Window) -> pathlib.Path:
+    """Documents of a window read so far; only for the progress display."""
+    return folder / "progress" / window.shard
+
+
+def _documents_done(folder: pathlib.Path, window: Window) -> int:
+    try:
+        return int(_progress(folder, window).read_text() or 0)
+    except FileNotFoundError:  # not begun
+        return 0
+
+
+def _collect(folder: pathlib.Path, windows: Sequence[Window], config: TokenizeConfig) -> dict:
+    """{split: {source: shards, summed counts, share of positions that are padding}} from the notes."""
     splits: dict[str, dict] = {split: {} for split in tasks.SPLITS}
-    for shard in shards:
-        note = read_json(_note(folder, shard))
-        entry = splits[shard.split].setdefault(shard.source, {"shards": [], **dict.fromkeys(COUNTS, 0)})
+    for window in windows:
+        note = read_json(_note(folder, window))
+        entry = splits[window.split].setdefault(window.source, {"shards": [], **dict.fromkeys(COUNTS, 0)})
         if note["rows"]:
-            entry["shards"].append({"file": note["file"], "rows": note["rows"]})
+            entry["shards"].append({name: note[name] for name in ("file", "rows", "identity")})
         for key in COUNTS:
             entry[key] += note[key]
+    sequences = 2 if config.kind == "preference" else 1  # of a row
+    for entry in (entry for sources in splits.values() for entry in sources.values()):
+        positions = entry["rows"] * sequences * config.sequence_length
+        entry["padding"] = round(1 - entry["tokens"] / positions, 6) if positions else 0.0
     return splits
 
 
-def _keep_tokenizer(tokenizer: Tokenizer, folder) -> None:
-    """Copies the tokenizer into the store: whoever has the store can read it."""
-    folder.mkdir(exist_ok=True)
-    for name in {tokenizer.file.name, "tokenizer_config.json"}:
-        source = tokenizer.file.with_name(name)
-        if source.exists():
-            target = "tokenizer.model" if source.suffix == ".model" else name
-            with atomic_file(folder / target) as temporary:
-                shutil.copyfile(source, temporary)
+def _tell(splits: Mapping[str, Mapping[str, Mapping]]) -> None:
+    """Prints what a store holds as a table on standard error."""
+    names = ("documents", "rows", "tokens", "padding", "truncated", "dropped")
+    print(f"{'':24}" + "".join(f"{name:>15}" for name in names), file=sys.stderr)
+    for split, sources in splits.items():
+        for source, entry in sources.items():
+            cells = [f"{entry[name]:.2%}" if name == "padding" else f"{entry[name]:,}" for name in names]
+            print(f"{f'{source}, {split}':24}" + "".join(f"{cell:>15}" for cell in cells), file=sys.stderr)

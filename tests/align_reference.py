@@ -34,3 +34,18 @@ def sft_rows(case: dict) -> list[Row]:
         mask = (np.array(labels[:size]) != -100).astype(np.uint8)
         rows.append(Row(np.array(ids[:size], np.int32), [size], [""], mask, 0))
     return rows
+
+
+# What of a conversation each of TRL's modes learns, as our templates name it.
+LEARNED = {
+    "completion_only": "last",
+    "dft": "last",
+    "full_sequence": "all",
+    "assistant_only": "assistant",
+    "assistant_only_trunc128": "assistant",
+}
+
+
+def conversations(case: dict) -> list[list[dict]]:
+    """The messages that a batch was made from."""
+    return [row["messages"] if "messages" in row else row["prompt"] + row["completion"] for row in case["rows"]]

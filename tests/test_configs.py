@@ -39,7 +39,8 @@ class Case:
 
 CASES = [
     Case("corpus", None, "corpus"),
-    Case("tokenizer", None, "tokenizer"),
+    Case("tokenizer", "train", "tokenizer", (("corpus", "CORPUS"),)),
+    Case("tokenizer", "given", "tokenizer", (("corpus", "CORPUS"), ("model", "MODEL"))),
     Case("tokenize", "pretrain", "tokenize", (("corpus", "CORPUS"),)),
     Case("tokenize", "chat", "tokenize", (("input", ("CHATS",)),)),
     Case("tokenize", "preference", "tokenize", (("input", ("PAIRS",)),)),
@@ -55,7 +56,7 @@ CASES = [
     Case("trace", None, "trace", (("step", 1),)),
     Case("quickstart", None, "quickstart"),
 ]
-PARTS = {"__init__", "models"}  # no configs of a verb: what others are composed of
+PARTS = {"__init__", "models", "mixtures"}  # no configs of a verb: what others are composed of
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -115,7 +116,13 @@ def test_every_default_config_of_a_verb_is_shipped():
         assert any(case.verb == name for case in CASES), name
 
 
-DEFAULT_ARGUMENTS = {"pretrain": "tiny", "sft": "ct_llm_2b", "dpo": "ct_llm_2b", "tokenize": "pretrain"}
+DEFAULT_ARGUMENTS = {
+    "pretrain": "tiny",
+    "sft": "ct_llm_2b",
+    "dpo": "ct_llm_2b",
+    "tokenizer": "train",
+    "tokenize": "pretrain",
+}
 
 
 @pytest.mark.parametrize("file", sorted({case.file for case in CASES if case.argument is not None}))

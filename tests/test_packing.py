@@ -9,7 +9,7 @@ from tiny_models import NO_REFERENCE, REFERENCE
 
 from ctllm_jax.data.batches import row_arrays
 from ctllm_jax.data.record import Row
-from data_pipeline.packing import chunks, pack
+from data_pipeline.packing import best_fit, chunks, pack
 
 
 def document(number: int, size: int, masked: bool = False) -> Row:
@@ -58,6 +58,7 @@ def test_pieces_of_a_document_follow_on_and_keep_their_mask_and_id(length):
             assert after.tokens[0] == before.tokens[-1]
         assert {tuple(piece.ids) for piece in pieces} == {("d3",)}
         assert all(piece.lengths == [len(piece.tokens)] and len(piece.tokens) <= length for piece in pieces)
+        assert [list(piece.starts) for piece in pieces] == [[], *([n * (length - 1)] for n in range(1, len(pieces)))]
         if size > 1:
             assert sum(piece.bytes for piece in pieces) == row.bytes and min(len(p.tokens) for p in pieces) > 1
 
@@ -72,6 +73,8 @@ def test_rows_hold_every_piece_once_and_their_bytes_add_up():
         ends = np.cumsum(row.lengths)
         for name, start, end in zip(row.ids, ends - row.lengths, ends, strict=True):
             found.append((name, row.tokens[start:end].tobytes()))
+        firsts = [int(token) % 100_000 for token in row.tokens[ends - row.lengths]]  # their places in their documents
+        assert list(row.starts) == (firsts if any(firsts) else [])
     assert sorted(found) == sorted((piece.ids[0], piece.tokens.tobytes()) for piece in pieces)
 
 
@@ -90,11 +93,31 @@ def test_best_fit_decreasing_fills_rows_that_fit_exactly():
 @pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
 def test_rows_are_filled_as_trl_fills_them():
     golden = json.loads((REFERENCE / "align" / "packing.json").read_text())
-    length = golden["seq_length"]
+    inputs, length = golden["inputs"], golden["seq_length"]
+    # TRL takes equal lengths in the order given, we in a seeded one: the plan is the same, document by document.
+    order = sorted(range(len(inputs)), key=lambda i: -len(inputs[i]))
+    plan = best_fit([len(inputs[i]) for i in order], length)
+    assert [[len(inputs[order[i]]) for i in row] for row in plan] == golden["bfd"]["seq_lengths"]
+    assert [sum((inputs[order[i]] for i in row), []) for row in plan] == golden["bfd"]["input_ids"]
     documents = [document(n, size) for n, size in enumerate(golden["lengths"])]
     rows = pack(documents, length, seed=0)
-    theirs = golden["bfd"]["seq_lengths"]
-    assert sorted(sorted(row.lengths) for row in rows) == sorted(sorted(lengths) for lengths in theirs)
+    assert sorted(sorted(row.lengths) for row in rows) == sorted(map(sorted, golden["bfd"]["seq_lengths"]))
+
+
+@pytest.mark.parametrize("length", [2, 9, 200])
+def test_each_document_goes_into_the_fullest_row_that_takes_it(length):
+    sizes = np.random.default_rng(length).integers(1, length + 1, 500).tolist()
+    rows: list[list[int]] = []
+    for i, size in enumerate(sizes):  # by looking at every row
+        used = [sum(sizes[k] for k in row) for row in rows]
+        fits = [total for total in used if total + size <= length]
+        plan = best_fit(sizes[: i + 1], length)
+        (place,) = [number for number, row in enumerate(plan) if row[-1] == i]
+        if fits:
+            assert used[place] == max(fits)
+        else:
+            assert place == len(rows)
+        rows = plan
 
 
 def test_the_seed_decides_the_rows_and_their_order():

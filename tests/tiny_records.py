@@ -8,6 +8,7 @@ import numpy as np
 
 from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import TokenStore
+from data_pipeline.formats import UNKNOWN_FORMAT
 
 
 def say(*texts: str) -> list[dict]:
@@ -36,6 +37,8 @@ def chats() -> list[dict]:
         {"id": [7], "messages": say("a list as id", "x")},
         {"id": "tongue", "language": 3, "messages": say("a number as language", "x")},
         {"id": "path", "language": "../zh", "messages": say("a path as language", "x")},
+        {"id": "nothing", "messages": []},
+        {"id": "origin", "source": "http://x", "messages": say("an address as source", "x")},
     ]
 
 
@@ -47,6 +50,8 @@ CHAT_REASONS = {
     "messages is not a list, or empty": 1,
     "the id is neither text nor number": 1,
     "the language is not a word": 2,
+    "the source is not a word": 1,
+    UNKNOWN_FORMAT: 1,
 }
 
 
