@@ -24,6 +24,7 @@ SHARED = {
     "ctllm_jax.data.chat",
     "ctllm_jax.data.order",
     "ctllm_jax.data.store",
+    "ctllm_jax.evaluate.questions",
 }
 LONGEST = 400  # lines of a file
 

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 from tiny_models import NO_REFERENCE, REFERENCE, TEXT, tiny_model, write_jsonl
+from tiny_stores import write_store
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.manifest import open_stage
-from ctllm_jax.data.record import FORMAT, Row, shard_name, write_shard
-from ctllm_jax.data.store import open_store
+from ctllm_jax.data.record import Row
 from ctllm_jax.evaluate import run as eval_verb
-from ctllm_jax.evaluate.choice import LETTERS, accuracies, evaluate_choice, load_task, render
+from ctllm_jax.evaluate.choice import accuracies, evaluate_choice
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
+from ctllm_jax.evaluate.questions import LETTERS, load_task, render
 from ctllm_jax.evaluate.run import EvalConfig
 from ctllm_jax.evaluate.scoring import encode_pair, rolling, score
 from ctllm_jax.generate import SamplingConfig
@@ -285,8 +285,8 @@ def test_faulty_tasks_are_refused_with_the_place_of_the_fault(tmp_path, rows, ch
 # ---- Perplexity
 
 
-def write_store(folder, tokenizer):
-    """A real token store of a few rows, some packed."""
+def store_of_text(folder, tokenizer):
+    """A token store of a few rows, some packed."""
 
     def row(texts):
         parts = [[tokenizer.bos_id, *tokenizer.encode(text)[:22], tokenizer.eos_id] for text in texts]
@@ -299,20 +299,11 @@ def write_store(folder, tokenizer):
         "train": {"zh": single[:2] + single[3:], "en": single[2:3]},
         "validation": {"zh": [row(TEXT[:2]), row(TEXT[3:])], "en": single[2:3]},
     }
-    stage, splits = open_stage("tokenize", FORMAT, folder, {}, {}), {}
-    for split, sources in rows.items():
-        for source, own in sources.items():
-            name = shard_name(split, source, 0, 1)
-            write_shard(folder / name, own)
-            entry = {"rows": len(own), "shards": [{"file": name, "rows": len(own)}]}
-            splits.setdefault(split, {})[source] = entry
-    identity = {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size}
-    stage.finish({"format": FORMAT, "kind": "pretrain", "sequence_length": 48, "tokenizer": identity, "splits": splits})
-    return open_store(folder)
+    return write_store(folder, rows, "pretrain", 48, shards=1)
 
 
 def test_perplexity_and_its_baseline_equal_sums_over_single_documents(model, tmp_path):
-    store = write_store(tmp_path, model.tokenizer)
+    store = store_of_text(tmp_path, model.tokenizer)
     config = PerplexityConfig(store=str(tmp_path), split="validation", rows=100, baseline_rows=100)
     found = perplexity(model, store, config, batch_tokens=100)
 
@@ -348,7 +339,7 @@ def test_perplexity_and_its_baseline_equal_sums_over_single_documents(model, tmp
 
 
 def test_stores_that_do_not_fit_the_model_are_refused(model, tmp_path):
-    store = write_store(tmp_path, model.tokenizer)
+    store = store_of_text(tmp_path, model.tokenizer)
     config = PerplexityConfig(store=str(tmp_path), split="validation", rows=1, baseline_rows=1)
     with pytest.raises(UserError, match="no rows in split 'test'"):
         perplexity(model, store, dataclasses.replace(config, split="test"), 100)
@@ -365,7 +356,7 @@ def test_stores_that_do_not_fit_the_model_are_refused(model, tmp_path):
 
 def test_an_interrupted_evaluation_ends_in_the_bytes_of_an_undisturbed_one(model, tmp_path, monkeypatch):
     export(model.config, model.params, model.tokenizer, tmp_path / "hf", "float32")
-    write_store(tmp_path / "s", model.tokenizer)
+    store_of_text(tmp_path / "s", model.tokenizer)
     first = write_task(tmp_path, QUESTIONS)
     second = write_task(tmp_path, QUESTIONS, name="text", choice="{choice}")
     config = EvalConfig(

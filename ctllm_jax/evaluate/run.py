@@ -12,8 +12,9 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json, write_json
 from ctllm_jax.common.manifest import Stage, fingerprint, open_stage
 from ctllm_jax.data.store import open_store
-from ctllm_jax.evaluate.choice import LoadedTask, evaluate_choice, load_task
+from ctllm_jax.evaluate.choice import evaluate_choice
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
+from ctllm_jax.evaluate.questions import LoadedTask, load_task
 from ctllm_jax.generate import SamplingConfig, sample, write_samples
 from ctllm_jax.loading import load_model
 

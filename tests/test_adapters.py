@@ -1,0 +1,207 @@
+"""A user's documents, evaluation sets and instruction records as SeqIO tasks."""
+
+import gzip
+import json
+import pathlib
+
+import pytest
+import seqio
+from tiny_models import tiny_tokenizer, write_jsonl
+from tiny_records import say
+from tiny_stages import SAMPLE, dataset_of
+
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.data.chat import CtllmTemplate
+from ctllm_jax.evaluate import questions
+from ctllm_jax.evaluate.scoring import encode_pair
+from data_pipeline import adapters
+from data_pipeline.splits import is_held_out
+
+# ---- Own folders
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    """Two files of documents under keys of the user's, with bad lines and documents without an id between them."""
+    lines = [json.dumps({"key": f"d{i}", "body": f"文档 {i}: a document", "url": 3}).encode() for i in range(40)]
+    bad = [b"not json", b'{"key": "x"}', b'{"key": "y", "body": " "}', b'{"key": "z", "body": "\xff"}', b"[]"]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines[:20], *bad, b""]))
+    nameless = json.dumps({"body": "no id", "source": "blog"}).encode()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join([*lines[20:], nameless])))
+    return tmp_path
+
+
+def folder_task(folder, **changes) -> str:
+    values = {"patterns": [str(folder / "*.jsonl*")], "text_field": "body", "id_field": "key", "share": 0.25}
+    return adapters.folder_task("mine", tokenizer=tiny_tokenizer(), **values | changes)
+
+
+def test_a_folder_is_a_task_whose_bad_lines_are_told(folder, capsys):
+    name, trained = folder_task(folder), tiny_tokenizer()
+    found = {split: {e["id"].decode(): e for e in dataset_of(name, split)} for split in ("train", "validation")}
+    everything = found["train"] | found["validation"]
+    assert not found["train"].keys() & found["validation"].keys()
+    assert everything.keys() == {f"d{i}" for i in range(40)} | {"b:21"}
+    held = {identity for identity in everything if is_held_out(identity, 0.25)}
+    assert found["validation"].keys() == held and 0 < len(held) < 41
+    for identity, example in everything.items():
+        text = "no id" if identity == "b:21" else f"文档 {identity[1:]}: a document"
+        assert example["targets"].tolist() == [trained.bos_id, *trained.encode(text), trained.eos_id]
+        assert example["bytes"] == len(text.encode())
+    source = seqio.get_mixture_or_task(name).source
+    first = {"invalid_json": 1, "no_text": 1, "empty_text": 1, "invalid_utf8": 1, "not_an_object": 1}
+    assert source.rejected == {str(folder / "a.jsonl"): first, str(folder / "b.jsonl.gz"): {}}
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1  # two splits were read, and told once
+    assert told[0].startswith(f"{folder}/a.jsonl: no documents: 1 invalid_json, 1 no_text") and "line 21" in told[0]
+
+
+def test_a_folders_files_are_its_shards(folder):
+    name = folder_task(folder)
+    parts = [dataset_of(name, "train", shard_info=seqio.ShardInfo(i, 2)) for i in range(2)]
+    names = [{example["id"].decode() for example in part} for part in parts]
+    assert names[0] <= {f"d{i}" for i in range(20)} and names[1] <= {f"d{i}" for i in range(20, 40)} | {"b:21"}
+    assert names[0] | names[1] == {example["id"].decode() for example in dataset_of(name, "train")}
+
+
+def test_a_folder_without_files_or_with_a_broken_one_is_told(folder, capsys):
+    with pytest.raises(UserError, match="no file matches"):
+        folder_task(folder, patterns=[str(folder / "*.txt")])
+    packed = (folder / "b.jsonl.gz").read_bytes()
+    (folder / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    dataset_of(folder_task(folder), "train")
+    assert f"{folder}/b.jsonl.gz: no documents: 1 damaged_gzip" in capsys.readouterr().err
+
+
+# ---- Evaluation and instruction sets
+
+
+def test_a_declared_choice_task_reads_as_ctllm_eval_reads_it():
+    trained, declaration = tiny_tokenizer(), str(SAMPLE / "choice_task.json")
+    loaded = questions.load_task(declaration)
+    examples = dataset_of(adapters.choice_task(declaration, trained), "test")
+    assert len(examples) == len(loaded.questions) == 60
+    for example, question in zip(examples, loaded.questions, strict=True):
+        prompt, texts = questions.render(loaded, question)
+        inputs, targets = encode_pair(trained, prompt, loaded.task.delimiter + texts[question.answer], bos=True)
+        assert example["id"].decode() == question.id
+        assert example["inputs"].tolist() == inputs
+        assert example["targets"].tolist() == [*targets, trained.eos_id]
+        assert example["inputs_pretokenized"].decode() == prompt
+
+
+def declared(folder: pathlib.Path, questions: list[dict], **changes) -> str:
+    """A declaration with shots and letters, in a folder of its own."""
+    values = {
+        "name": "letters",
+        "file": "questions.jsonl",
+        "description": "Choose.",
+        "prompt": "Q: {question}\n{options}\nAnswer:",
+        "delimiter": " ",
+        "choice": "{letter}",
+        "shots": 2,
+        "shots_file": "shots.jsonl",
+    }
+    write_jsonl(folder / "questions.jsonl", questions)
+    shot = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
+    write_jsonl(folder / "shots.jsonl", [{**shot, "id": i} for i in range(3)])
+    (folder / "task.json").write_text(json.dumps(values | changes))
+    return str(folder / "task.json")
+
+
+QUESTIONS = [{"question": f"Number {i}?", "choices": ["one", "two", "three"], "answer": "ABC"[i % 3]} for i in range(9)]
+
+
+def test_shots_options_and_letters_too(tmp_path):
+    trained, declaration = tiny_tokenizer(), declared(tmp_path, QUESTIONS)
+    loaded = questions.load_task(declaration)
+    examples = dataset_of(adapters.choice_task(declaration, trained), "test")
+    for example, question in zip(examples, loaded.questions, strict=True):
+        prompt, texts = questions.render(loaded, question)
+        inputs, targets = encode_pair(trained, prompt, " " + texts[question.answer], bos=True)
+        assert (example["inputs"].tolist(), example["targets"].tolist()) == (inputs, [*targets, trained.eos_id])
+        assert example["id"].decode() == question.id
+
+
+@pytest.mark.parametrize(
+    ("question", "changes", "message"),
+    [
+        ({"answer": 3}, {}, "questions.jsonl: entry 1: answer 3 names none of its choices"),
+        ({"choices": "ab"}, {}, "entry 1: choices must be a list of 2 to 26 texts"),
+        ({"choices": ["a", ""]}, {}, "entry 1: a choice is no text, or empty"),
+        ({}, {"shots": 4}, "task.json: 4 shots, but shots.jsonl holds 3"),
+        ({}, {"prompt": "{moon}"}, "template '{moon}': 'moon'; fields"),
+        ({}, {"moon": 1}, "moon"),
+    ],
+)
+def test_a_declaration_that_cannot_be_read_is_refused(tmp_path, question, changes, message):
+    with pytest.raises(UserError, match=message):
+        adapters.choice_task(
+            declared(tmp_path, [{**QUESTIONS[0], "answer": 0, **question}], **changes), tiny_tokenizer()
+        )
+
+
+def test_seqios_evaluator_scores_a_choice_task(tmp_path):
+    name = adapters.choice_task(declared(tmp_path, QUESTIONS), tiny_tokenizer())
+    evaluator = seqio.Evaluator(name, seqio.EncDecFeatureConverter(pack=False), eval_split="test")
+
+    def predict(dataset, *_):
+        # Answers A to everything; a third of the answers are.
+        answer = [*tiny_tokenizer().encode(" A"), tiny_tokenizer().eos_id, 7]
+        return [(int(number), answer) for number, _ in dataset.as_numpy_iterator()]
+
+    metrics, _ = evaluator.evaluate(compute_metrics=True, step=0, predict_fn=predict, score_fn=None)
+    assert metrics.result()[name]["exact_match"] == pytest.approx(1 / 3)
+
+
+def test_instructions_are_prompts_and_answers():
+    trained = tiny_tokenizer()
+    system = {"role": "system", "content": "好"}
+    records = [{"id": f"c{i}", "language": "zh-CN", "messages": say(f"问{i}", f"答{i}")} for i in range(20)]
+    records += [{"id": "turns", "source": "talk", "messages": [system, *say("one", "two", "three", "four")]}]
+    names = adapters.instruction_tasks(records, trained, 0.25)
+    assert names == {"zh-CN": "instruction_zh.CN", "talk": "instruction_talk"}
+    found = {split: dataset_of(names["zh-CN"], split) for split in ("train", "validation")}
+    assert {e["id"].decode() for own in found.values() for e in own} == {f"c{i}" for i in range(20)}
+    for split, own in found.items():
+        for example in own:
+            record = records[int(example["id"].decode()[1:])]
+            assert is_held_out(record["id"], 0.25) == (split == "validation")
+            assert example["inputs"].tolist() == CtllmTemplate(trained).render_prompt(record["messages"][:1])
+            assert [*example["inputs"], *example["targets"]] == CtllmTemplate(trained).render(record["messages"])[0]
+            assert example["targets_pretokenized"].decode() == record["messages"][1]["content"]
+    first, second = [e for split in found for e in dataset_of(names["talk"], split)]  # an example for each answer
+    messages = records[-1]["messages"]
+    assert [*first["inputs"], *first["targets"]] == CtllmTemplate(trained).render(messages[:3])[0]
+    assert [*second["inputs"], *second["targets"]] == CtllmTemplate(trained).render(messages)[0]
+    assert second["inputs"].tolist() == CtllmTemplate(trained).render_prompt(messages[:4])
+
+
+# ---- Converters
+
+
+LENGTHS = {"inputs": 48, "targets": 16}
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_all_of_them_work_with_the_standard_converters(folder, pack):
+    def get(name: str, split: str, converter: type, lengths: dict[str, int]) -> list[dict]:
+        return list(seqio.get_dataset(name, lengths, converter(pack=pack), split).as_numpy_iterator())
+
+    examples = get(folder_task(folder), "train", seqio.DecoderFeatureConverter, {"targets": 64})
+    assert all(len(values) == 64 for values in examples[0].values()) and examples[0]["decoder_loss_weights"].any()
+    assert not pack or examples[0]["decoder_segment_ids"].max() > 1
+    records = [{"id": f"c{i}", "messages": say(f"问{i}", f"答{i}")} for i in range(30)]
+    (instructions,) = adapters.instruction_tasks(records, tiny_tokenizer(), 0.25).values()
+    questions = adapters.choice_task(str(SAMPLE / "choice_task.json"), tiny_tokenizer())
+    for name, split in ((instructions, "train"), (questions, "test")):
+        whole = dataset_of(name, split)[0]
+        cut = {key: whole[key][:length].tolist() for key, length in LENGTHS.items()}
+        prefix = get(name, split, seqio.DecoderFeatureConverter, LENGTHS)[0]
+        joined = cut["inputs"] + cut["targets"]
+        assert prefix["decoder_target_tokens"][: len(joined)].tolist() == joined
+        weights = prefix["decoder_loss_weights"][: len(joined)].tolist()
+        assert weights == [0] * len(cut["inputs"]) + [1] * len(cut["targets"])
+        both = get(name, split, seqio.EncDecFeatureConverter, LENGTHS)[0]
+        assert both["encoder_input_tokens"][: len(cut["inputs"])].tolist() == cut["inputs"]
+        assert both["decoder_target_tokens"][: len(cut["targets"])].tolist() == cut["targets"]
