@@ -5,12 +5,14 @@
 
 `tiny` (1.8 M parameters) runs on a CPU. `ct_llm_2b` has CT-LLM's published hyper-parameters (AdamW, 2e-4 to 2e-5
 cosine, 2,000 warm-up steps, about 2.1 M tokens a step for 1,254.68 B tokens); parameters, gradients and moments take
-32 GiB in all, divided over the fsdp axis. It has not been trained here.
+32 GiB in all, divided over the fsdp axis. It has not been trained here. Its rates are the paper's shares of tokens; a
+store that lacks a source needs `--config.data.rates.NAME=0` for it.
 """
 
 from ml_collections import ConfigDict
 
 from configs import models
+from configs.mixtures import CT_LLM_TOKEN_SHARES
 
 
 def get_config(name: str = "tiny") -> ConfigDict:
@@ -20,7 +22,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
             objective=dict(name="lm", z_loss=0.0, dpo_beta=0.0),
             model=models.named(name),
             init_from=None,
-            data=dict(store="", rates={}, rate_changes=(), mask_documents=True),
+            data=dict(store="", rates=dict(CT_LLM_TOKEN_SHARES), rate_changes=(), mask_documents=True),
             optimizer=dict(
                 learning_rate=2e-4,
                 final_learning_rate=2e-5,
@@ -47,6 +49,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
         )
     )
     if name == "tiny":
+        config.data.rates = ConfigDict()
         config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=40)
         config.update(batch_size=16, steps=600, log_every=10, eval_every=100, eval_batches=4, checkpoint_every=100)
     return config

@@ -16,6 +16,7 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     config = pretrain.get_config(name)
     config.model = config_dict.placeholder(object)
     config.init_from = config_dict.placeholder(str)
+    config.data.rates = ConfigDict()
     config.optimizer.update(learning_rate=2e-5, final_learning_rate=0.0, warmup_steps=100)
     config.update(batch_size=128, steps=3691, eval_every=500, checkpoint_every=500)
     if name == "tiny":

@@ -221,8 +221,10 @@ def _from_repository(argument: str) -> str:
 def _plain(error: Exception) -> str:
     """The message of a key error without the quotes and escapes that Python wraps it in."""
     text = str(error.args[0] if error.args else error)
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+    while len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         text = text[1:-1]
+    if text.isidentifier():  # all that ml_collections says of a key in an empty group
+        return f"the config has no key {text!r} there"
     if "Traceback" in text:  # ml_collections hands on the whole of it
         return text.strip().splitlines()[-1]
     return text.replace("\\n", " ").replace("\n", " ").replace("\\'", "'")
