@@ -181,7 +181,10 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
         (["convert", "out"], "convert: unexpected argument 'out'"),
         (["convert", "--workdir"], "--workdir"),
         (["tokenize", "--config=configs/tokenize.py:chat", "--workdir=out"], "config: "),
-        (["train", "--config=configs/pretrain.py:tiny", "--config.data.rates.zh=1"], "the config has no key 'zh' there"),
+        (
+            ["train", "--config=configs/pretrain.py:tiny", "--config.data.rates.zh=1"],
+            "config has no key 'zh' there",
+        ),
         (["train", "--config=configs/convert.py", "--workdir=out"], "config: unknown key 'dtype'; known keys: batch"),
     ],
 )
