@@ -19,6 +19,7 @@ def get_config(kind: str = "pretrain") -> ConfigDict:
             template="ctllm",
             learn="assistant",
             sequence_length=4096 if kind == "pretrain" else 2048,
+            packing="best_fit",
             validation_share=0.001 if kind == "pretrain" else 0.05,
             shards=0,
             seed=42,

@@ -1,4 +1,6 @@
-"""Packing token sequences into rows of a fixed length with little padding and nothing cut away."""
+"""Packing token sequences into rows of a fixed length: best fit, with little padding and nothing cut that would fit, or
+wrapped, without padding and cut wherever a row ends, as the released models were trained.
+"""
 
 import bisect
 import collections
@@ -66,6 +68,44 @@ def best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
             bisect.insort(levels, free - size)
         waiting[free - size].append(row)
     return rows
+
+
+def wrap(documents: Sequence[Row], length: int, seed: int) -> list[Row]:
+    """Documents end to end in a seeded order, cut every `length` tokens; the rows come in a seeded order too.
+
+    What a cut separates is not predicted from one another: a document loses a prediction at each cut. Text bytes are
+    shared out in proportion to the tokens and add up exactly.
+    """
+    order = list(range(len(documents)))
+    draw = random.Random(seed)
+    draw.shuffle(order)
+    plan = wrapped([len(documents[i].tokens) for i in order], length)
+    draw.shuffle(plan)
+    return [_join([_part(documents[order[i]], begin, end) for i, begin, end in row]) for row in plan]
+
+
+def wrapped(sizes: Sequence[int], length: int) -> list[list[tuple[int, int, int]]]:
+    """Rows of (place in `sizes`, from token, to token): sequences end to end, a row every `length` tokens."""
+    rows: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for i, size in enumerate(sizes):
+        begin = 0
+        while begin < size:
+            if not room:
+                rows.append([])
+                room = length
+            end = min(size, begin + room)
+            rows[-1].append((i, begin, end))
+            begin, room = end, room - (end - begin)
+    return rows
+
+
+def _part(row: Row, begin: int, end: int) -> Row:
+    """Tokens [begin, end) of a single-segment row."""
+    size = len(row.tokens)
+    mask = None if row.mask is None else row.mask[begin:end]
+    share = row.bytes * end // size - row.bytes * begin // size
+    return Row(row.tokens[begin:end], [end - begin], row.ids, mask, share, [begin] if begin else ())
 
 
 def _join(parts: Sequence[Row]) -> Row:

@@ -31,8 +31,10 @@ from ctllm_jax.data.order import keyed
 from ctllm_jax.data.record import FORMAT, KINDS, Row, ids_name, shard_name, write_ids, write_shard
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from data_pipeline import chat_tasks, map_cc, records, tasks
-from data_pipeline.packing import chunks, pack
+from data_pipeline.packing import chunks, pack, wrap
 from data_pipeline.runner import BeamConfig, make_pipeline
+
+PACKINGS = {"best_fit": pack, "wrapped": wrap}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class TokenizeConfig:
     template: str  # of chats: "ctllm" (ours), "tokenizer" (the Jinja template that came with it), or a Jinja file
     learn: str  # of a conversation, kind chat: "assistant" (every answer), "last" (the final one) or "all"
     sequence_length: int
+    packing: str  # of documents: "best_fit", or "wrapped" (end to end and cut at row ends, as the released models saw)
     validation_share: float  # part of the documents held out, by the hash of their id
     shards: int  # of each source and split; 0: as many as the source has files
     seed: int
@@ -62,6 +65,10 @@ class TokenizeConfig:
             raise ValueError(f"learn {self.learn!r} is unknown; there are: {', '.join(LEARN)}")
         if self.kind != "chat" and self.learn != "assistant":
             raise ValueError(f"learn {self.learn!r} is for kind chat; of kind {self.kind} what is learned is fixed")
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing {self.packing!r} is unknown; there are: {', '.join(PACKINGS)}")
+        if self.kind != "pretrain" and self.packing != "best_fit":
+            raise ValueError(f"packing {self.packing!r} would cut conversations; kind {self.kind} is packed best_fit")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"validation_share {self.validation_share} must lie between 0 and 1")
         if self.sequence_length < 2:  # a row predicts every token but its first
@@ -202,7 +209,7 @@ class BuildShard(beam.DoFn):
             rows = documents
         else:
             seed = keyed(config.seed, window.source, window.split, window.index)
-            rows = pack(documents, config.sequence_length, seed)
+            rows = PACKINGS[config.packing](documents, config.sequence_length, seed)
         for row in rows:
             counts.update(rows=1, tokens=len(row.tokens), learned=_learned(row), bytes=row.bytes)
         note = {"file": window.shard, **{key: counts[key] for key in COUNTS}}
@@ -221,14 +228,15 @@ COUNTS = ("rows", "documents", "tokens", "learned", "bytes", "truncated", "dropp
 
 
 def _documents(window: Window, config: TokenizeConfig, counts: collections.Counter, progress: TextIO) -> Iterator[Row]:
-    """The rows-to-be of a window, each at most a row long; counts documents, truncations and drops."""
+    """What a window packs, each at most a row long unless wrapped; counts documents, truncations and drops."""
     length = config.sequence_length
     sides = ("chosen", "rejected") if config.kind == "preference" else ("targets",)
     for example in _examples(window, counts, progress):
         document_id, text_bytes = example["id"].decode(), int(example["bytes"])
         if config.kind == "pretrain":
             tokens = example["targets"]
-            yield from chunks(Row(tokens, [len(tokens)], [document_id], None, text_bytes), length)
+            row = Row(tokens, [len(tokens)], [document_id], None, text_bytes)
+            yield from chunks(row, length) if config.packing == "best_fit" else [row]
             continue
         tokens = [example[side][:length] for side in sides]
         masks = [example["loss_mask" if side == "targets" else f"{side}_mask"][:length] for side in sides]

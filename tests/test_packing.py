@@ -9,7 +9,7 @@ from tiny_models import NO_REFERENCE, REFERENCE
 
 from ctllm_jax.data.batches import row_arrays
 from ctllm_jax.data.record import Row
-from data_pipeline.packing import best_fit, chunks, pack
+from data_pipeline.packing import best_fit, chunks, pack, wrap, wrapped
 
 
 def document(number: int, size: int, masked: bool = False) -> Row:
@@ -102,6 +102,45 @@ def test_rows_are_filled_as_trl_fills_them():
     documents = [document(n, size) for n, size in enumerate(golden["lengths"])]
     rows = pack(documents, length, seed=0)
     assert sorted(sorted(row.lengths) for row in rows) == sorted(map(sorted, golden["bfd"]["seq_lengths"]))
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
+def test_rows_are_wrapped_as_trl_wraps_them():
+    golden = json.loads((REFERENCE / "align" / "packing.json").read_text())
+    inputs = golden["inputs"]
+    plan = wrapped([len(ids) for ids in inputs], golden["seq_length"])
+    assert [sum((inputs[i][begin:end] for i, begin, end in row), []) for row in plan] == golden["wrapped"]["input_ids"]
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 256])
+@pytest.mark.parametrize("masked", [False, True])
+def test_wrapped_rows_hold_every_token_once_without_padding(length, masked):
+    random = np.random.default_rng(length)
+    documents = [document(n, int(size), masked) for n, size in enumerate(random.integers(1, 5 * length + 2, 60))]
+    rows = wrap(documents, length, seed=1)
+    total = sum(len(row.tokens) for row in documents)
+    assert sorted(len(row.tokens) for row in rows)[1:] == [length] * (len(rows) - 1) and len(rows) == -(
+        -total // length
+    )
+    assert sum(row.bytes for row in rows) == sum(row.bytes for row in documents)
+    found = collections.defaultdict(dict)
+    for row in rows:
+        ends = np.cumsum(row.lengths)
+        starts = row.starts or [0] * len(row.ids)
+        for name, start, size, end in zip(row.ids, starts, row.lengths, ends, strict=True):
+            part = slice(end - size, end)
+            found[name][start] = (row.tokens[part], row.mask[part] if masked else None)
+    for row in documents:
+        parts = [found[row.ids[0]][start] for start in sorted(found[row.ids[0]])]
+        np.testing.assert_array_equal(np.concatenate([tokens for tokens, _ in parts]), row.tokens)
+        if masked:
+            np.testing.assert_array_equal(np.concatenate([mask for _, mask in parts]), row.mask)
+
+
+def test_the_seed_decides_wrapped_rows_and_their_order():
+    documents = typical(60, seed=2)
+    tokens = [[row.tokens.tobytes() for row in wrap(documents, 256, seed)] for seed in (4, 4, 5)]
+    assert tokens[0] == tokens[1] != tokens[2]
 
 
 @pytest.mark.parametrize("length", [2, 9, 200])

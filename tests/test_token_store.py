@@ -40,9 +40,9 @@ def seqio_examples(root) -> dict[str, dict[str, list[dict]]]:
     return {split: {subset: dataset_of(task, split) for subset, task in names.items()} for split in tasks.SPLITS}
 
 
-def same_documents(store, split: str, examples: dict[str, list[dict]]) -> None:
+def same_documents(store, split: str, examples: dict[str, list[dict]], repeated: int = 1) -> None:
     """That a split of a store holds exactly the documents that SeqIO gives, token by token."""
-    found = assembled(store, split)
+    found = assembled(store, split, repeated)
     for subset, own in examples.items():
         assert found.get(subset, {}).keys() == {example["id"].decode() for example in own}
         for example in own:
@@ -80,6 +80,13 @@ def test_any_number_of_shards_holds_every_document_once(root, seqio_examples, tm
             assert all(shard["rows"] for shard in entry["shards"])
     counts = {subset: len(entry["shards"]) for subset, entry in store.info["splits"]["train"].items()}
     assert counts["code"] == min(shards, len(seqio_examples["train"]["code"])) and 3 <= counts["zh_cc"] <= shards
+
+
+def test_a_wrapped_store_holds_the_same_documents_without_padding(root, seqio_examples, tmp_path):
+    result = token_store.run(config_of(root, "pretrain", packing="wrapped"), str(tmp_path / "store"))
+    for entry in result["splits"]["train"].values():
+        assert entry["rows"] == -(-entry["tokens"] // LENGTH) and entry["padding"] < 1 / entry["rows"]
+    same_documents(open_store(tmp_path / "store"), "train", seqio_examples["train"], repeated=0)
 
 
 def test_the_manifest_says_what_the_shards_are(root):
@@ -340,6 +347,8 @@ def test_another_store_is_refused_in_the_same_folder(root, kind, change, message
         ("chat", {"input": []}, "input"),
         ("pretrain", {"corpus": None}, "corpus"),
         ("pretrain", {"input": ["x"]}, "input"),
+        ("pretrain", {"packing": "tight"}, "packing 'tight' is unknown; there are: best_fit, wrapped"),
+        ("chat", {"packing": "wrapped"}, "would cut conversations"),
         ("pretrain", {"validation_share": 0.0}, "validation_share 0.0 must lie between 0 and 1"),
         ("pretrain", {"validation_share": 1.0}, "validation_share 1.0 must lie between 0 and 1"),
         ("pretrain", {"sequence_length": 1}, "sequence_length 1 must be at least 2"),

@@ -93,8 +93,11 @@ def dataset_of(task: str, split: str, **options) -> list[dict]:
     )
 
 
-def assembled(store: TokenStore, split: str) -> dict[str, dict[str, np.ndarray]]:
-    """{source: {id: tokens}}: the documents of a split put together from their pieces, by `ids` and `starts` alone."""
+def assembled(store: TokenStore, split: str, repeated: int = 1) -> dict[str, dict[str, np.ndarray]]:
+    """{source: {id: tokens}}: the documents of a split put together from their pieces, by `ids` and `starts` alone.
+
+    A later piece repeats so many tokens of the one before it.
+    """
     found = {}
     for source in store.sources(split):
         parts: dict[str, dict[int, np.ndarray]] = {}
@@ -103,14 +106,15 @@ def assembled(store: TokenStore, split: str) -> dict[str, dict[str, np.ndarray]]
             for name, start, tokens in zip(row.ids, row.starts or [0] * len(segments), segments, strict=True):
                 assert start not in parts.setdefault(name, {}), f"{name} begins twice at {start}"
                 parts[name][start] = tokens
-        found[source] = {name: _whole(own) for name, own in parts.items()}
+        found[source] = {name: _whole(own, repeated) for name, own in parts.items()}
     return found
 
 
-def _whole(parts: dict[int, np.ndarray]) -> np.ndarray:
+def _whole(parts: dict[int, np.ndarray], repeated: int) -> np.ndarray:
     (first, whole), *rest = sorted(parts.items())
     assert first == 0
-    for start, tokens in rest:  # each repeats the last token before it
-        assert start == len(whole) - 1 and tokens[0] == whole[-1]
-        whole = np.concatenate([whole, tokens[1:]])
+    for start, tokens in rest:
+        assert start == len(whole) - repeated
+        np.testing.assert_array_equal(tokens[:repeated], whole[start:])
+        whole = np.concatenate([whole, tokens[repeated:]])
     return whole
