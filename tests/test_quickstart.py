@@ -95,7 +95,7 @@ def test_killing_it_again_and_again_changes_nothing(undisturbed, tmp_path):
             reached.append(target)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert len(reached) > stages // 2, f"only the stages {reached} were still at work when they were killed"
+    assert len(reached) >= 5, f"only the stages {reached} were still at work when they were killed"
     process = start(tmp_path)
     _, log = process.communicate()
     assert process.returncode == 0, log[-3000:]
