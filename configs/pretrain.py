@@ -19,7 +19,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
     """`name` is an architecture of configs/models.py."""
     config = ConfigDict(
         dict(
-            objective=dict(name="lm", z_loss=0.0, dpo_beta=0.0),
+            objective=dict(name="lm", z_loss=0.0, dpo_beta=0.0, cross_entropy="auto"),
             model=models.named(name),
             init_from=None,
             data=dict(store="", rates=dict(CT_LLM_TOKEN_SHARES), rate_changes=(), mask_documents=True),

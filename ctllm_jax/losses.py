@@ -15,20 +15,18 @@ def token_logprobs(logits_BLV: jax.Array, labels_BL: jax.Array) -> tuple[jax.Arr
 
 
 def lm_loss(
-    logits_BLV: jax.Array, labels_BL: jax.Array, weights_BL: jax.Array, z_loss: float
+    logprob_BL: jax.Array, lse_BL: jax.Array, weights_BL: jax.Array, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
     """Next-token cross-entropy in nats.
 
     Args:
-      logits_BLV: fp32 logits.
-      labels_BL: int32 ids to predict.
+      logprob_BL, lse_BL: as `token_logprobs` gives them, or `cross_entropy.label_logprobs` without the logits.
       weights_BL: 1 where a label counts, else 0.
       z_loss: weight of the squared log-sum-exp (PaLM, arXiv 2204.02311), which keeps logits from drifting.
 
     Returns:
       (objective summed over counted labels, z-loss included; plain negative log-likelihood of each sequence, [B]).
     """
-    logprob_BL, lse_BL = token_logprobs(logits_BLV, labels_BL)
     nll_B = -jnp.sum(logprob_BL * weights_BL, axis=-1)
     return jnp.sum(nll_B) + z_loss * jnp.sum(weights_BL * lse_BL**2), nll_B
 

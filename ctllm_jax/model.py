@@ -165,8 +165,8 @@ class Transformer(nnx.Module):
         if not cfg.tie_embeddings:
             self.head = _param(cfg, (D, V), ("embed", "vocab"), cfg.init_std)
 
-    def __call__(self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None):
-        """Returns (logits_BLV in fp32 with padded ids at -inf, cache with these tokens appended or None)."""
+    def hidden_states(self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None):
+        """Returns (normalised x_BLD that the head reads, cache with these tokens appended or None)."""
         cfg = self.cfg
         x_BLD = self.embed[...].astype(cfg.dtype)[tokens_BL]
         x_BLD = constrain(x_BLD, "batch", "length", None)
@@ -187,15 +187,20 @@ class Transformer(nnx.Module):
         kv_YBTKH = None if cache is None else (cache.k_YBTKH, cache.v_YBTKH)
         x_BLD, kv_YBTKH = jax.lax.scan(layer, x_BLD, (layers_Y, kv_YBTKH))
         x_BLD = _rms_norm(x_BLD, self.final_norm[...], cfg.norm_eps)
+        if cache is None:
+            return x_BLD, None
+        return x_BLD, Cache(kv_YBTKH[0], kv_YBTKH[1], kv_segments_BT, cache.length + tokens_BL.shape[1])
+
+    def __call__(self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None):
+        """Returns (logits_BLV in fp32 with padded ids at -inf, cache with these tokens appended or None)."""
+        cfg = self.cfg
+        x_BLD, cache = self.hidden_states(tokens_BL, positions_BL, segments_BL, cache)
         head_DV = self.embed[...].T if cfg.tie_embeddings else self.head[...]
         logits_BLV = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
         logits_BLV = constrain(logits_BLV, "batch", "length", "vocab")
         # The released model could sample ids that its tokenizer cannot decode; ours cannot.
         logits_BLV = jnp.where(jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size, logits_BLV, -jnp.inf)
-        if cache is None:
-            return logits_BLV, None
-        length = cache.length + tokens_BL.shape[1]
-        return logits_BLV, Cache(kv_YBTKH[0], kv_YBTKH[1], kv_segments_BT, length)
+        return logits_BLV, cache
 
 
 def _abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -267,9 +272,26 @@ def forward(
     Returns:
       (logits_BLV fp32, the extended cache or None).
     """
+    return _module(cfg, params)(tokens_BL, positions_BL, segments_BL, cache)
+
+
+def hidden_states(
+    cfg: ModelConfig, params: dict, tokens_BL: jax.Array, positions_BL: jax.Array, segments_BL: jax.Array
+) -> jax.Array:
+    """`forward` up to the head: normalised hidden states [B, L, D] in the compute dtype, whose product with `head` in
+    that dtype, added up in fp32, are the logits."""
+    return _module(cfg, params).hidden_states(tokens_BL, positions_BL, segments_BL)[0]
+
+
+def head(cfg: ModelConfig, params: dict) -> jax.Array:
+    """The output embedding [D, V], in the parameters' dtype."""
+    return params["embed"].T if cfg.tie_embeddings else params["head"]
+
+
+def _module(cfg: ModelConfig, params: dict) -> Transformer:
     graph, state = _abstract(cfg)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)(tokens_BL, positions_BL, segments_BL, cache)
+    return nnx.merge(graph, state)
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:

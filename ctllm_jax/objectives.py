@@ -9,8 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ctllm_jax.cross_entropy import FORMS, choose_form, label_logprobs
 from ctllm_jax.losses import dpo_loss, lm_loss, token_logprobs
-from ctllm_jax.model import ModelConfig, forward
+from ctllm_jax.model import ModelConfig, forward, head, hidden_states
 
 Batch = dict[str, jax.Array]
 # (params, reference params or None, batch) -> (objective summed, sums of diagnostics)
@@ -24,10 +25,13 @@ class ObjectiveConfig:
     name: str  # "lm" (pretraining, and SFT on chat stores) or "dpo" (preference stores)
     z_loss: float
     dpo_beta: float
+    cross_entropy: str  # "dense", "chunked" (without the logits), or by memory: see cross_entropy.choose_form
 
     def __post_init__(self):
         if self.name not in STORE_KINDS:
             raise ValueError(f"objective {self.name!r} is unknown; there are: {', '.join(STORE_KINDS)}")
+        if self.cross_entropy not in FORMS:
+            raise ValueError(f"cross_entropy {self.cross_entropy!r} is unknown; there are: {', '.join(FORMS)}")
 
 
 STORE_KINDS = {"lm": ("pretrain", "chat"), "dpo": ("preference",)}
@@ -36,11 +40,17 @@ STORE_KINDS = {"lm": ("pretrain", "chat"), "dpo": ("preference",)}
 def make_objective(config: ObjectiveConfig, model: ModelConfig, num_sources: int) -> Objective:
     """The objective as a pure function. Its diagnostics always hold `count`, the global divisor of everything else."""
 
-    def logits(params: dict, batch: Batch) -> jax.Array:
-        return forward(model, params, batch["tokens"], batch["positions"], batch["segments"])[0]
+    def logprobs(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        inputs = batch["tokens"], batch["positions"], batch["segments"]
+        mesh_shape = jax.sharding.get_abstract_mesh().shape
+        form = choose_form(config.cross_entropy, batch["tokens"].size, model.padded_vocab_size, mesh_shape)
+        if form == "dense":
+            return token_logprobs(forward(model, params, *inputs)[0], batch["labels"])
+        x_BLD = hidden_states(model, params, *inputs)
+        return label_logprobs(x_BLD, head(model, params), batch["labels"], model.vocab_size)
 
     def lm(params: dict, _: dict | None, batch: Batch):
-        loss, nll_B = lm_loss(logits(params, batch), batch["labels"], batch["weights"], config.z_loss)
+        loss, nll_B = lm_loss(*logprobs(params, batch), batch["weights"], config.z_loss)
         tokens_B = jnp.sum(batch["weights"], axis=-1)
         by_source_SB = (batch["source"][None, :] == jnp.arange(num_sources)[:, None]).astype(jnp.float32)
         sums = {
@@ -54,7 +64,7 @@ def make_objective(config: ObjectiveConfig, model: ModelConfig, num_sources: int
     def sequence_logprobs(params: dict, batch: Batch) -> jax.Array:
         B, _, L = batch["tokens"].shape
         flat = {name: array.reshape(2 * B, L) for name, array in batch.items() if name != "source"}
-        logprob, _ = token_logprobs(logits(params, flat), flat["labels"])
+        logprob, _ = logprobs(params, flat)
         return jnp.sum(logprob * flat["weights"], axis=-1).reshape(B, 2)
 
     def dpo(params: dict, reference: dict, batch: Batch):

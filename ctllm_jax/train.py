@@ -55,9 +55,7 @@ class TrainConfig:
 
     objective: ObjectiveConfig
     model: ModelConfig | None  # None: as in init_from
-    init_from: (
-        str | None
-    )  # run directory or Hugging Face folder whose parameters start the run (and are DPO's reference)
+    init_from: str | None  # run or Hugging Face folder whose parameters start the run (and are DPO's reference)
     data: DataConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
@@ -306,6 +304,7 @@ def _decisive(config: TrainConfig, model: ModelConfig) -> dict:
         settings.pop(name)
     for name in ("checkpoint_every", "checkpoints_kept", "init_from"):  # init_from is identified by its digest
         settings.pop(name)
+    settings["objective"].pop("cross_entropy")  # a matter of memory
     settings["data"].pop("store")  # by its fingerprint
     settings["data"].pop("rates"), settings["data"].pop("rate_changes")  # may change ahead: see _check_past_rates
     settings["model"] = dataclasses.asdict(model)

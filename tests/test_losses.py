@@ -20,7 +20,8 @@ from ctllm_jax.train import TrainState, train_step
 
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
 LENGTH = 32
-LM, DPO = ObjectiveConfig("lm", z_loss=0.0, dpo_beta=0.0), ObjectiveConfig("dpo", z_loss=0.0, dpo_beta=0.5)
+LM = ObjectiveConfig("lm", z_loss=0.0, dpo_beta=0.0, cross_entropy="dense")
+DPO = ObjectiveConfig("dpo", z_loss=0.0, dpo_beta=0.5, cross_entropy="dense")
 
 
 def pretrain_rows(count: int = 8) -> list[Row]:
@@ -50,7 +51,9 @@ def test_lm_loss_equals_the_formula_in_float64(scale, z_loss):
     logits_BLV = (scale * random.normal(size=(3, 17, 50))).astype(np.float32)
     logits_BLV[..., 45:] = -np.inf  # padding of the vocabulary
     labels_BL, weights_BL = random.integers(0, 45, (3, 17)), (random.random((3, 17)) < 0.7).astype(np.float32)
-    total, nll_B = lm_loss(jnp.asarray(logits_BLV), jnp.asarray(labels_BL), jnp.asarray(weights_BL), z_loss)
+    total, nll_B = lm_loss(
+        *token_logprobs(jnp.asarray(logits_BLV), jnp.asarray(labels_BL)), jnp.asarray(weights_BL), z_loss
+    )
     logprob_BL, lse_BL = logprobs_64(logits_BLV, labels_BL)
     expected_B = -(logprob_BL * weights_BL).sum(-1)
     np.testing.assert_allclose(nll_B, expected_B, rtol=2e-6)
@@ -61,7 +64,7 @@ def test_lm_loss_equals_the_formula_in_float64(scale, z_loss):
 
 
 def test_lm_loss_of_uniform_logits_is_the_logarithm_of_the_vocabulary():
-    total, _ = lm_loss(jnp.zeros((2, 5, 64)), jnp.zeros((2, 5), int), jnp.ones((2, 5)), 0.0)
+    total, _ = lm_loss(*token_logprobs(jnp.zeros((2, 5, 64)), jnp.zeros((2, 5), int)), jnp.ones((2, 5)), 0.0)
     np.testing.assert_allclose(total / 10, np.log(64), rtol=1e-6)
 
 

@@ -11,7 +11,7 @@ from tiny_models import NO_REFERENCE, REFERENCE, tiny_config, tiny_model
 from configs import models
 from ctllm_jax.common.config import build
 from ctllm_jax.loading import load_model
-from ctllm_jax.losses import lm_loss
+from ctllm_jax.losses import lm_loss, token_logprobs
 from ctllm_jax.model import (
     ModelConfig,
     abstract_params,
@@ -70,7 +70,7 @@ def test_loss_and_gradient_equal_those_of_transformers(name):
 
     def mean_loss(params):
         logits_BLV, _ = forward(model.config, params, tokens_BL, positions_BL, segments_BL)
-        total, _ = lm_loss(logits_BLV[:, :-1], tokens_BL[:, 1:], jnp.ones(tokens_BL[:, 1:].shape), 0.0)
+        total, _ = lm_loss(*token_logprobs(logits_BLV[:, :-1], tokens_BL[:, 1:]), jnp.ones(tokens_BL[:, 1:].shape), 0.0)
         return total / tokens_BL[:, 1:].size
 
     loss, grads = jax.value_and_grad(mean_loss)(model.params)
@@ -133,7 +133,7 @@ def test_packed_documents_give_the_loss_and_gradient_of_single_ones():
 
     def total(params, tokens_BL, positions_BL, segments_BL, labels_BL, weights_BL):
         logits_BLV, _ = forward(model.config, params, tokens_BL, positions_BL, segments_BL)
-        return lm_loss(logits_BLV, labels_BL, weights_BL, 0.0)[0]
+        return lm_loss(*token_logprobs(logits_BLV, labels_BL), weights_BL, 0.0)[0]
 
     def rows(groups: list[list[np.ndarray]], length: int) -> list[np.ndarray]:
         arrays = [np.zeros((len(groups), length), np.int32) for _ in range(5)]

@@ -179,10 +179,10 @@ def test_six_steps_equal_those_of_torch(kind):
     expected, model = golden(f"{kind}_train"), load_model(str(REFERENCE / "tiny_gqa"))
     if kind == "sft":
         rows, reference, length = sft_rows(golden("sft_golden")["completion_only"]), None, 300
-        objective = make_objective(ObjectiveConfig("lm", 0.0, 0.0), model.config, 2)
+        objective = make_objective(ObjectiveConfig("lm", 0.0, 0.0, "auto"), model.config, 2)
     else:
         rows, reference, length = preference_pairs(), load_model(str(REFERENCE / "tiny_gqa_ref")).params, 473
-        objective = make_objective(ObjectiveConfig("dpo", 0.0, expected["beta"]), model.config, 2)
+        objective = make_objective(ObjectiveConfig("dpo", 0.0, expected["beta"], "auto"), model.config, 2)
     config = dataclasses.replace(BASE, learning_rate=expected["lr"], schedule="constant", warmup_steps=0)
     optimizer = make_optimizer(config, model.config, 6)
     compiled = jax.jit(functools.partial(train_step, objective=objective, optimizer=optimizer, microbatches=1))

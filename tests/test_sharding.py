@@ -129,7 +129,7 @@ def on_mesh(stream, axes, grad: bool):
     model = tiny_config(d_ff=64)
     mesh = make_mesh(MeshConfig(*axes))
     layout = shardings(mesh, abstract_params(model), logical_axes(model))
-    objective = make_objective(ObjectiveConfig("lm", 1e-4, 0.0), model, 2)
+    objective = make_objective(ObjectiveConfig("lm", 1e-4, 0.0, "auto"), model, 2)
     with jax.set_mesh(mesh):
         params = jax.device_put(random_params(model), layout)
         batch = global_batch(stream, 0, mesh)
