@@ -3,14 +3,52 @@
 Legend: B batch, L query length, T key length, N query heads, K key/value heads (N a multiple of K), H head size.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 
-from ctllm_jax.attention import xla
+from ctllm_jax.attention import flash, sharded, xla
 from ctllm_jax.common.errors import UserError
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": xla.attention}
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """An implementation and what it supports; None stands for anything."""
+
+    call: Callable[..., jax.Array]  # arguments of `attention`, without `backend`
+    platforms: tuple[str, ...] | None
+    head_sizes: tuple[int, ...] | None
+    dtypes: tuple[str, ...] | None
+    cache: str  # the backend that serves calls with a key/value cache: few queries, a start known only at run time
+
+    def refusals(self, platform: str, head_size: int, dtype: str) -> list[str]:
+        """What of a request this backend does not support, in words; empty if it supports all of it."""
+        asked = ("platform", platform, self.platforms), ("head size", head_size, self.head_sizes)
+        asked += (("dtype", dtype, self.dtypes),)
+        return [f"{what} {value}" for what, value, supported in asked if supported and value not in supported]
+
+
+def _flash_on(platform: str) -> Callable[..., jax.Array]:
+    def call(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, *, q_offset=0):
+        assert isinstance(q_offset, int) and q_offset == 0  # calls with a cache go to another backend
+        kernel = sharded.Kernel(flash.attention, tiling=flash.tiling_for(platform, _device().device_kind))
+        return sharded.attention(kernel, q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT)
+
+    return call
+
+
+_FLASH_SUPPORT = {"head_sizes": (64, 128, 256), "dtypes": ("bfloat16", "float32"), "cache": "xla"}
+BACKENDS: dict[str, Backend] = {
+    "xla": Backend(xla.attention, platforms=None, head_sizes=None, dtypes=None, cache="xla"),
+    "pallas_tpu": Backend(_flash_on("tpu"), platforms=("tpu",), **_FLASH_SUPPORT),
+    "pallas_gpu": Backend(_flash_on("gpu"), platforms=("gpu",), **_FLASH_SUPPORT),
+}
+
+
+def _device():
+    """What is compiled for: the devices of the mesh in use (they may be only described), else the default device."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def attention(
@@ -25,14 +63,18 @@ def attention(
 ) -> jax.Array:
     """Causal scaled dot-product attention within segments.
 
-    Query l stands at key slot `q_offset + l`; it sees the key slots up to its own that carry its segment id.
+    Query l stands at key slot `q_offset + l`; it sees the key slots up to its own that carry its segment id. Padding
+    (segment 0) sees nothing and is seen by nothing: its output and its gradients are zero.
+
+    A call with a key/value cache (L differs from T, or q_offset is anything but the literal 0) goes to the backend
+    that the table names under `cache`: the flash kernels gain nothing with few queries.
 
     Args:
       q_BLNH: queries, already rotated; scaled here by 1/sqrt(H).
       k_BTKH: keys, already rotated.
       v_BTKH: values.
-      q_segments_BL: segment of each query, int32; 0 marks padding.
-      kv_segments_BT: segment of each key slot, int32.
+      q_segments_BL: segment of each query, int32, not negative; 0 marks padding.
+      kv_segments_BT: segment of each key slot, likewise.
       q_offset: key slot of the first query (nonzero when decoding with a cache).
       backend: a name in `BACKENDS`.
 
@@ -40,8 +82,15 @@ def attention(
       Mixed values, [B, L, N, H], in q's dtype.
 
     Raises:
-      UserError: an unknown backend.
+      UserError: an unknown backend, or one that does not support the platform, head size or dtype; or a mesh over
+        which heads or length do not divide.
     """
     if backend not in BACKENDS:
         raise UserError(f"attention backend {backend!r} is unknown; there are: {', '.join(sorted(BACKENDS))}")
-    return BACKENDS[backend](q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, q_offset=q_offset)
+    has_cache = q_BLNH.shape[1] != k_BTKH.shape[1] or not (isinstance(q_offset, int) and q_offset == 0)
+    name = BACKENDS[backend].cache if has_cache else backend
+    request = (_device().platform, q_BLNH.shape[-1], str(q_BLNH.dtype))
+    if refusals := BACKENDS[name].refusals(*request):
+        able = ", ".join(other for other in sorted(BACKENDS) if not BACKENDS[other].refusals(*request))
+        raise UserError(f"attention backend {name!r} does not support {' and '.join(refusals)}; these do: {able}")
+    return BACKENDS[name].call(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, q_offset=q_offset)

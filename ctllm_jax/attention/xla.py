@@ -23,9 +23,9 @@ def attention(
     scores_BKGLT = jnp.einsum("BLKGH,BTKH->BKGLT", q_BLKGH, k_BTKH, preferred_element_type=jnp.float32) * H**-0.5
     slot_L = q_offset + jnp.arange(L)
     causal_LT = slot_L[:, None] >= jnp.arange(T)[None, :]
-    same_BLT = q_segments_BL[:, :, None] == kv_segments_BT[:, None, :]
-    visible_BLT = causal_LT[None] & same_BLT
-    # A finite mask value keeps rows that see nothing (padding) free of NaN.
-    scores_BKGLT = jnp.where(visible_BLT[:, None, None], scores_BKGLT, -1e30)
-    weights_BKGLT = jax.nn.softmax(scores_BKGLT, axis=-1).astype(v_BTKH.dtype)
+    same_BLT = (q_segments_BL[:, :, None] == kv_segments_BT[:, None, :]) & (kv_segments_BT[:, None, :] != 0)
+    visible_BKGLT = (causal_LT[None] & same_BLT)[:, None, None]
+    # A finite mask value keeps rows that see nothing (padding) free of NaN; their weights are zero.
+    weights_BKGLT = jax.nn.softmax(jnp.where(visible_BKGLT, scores_BKGLT, -1e30), axis=-1)
+    weights_BKGLT = jnp.where(visible_BKGLT, weights_BKGLT, 0).astype(v_BTKH.dtype)
     return jnp.einsum("BKGLT,BTKH->BLKGH", weights_BKGLT, v_BTKH).reshape(B, L, N, H)

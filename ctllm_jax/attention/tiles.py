@@ -1,0 +1,182 @@
+"""What the flash-attention kernels share: tile sizes, the mask of a tile, and the list of tiles worth visiting.
+
+Each kernel holds one block of rows (queries or keys) and walks over the blocks of the other side with a loop inside
+the kernel, so that the same body is right for a TPU (Mosaic), where a grid runs in order and a whole side of one head
+lies in VMEM, and for a GPU (Triton), where grid cells run at once and the whole side is a pointer. How far it walks is
+worked out beforehand by XLA (`schedule`): tiles that causality or the segments mask entirely are never visited.
+
+Legend: B batch, N query heads, L query length, T key length, H head size; within a kernel Q queries and S keys of one
+tile; R rows held by a kernel, C columns walked over; 1 an axis of size one.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as pltriton
+
+# A masked score lies below the running maximum's start, so its weight is exp(-5e29) = 0 even in a row that has seen
+# nothing yet: such rows end with sum 0 and output 0, with no case of their own.
+MASKED = -1e30
+LOWEST_MAXIMUM = -5e29
+
+
+# Scores are kept in units of log 2: a chip's exponential is 2^x, so exp would cost one more product per score.
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Queries and keys of one tile; both powers of two."""
+
+    queries: int
+    keys: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Tile sizes of the three kernels for 16-bit inputs, and how they are compiled.
+
+    On a TPU the whole other side of one head lies in VMEM (keys and values; in dkv queries and output gradients), which
+    bounds the length: the compiler refuses what does not fit.
+    """
+
+    platform: str  # "tpu" or "gpu": which compiler the kernels are lowered for
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+    vmem_bytes: int | None = None  # TPU: what a kernel may use of VMEM; None leaves the compiler's own limit
+    num_warps: int = 4  # GPU
+    num_stages: int = 2  # GPU
+
+    @property
+    def queries(self) -> int:
+        """Query lengths are padded to a multiple of this."""
+        return max(tile.queries for tile in (self.forward, self.dq, self.dkv))
+
+    @property
+    def keys(self) -> int:
+        """Key lengths are padded to a multiple of this."""
+        return max(tile.keys for tile in (self.forward, self.dq, self.dkv))
+
+    def fitted(self, queries: int, keys: int, dtype: jnp.dtype) -> "Tiling":
+        """For these lengths and inputs.
+
+        No side of a tile exceeds the length rounded up to a power of two; fp32 halves both sides, as its products take
+        more memory; none falls below 128 on a TPU (its lanes) or 16 on a GPU (its smallest matmul).
+        """
+        least = 128 if self.platform == "tpu" else 16
+        itemsize = jnp.dtype(dtype).itemsize
+
+        def fit(size: int, length: int) -> int:
+            return max(least, min(size * 2 // itemsize, pl.next_power_of_2(length)))
+
+        def fit_tile(tile: Tile) -> Tile:
+            return Tile(fit(tile.queries, queries), fit(tile.keys, keys))
+
+        return dataclasses.replace(self, forward=fit_tile(self.forward), dq=fit_tile(self.dq), dkv=fit_tile(self.dkv))
+
+
+def _segment_range(segments_BX: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Lowest and highest segment of each block, padding left out: (beyond every id, 0) for a block of padding."""
+    blocks = segments_BX.reshape(segments_BX.shape[0], -1, block)
+    lowest = jnp.min(jnp.where(blocks > 0, blocks, jnp.iinfo(jnp.int32).max), axis=-1)
+    return lowest, jnp.max(blocks, axis=-1)
+
+
+def schedule(
+    q_segments_BL: jax.Array, kv_segments_BT: jax.Array, q_offset: jax.Array, tile: Tile, *, rows: str
+) -> jax.Array:
+    """Which blocks each kernel instance walks over.
+
+    Segment ids may stand in any order; where they ascend along the row, as packing lays them, the walk is short.
+
+    Args:
+      q_segments_BL: 0 is padding.
+      kv_segments_BT: 0 is padding.
+      q_offset: key slot of the first query.
+      tile: the kernel's tile.
+      rows: "queries" (forward, dq: a block of queries walks over keys) or "keys" (dkv: the other way).
+
+    Returns:
+      int32 [3, B, blocks]. For "queries": first, split, stop. Blocks first..split are wholly before the queries and
+      need no causal mask, blocks split..stop cross the diagonal. For "keys" the two parts come in the other order:
+      first..split cross the diagonal.
+    """
+    q_low, q_high = _segment_range(q_segments_BL, tile.queries)
+    kv_low, kv_high = _segment_range(kv_segments_BT, tile.keys)
+    shared = (q_low[:, :, None] <= kv_high[:, None, :]) & (kv_low[:, None, :] <= q_high[:, :, None])
+    q_start = q_offset + tile.queries * jnp.arange(q_low.shape[1])[:, None]
+    kv_start = tile.keys * jnp.arange(kv_low.shape[1])[None, :]
+    visible = shared & (q_start + tile.queries - 1 >= kv_start)
+    below_diagonal = q_start >= kv_start + tile.keys - 1
+    if rows == "keys":
+        visible, below_diagonal = jnp.swapaxes(visible, 1, 2), below_diagonal.T
+    count = visible.shape[-1]
+    seen = jnp.any(visible, axis=-1)
+    first = jnp.argmax(visible, axis=-1)
+    stop = jnp.where(seen, count - jnp.argmax(visible[..., ::-1], axis=-1), first)
+    clear = jnp.sum(below_diagonal, axis=-1)[None]
+    split = jnp.clip(clear if rows == "queries" else count - clear, first, stop)
+    return jnp.stack([first, split, stop]).astype(jnp.int32)
+
+
+def query_ids(q_segments_BL: jax.Array) -> jax.Array:
+    """Segments with padding at -1, so that a padding query equals no key, padding keys (0) included."""
+    return jnp.where(q_segments_BL == 0, -1, q_segments_BL)
+
+
+def matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Product over axis `contract[0]` of a and `contract[1]` of b, accumulated in fp32; fp32 inputs stay fp32."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def mask(
+    scores: jax.Array,
+    q_segments: jax.Array,
+    kv_segments: jax.Array,
+    q_start: jax.Array,
+    kv_start: jax.Array,
+    *,
+    query_axis: int,
+    causal: bool,
+) -> jax.Array:
+    """Masks a tile of scores, [Q, S] (query axis 0) or [S, Q] (query axis 1).
+
+    The segment ids come with the other axis of size one, those of the queries from `query_ids`.
+    """
+    visible = q_segments == kv_segments
+    if causal:
+        q_slot = q_start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
+        kv_slot = kv_start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
+        visible &= q_slot >= kv_slot
+    return jnp.where(visible, scores, MASKED)
+
+
+def scalars(tiling: Tiling) -> pl.BlockSpec:
+    """The spec of a small integer array that every kernel instance reads from."""
+    return pl.BlockSpec(memory_space=pltpu.SMEM if tiling.platform == "tpu" else None)
+
+
+def compiler_params(tiling: Tiling) -> Any:
+    """Grid (batch, head, block of rows): no cell writes what another one reads."""
+    if tiling.platform == "tpu":
+        semantics = ("parallel", "parallel", "parallel")
+        return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=tiling.vmem_bytes)
+    return pltriton.CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages)
+
+
+def cost(q_BNLH: jax.Array, k_BKTH: jax.Array, matmuls: int) -> pl.CostEstimate:
+    """What the compiler's scheduler is told: half the square, segments not counted."""
+    B, N, L, H = q_BNLH.shape
+    scores = B * N * L * k_BKTH.shape[2] / 2
+    bytes_accessed = 2 * (q_BNLH.size * q_BNLH.dtype.itemsize + k_BKTH.size * k_BKTH.dtype.itemsize)
+    return pl.CostEstimate(
+        flops=int(2 * matmuls * scores * H), transcendentals=int(scores), bytes_accessed=bytes_accessed
+    )
