@@ -15,7 +15,7 @@ def get_config(kind: str = "train") -> ConfigDict:
     """`kind` is "train" or "given"."""
     training = dict(
         vocab_size=125_696,
-        sample_bytes=2_000_000_000,  # SentencePiece needs about 25 times as much memory
+        sample_bytes=2_000_000_000,  # SentencePiece is estimated to need 25 times as much memory
         character_coverage=0.9999,
         weights={},
         seed=42,

@@ -30,7 +30,7 @@ DENSE_LIMIT = 4 << 30  # bytes of a device that the dense form may take before "
 def dense_bytes(tokens: int, vocab: int) -> int:
     """Bytes of fp32 logits and their gradient, which the dense form holds at once.
 
-    Compiled for v5e with 4096 tokens of the 2B model it needs just that over four chips; half as much again on one.
+    What a compiler takes in all differs by chip and mesh: a rule of choice, no forecast.
     """
     return 2 * 4 * tokens * vocab
 

@@ -156,7 +156,7 @@ def _last_step(folder: str) -> int:
 def segments(stream: Stream, examples: Sequence[int], text_chars: int) -> Iterator[Segment]:
     """What examples of the stream show, in their order."""
     places = stream.mixture.places(examples)
-    for example, place, record in zip(examples, places, _read(stream, places), strict=True):
+    for example, place, record in zip(examples, places, stream.read(places), strict=True):
         step, row = divmod(example, stream.batch_size)
         yield from _segments_of_row(stream.store, step + 1, row, place, record, text_chars)
 
@@ -175,16 +175,6 @@ def examples_of_document(stream: Stream, rows: Mapping[str, Sequence[int]], last
         for index in indices
         for example in stream.mixture.examples(source, index, stop)
     )
-
-
-def _read(stream: Stream, places: Sequence[Place]) -> list[Row]:
-    """The rows at places; those of a source are read together."""
-    found = {}
-    for source in {place.source for place in places}:
-        indices = sorted({place.index for place in places if place.source == source})
-        rows = stream.store.read(stream.split, source, indices)
-        found |= {(source, index): row for index, row in zip(indices, rows, strict=True)}
-    return [found[place.source, place.index] for place in places]
 
 
 def _segments_of_row(

@@ -1,9 +1,9 @@
 """`ctllm tokenize`: documents or conversations, through SeqIO tasks, into a token store of packed rows.
 
 A Beam job evaluates the tasks. Its element is a window: a part of one source's documents, which becomes one shard of
-the store, packed within itself in a seeded order. A window is the unit of memory (10 bytes a token, measured on web
-pages of 420 tokens: the documents, then the rows) and of resuming: a shard's note is written last, so a killed job goes
-on with the windows that have none. What a window holds depends on the inputs and the config alone, never on workers.
+the store, packed within itself in a seeded order. A window is the unit of memory (its documents and its rows are held
+at once) and of resuming: a shard's note is written last, so a killed job goes on with the windows that have none.
+What a window holds depends on the inputs and the config alone, never on workers.
 """
 
 import collections

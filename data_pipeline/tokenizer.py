@@ -25,13 +25,12 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import identity, read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import Stage, open_stage, read_result
 from ctllm_jax.common.progress import Progress
-from ctllm_jax.data.order import keyed
+from ctllm_jax.data.order import keyed, mix
 from ctllm_jax.data.tokenizer import BOS, CHAT_PIECES, COMPANIONS, EOS, PAD, UNK, Tokenizer, load_tokenizer
 from data_pipeline import map_cc, tokenizer_report
 
 VERSION = 2
-# Estimated peak resident memory of training per byte of sample. Measured on Chinese web text: 24 (39 MB, 16,000
-# pieces), 30 (39 MB, 60,000 pieces), 20 (78 MB, half of it reversed, 16,000 pieces); the second 39 MB cost 16 a byte.
+# Peak resident memory of training per byte of sample: an estimate, from trials on up to 160 MB of Chinese text.
 MEMORY_FACTOR = 25
 # SentencePiece aborts on a word of 65,536 characters, and Chinese has no spaces; it drops lines that are too long.
 LINE = 16_384  # characters
@@ -123,7 +122,7 @@ def documents(folder: str, share: float, key: int) -> Iterator[tuple[str, str]]:
     """
     index = np.load(pathlib.Path(folder, map_cc.INDEX), mmap_mode="r")
     blocks = (index[start : start + _INDEX_BLOCK] for start in range(0, len(index), _INDEX_BLOCK))
-    chosen = np.concatenate([index[:0], *(block[_mix(block["hash"], key) < share * 2.0**53] for block in blocks)])
+    chosen = np.concatenate([index[:0], *(block[_draw(block["hash"], key) < share] for block in blocks)])
     chosen.sort(order=["shard", "offset"])
     files = map_cc.shard_files(pathlib.Path(folder))
     for shard in np.unique(chosen["shard"]):
@@ -134,12 +133,9 @@ def documents(folder: str, share: float, key: int) -> Iterator[tuple[str, str]]:
                 yield tuple(feature[name].bytes_list.value[0].decode() for name in ("id", "text"))
 
 
-def _mix(hashes: np.ndarray, key: int) -> np.ndarray:
-    """53 bits (a float holds them exactly) of hashes mixed with a key, by the finaliser of SplitMix64."""
-    x = hashes ^ np.uint64(key)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) >> np.uint64(11)
+def _draw(hashes: np.ndarray, key: int) -> np.ndarray:
+    """Numbers in [0, 1), of 53 bits, that hashes have under a key."""
+    return (mix(hashes ^ np.uint64(key)) >> np.uint64(11)) * 2.0**-53
 
 
 def plan(config: TokenizerConfig, sizes: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -78,7 +78,8 @@ def value_and_gradients(function, q, k, v, dout):
 
 
 def check(q, k, v, dout, q_segments, kv_segments, *, tiling, q_offset=0, interpret=True):
-    """Errors at most twice those of the xla backend; exact zeros where nothing is seen."""
+    """Errors at most twice those of the xla backend, and the rounding of fp32 where that has none at all; exact zeros
+    where nothing is seen."""
     segments = {"q_segments_BL": q_segments, "kv_segments_BT": kv_segments, "q_offset": q_offset}
     ours = functools.partial(flash.attention, **segments, tiling=tiling, interpret=interpret)
     theirs = functools.partial(xla.attention, **segments)
@@ -88,8 +89,8 @@ def check(q, k, v, dout, q_segments, kv_segments, *, tiling, q_offset=0, interpr
     for name, a, b, c, size in zip(("out", "dq", "dk", "dv"), found, reference, want, sizes, strict=True):
         assert np.all(np.isfinite(a)), name
         error, allowed = np.linalg.norm(a - c), 2 * np.linalg.norm(b - c)
-        # Where a row sees one key, the terms of xla cancel to the bit; ours to the rounding of fp32.
-        allowed = max(allowed, 2.0**-24 * np.linalg.norm(size))
+        if not allowed:  # rows see one key each: the terms of xla cancel to the bit, ours to the rounding of fp32
+            allowed = 2.0**-24 * np.linalg.norm(size)
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
     for array in found[:2]:
         assert not np.any(array[np.asarray(q_segments) == 0]), "padding queries"

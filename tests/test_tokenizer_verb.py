@@ -160,7 +160,7 @@ def test_a_sample_is_what_the_hash_of_the_id_says(made, documents):
 
 def test_shares_are_met_and_keys_are_independent():
     hashes = np.random.default_rng(0).integers(0, 2**64, 200_000, dtype=np.uint64)
-    first, second = (tokenizer._mix(hashes, key) < 0.25 * 2.0**53 for key in (1, 2))
+    first, second = (tokenizer._draw(hashes, key) < 0.25 for key in (1, 2))
     assert abs(first.mean() - 0.25) < 0.005 and abs((first & second).mean() - 0.0625) < 0.003
 
 

@@ -1,13 +1,11 @@
 """Instruction and preference records, good and bad, and what is found of them in a token store."""
 
-import collections
 import json
 import pathlib
 
 import numpy as np
 
 from ctllm_jax.data.record import Row
-from ctllm_jax.data.store import TokenStore
 from data_pipeline.formats import UNKNOWN_FORMAT
 
 
@@ -94,29 +92,6 @@ def segments(row: Row) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
     spans = [slice(end - size, end) for size, end in zip(row.lengths, ends, strict=True)]
     masks = [None if row.mask is None else row.mask[span] for span in spans]
     return [(name, row.tokens[span], mask) for name, span, mask in zip(row.ids, spans, masks, strict=True)]
-
-
-def pieces(store: TokenStore, split: str) -> dict[str, dict[str, list[np.ndarray]]]:
-    """{source: {document: its pieces in no order}} of a split."""
-    found = {}
-    for source in store.sources(split):
-        own = found.setdefault(source, collections.defaultdict(list))
-        for row in store.rows(split, source):
-            for name, tokens, _ in segments(row):
-                own[name].append(tokens)
-    return found
-
-
-def joined(parts: list[np.ndarray], whole: np.ndarray) -> bool:
-    """Whether the pieces, each repeating the last token before it, are the document from end to end."""
-    left, place = sorted(parts, key=len, reverse=True), 0
-    while left:
-        fit = next((p for p in left if np.array_equal(p, whole[place : place + len(p)])), None)
-        if fit is None:
-            return False
-        left = [part for part in left if part is not fit]
-        place += len(fit) - 1
-    return place == len(whole) - 1
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from ctllm_jax.attention.tiles import Tile, Tiling
 OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
 
-# TPU: chosen by the compiler's static cycles for v5e (an estimate). GPU: what fits shared memory, not tuned.
+# TPU: chosen by the compiler's static cycles for v5e (an estimate). GPU: guesses, not tried on one.
 # The first entry whose name the device's kind contains; "" matches any.
 TILINGS: dict[str, dict[str, Tiling]] = {
     "tpu": {

@@ -67,18 +67,22 @@ class Stream:
         rows = range(self.batch_size) if rows is None else rows
         return self.mixture.places([step * self.batch_size + row for row in rows])
 
-    def arrays(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """The given rows of a step's global batch, as numpy arrays."""
-        places, sources = self.places(step, rows), self.store.sources(self.split)
+    def read(self, places: Sequence[Place]) -> list[Row]:
+        """The store's rows at places; those of a source are read together."""
         by_source = collections.defaultdict(list)
         for position, place in enumerate(places):
             by_source[place.source].append(position)
-        records: list[Row | None] = [None] * len(places)
+        found: list[Row | None] = [None] * len(places)
         for source, positions in by_source.items():
-            read = self.store.read(self.split, source, [places[position].index for position in positions])
-            for position, row in zip(positions, read, strict=True):
-                records[position] = row
-        arrays = rows_arrays(records, self.store.sequence_length, self.store.kind, self.mask_documents)
+            rows = self.store.read(self.split, source, [places[position].index for position in positions])
+            for position, row in zip(positions, rows, strict=True):
+                found[position] = row
+        return found
+
+    def arrays(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The given rows of a step's global batch, as numpy arrays."""
+        places, sources = self.places(step, rows), self.store.sources(self.split)
+        arrays = rows_arrays(self.read(places), self.store.sequence_length, self.store.kind, self.mask_documents)
         return {**arrays, "source": np.array([sources.index(place.source) for place in places], np.int32)}
 
 

@@ -65,7 +65,7 @@ def _forward(index_N: np.ndarray, half: np.uint64, keys: Sequence[np.uint64]) ->
     mask = (np.uint64(1) << half) - np.uint64(1)
     left_N, right_N = index_N >> half, index_N & mask
     for key in keys:
-        left_N, right_N = right_N, left_N ^ (_mix(right_N ^ key) & mask)
+        left_N, right_N = right_N, left_N ^ (mix(right_N ^ key) & mask)
     return left_N << half | right_N
 
 
@@ -73,7 +73,7 @@ def _backward(index_N: np.ndarray, half: np.uint64, keys: Sequence[np.uint64]) -
     mask = (np.uint64(1) << half) - np.uint64(1)
     left_N, right_N = index_N >> half, index_N & mask
     for key in keys:
-        left_N, right_N = right_N ^ (_mix(left_N ^ key) & mask), left_N
+        left_N, right_N = right_N ^ (mix(left_N ^ key) & mask), left_N
     return left_N << half | right_N
 
 
@@ -81,8 +81,8 @@ def _round_key(key: int, number: int) -> np.uint64:
     return np.uint64(key ^ number * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
 
 
-def _mix(x_N: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (arithmetic modulo 2^64)."""
+def mix(x_N: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: uint64 whose bits all depend on all bits of x (arithmetic modulo 2^64)."""
     x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x_N ^ (x_N >> np.uint64(31))
