@@ -35,7 +35,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
                 weight_decay=0.1,
                 clip_norm=1.0,
             ),
-            mesh=dict(data=1, fsdp=-1, tensor=1, context=1),
+            mesh=dict(slice=1, data=1, fsdp=-1, tensor=1, context=1),
             distributed=False,
             batch_size=512,
             microbatches=1,

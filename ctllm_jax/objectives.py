@@ -8,12 +8,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ctllm_jax.cross_entropy import FORMS, choose_form, label_logprobs
 from ctllm_jax.losses import dpo_loss, lm_loss, token_logprobs
 from ctllm_jax.model import ModelConfig, forward, head, hidden_states
 
 Batch = dict[str, jax.Array]
+BATCH_FIELDS = {  # [B, L] or [B, 2, L]; beside them "source", int32 [B]
+    "tokens": np.int32,
+    "positions": np.int32,
+    "segments": np.int32,
+    "labels": np.int32,
+    "weights": np.float32,
+}
 # (params, reference params or None, batch) -> (objective summed, sums of diagnostics)
 Objective = Callable[[dict, dict | None, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 

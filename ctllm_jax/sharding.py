@@ -1,7 +1,8 @@
 """The device mesh and the one table that maps logical axes to mesh axes.
 
-Mesh axes: data (replicas), fsdp (parameters sharded, gathered when used), tensor (within a layer), context (along the
-sequence). Auto axes throughout: XLA places the collectives, the constraints here say where the arrays lie.
+Mesh axes: slice (replicas joined by a slower network: TPU slices over DCN, GPU hosts), data (replicas), fsdp
+(parameters sharded, gathered when used), tensor (within a layer), context (along the sequence). Auto axes throughout:
+XLA places the collectives, the constraints here say where the arrays lie.
 """
 
 import dataclasses
@@ -10,12 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
 
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("slice", "data", "fsdp"),
     "length": ("context",),
     "layers": (),
     "embed": ("fsdp",),
@@ -34,26 +36,45 @@ class MeshConfig:
     fsdp: int
     tensor: int
     context: int
+    slice: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """Lays out all devices (or the given ones) as the config says.
 
+    The slice axis is outermost. TPU devices say which slice they belong to; others are taken in order of process, so
+    that a slice is made of whole hosts.
+
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or the slices are not those that the devices name.
     """
     devices = devices if devices is not None else jax.devices()
-    sizes = dataclasses.asdict(config)
+    sizes = mesh_sizes(config, len(devices))
+    shape, rest = tuple(sizes.values()), (1, *tuple(sizes.values())[1:])
+    if devices[0].platform == "tpu":
+        found = len({getattr(device, "slice_index", 0) for device in devices})
+        if found != sizes["slice"]:
+            raise UserError(f"mesh.slice is {sizes['slice']}, but the devices belong to {found} slices")
+        if found > 1:
+            along = (sizes["slice"], *(1 for _ in rest[1:]))
+            grid = mesh_utils.create_hybrid_device_mesh(rest, along, devices)
+        else:
+            grid = mesh_utils.create_device_mesh(shape, devices)
+    else:
+        grid = np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Devices along each mesh axis, slice first, with -1 worked out; UserError as `make_mesh`."""
+    sizes = {"slice": config.slice, **{axis: getattr(config, axis) for axis in ("data", "fsdp", "tensor", "context")}}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) == 1 and fixed > 0:
-        sizes[free[0]] = len(devices) // fixed
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh {dataclasses.asdict(config)} does not fit {len(devices)} devices")
-    if devices[0].platform == "cpu":
-        grid = np.array(devices).reshape(tuple(sizes.values()))
-        return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices, axis_types=(AxisType.Auto,) * len(sizes))
+        sizes[free[0]] = devices // fixed
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
+        raise UserError(f"mesh {dataclasses.asdict(config)} does not fit {devices} devices")
+    return sizes
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:

@@ -21,8 +21,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from ctllm_jax import __version__, processes
 from ctllm_jax.checkpoint import Checkpoints
@@ -30,21 +29,15 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import write_json
 from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.common.progress import Progress
-from ctllm_jax.data.batches import Batch, DataConfig, Stream, held_out, make_stream, prefetched
+from ctllm_jax.data.batches import DataConfig, Stream, held_out, make_stream, prefetched
 from ctllm_jax.data.store import TokenStore, open_store
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.metrics import Meter, MetricsLog
-from ctllm_jax.model import (
-    ModelConfig,
-    abstract_params,
-    count_params,
-    flops_per_token,
-    init_params,
-    logical_axes,
-)
-from ctllm_jax.objectives import STORE_KINDS, Objective, ObjectiveConfig, make_objective
+from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
+from ctllm_jax.objectives import STORE_KINDS, ObjectiveConfig, make_objective
 from ctllm_jax.optim import OptimizerConfig, make_optimizer, schedule
-from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
+from ctllm_jax.sharding import RULES, MeshConfig, make_mesh
+from ctllm_jax.step import TrainState, jit_step, state_shardings
 
 EXIT_RESUME = 75  # stopped by a signal after saving: start the same command again
 
@@ -75,59 +68,6 @@ class TrainConfig:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches")
         if (self.model is None) == (self.init_from is None):
             raise ValueError("give either model (a fresh start) or init_from (its architecture is taken over)")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What training changes. `skipped` counts steps whose gradient was not finite: they change nothing else."""
-
-    params: dict
-    optimizer: Any
-    step: jax.Array
-    skipped: jax.Array
-
-
-def train_step(
-    state: TrainState,
-    reference: dict | None,
-    batch: Batch,
-    *,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    microbatches: int,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. Gradients are sums over microbatches divided once by the global count of what was predicted."""
-
-    def part(sums, piece):
-        grads, metrics = jax.grad(objective, has_aux=True)(state.params, reference, piece)
-        return jax.tree.map(jnp.add, sums, (grads, metrics)), None
-
-    # Every part takes rows from every device: part j has the rows i * microbatches + j.
-    pieces = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-    first = jax.tree.map(lambda x: x[0], pieces)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(jax.grad(objective, has_aux=True), state.params, reference, first),
-    )
-    if microbatches == 1:
-        (grads, metrics), _ = part(zeros, first)
-    else:
-        (grads, metrics), _ = jax.lax.scan(part, zeros, pieces)
-    count = jnp.maximum(metrics["count"], 1.0)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    norm = optax.tree.norm(grads)
-    updates, moments = optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(norm)
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    state = TrainState(
-        params=keep(params, state.params),
-        optimizer=keep(moments, state.optimizer),
-        step=state.step + 1,
-        skipped=state.skipped + ~finite,
-    )
-    return state, {**metrics, "grad_norm": norm, "skipped": state.skipped}
 
 
 def evaluate(eval_fn, state: TrainState, reference: dict | None, job: "Job") -> dict[str, float]:
@@ -214,12 +154,8 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
 
     # ---- Compiled steps, the stream of batches, the books
     objective = make_objective(config.objective, job.model, len(sources))
-    everywhere = NamedSharding(job.mesh, PartitionSpec())
-    step_fn = jax.jit(
-        functools.partial(train_step, objective=objective, optimizer=optimizer, microbatches=config.microbatches),
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), everywhere),
-        donate_argnums=0,
-    )
+    step_fn = jit_step(objective, optimizer, config.microbatches, state_shardings(job.model, optimizer, job.mesh))
+    everywhere = state.step.sharding
     eval_fn = jax.jit(lambda params, reference, batch: objective(params, reference, batch)[1], out_shardings=everywhere)
     log = MetricsLog(job.stage.folder, first)
     meter = Meter(log, config.log_every, schedule(config.optimizer, config.steps), sources, ledger)
@@ -273,23 +209,15 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
 
 def _start_state(job: Job, optimizer, origin: LoadedModel | None) -> tuple[TrainState, dict | None]:
     """(state at step 0 laid out over the mesh, DPO's frozen reference)."""
-    layout = shardings(job.mesh, abstract_params(job.model), logical_axes(job.model))
+    layout = state_shardings(job.model, optimizer, job.mesh)
     if origin is None:
-        draw = jax.jit(functools.partial(init_params, job.model), out_shardings=layout)
+        draw = jax.jit(functools.partial(init_params, job.model), out_shardings=layout.params)
         params = draw(jax.random.key(job.config.seed))
     else:
-        params = jax.device_put(jax.device_get(origin.params), layout)  # every process has read all of them
+        params = jax.device_put(jax.device_get(origin.params), layout.params)  # every process has read all of them
     reference = jax.tree.map(jnp.copy, params) if job.config.objective.name == "dpo" else None
-    everywhere = NamedSharding(job.mesh, PartitionSpec())
-    moment_layout = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,  # moments lie where their parameters lie
-        jax.eval_shape(optimizer.init, params),
-        layout,
-        transform_non_params=lambda _: everywhere,
-    )
-    moments = jax.jit(optimizer.init, out_shardings=moment_layout)(params)
-    step, skipped = (jax.device_put(np.int32(0), everywhere) for _ in range(2))
+    moments = jax.jit(optimizer.init, out_shardings=layout.optimizer)(params)
+    step, skipped = (jax.device_put(np.int32(0), layout.step) for _ in range(2))
     return TrainState(params, moments, step, skipped), reference
 
 
@@ -348,8 +276,8 @@ def _check_layout(job: Job) -> None:
     """A batch divides over the mesh."""
     shape = job.mesh.shape
     for what, size, axes in (
-        ("batch_size", job.config.batch_size, ("data", "fsdp")),
-        ("the rows' length", job.store.sequence_length, ("context",)),
+        ("batch_size", job.config.batch_size, RULES["batch"]),
+        ("the rows' length", job.store.sequence_length, RULES["length"]),
     ):
         ways = math.prod(shape[axis] for axis in axes)
         if size % ways:

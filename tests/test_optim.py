@@ -18,7 +18,7 @@ from ctllm_jax.loading import load_model
 from ctllm_jax.model import abstract_params
 from ctllm_jax.objectives import ObjectiveConfig, make_objective
 from ctllm_jax.optim import OptimizerConfig, decay_mask, make_optimizer, schedule
-from ctllm_jax.train import TrainState, train_step
+from ctllm_jax.step import TrainState, train_step
 
 BASE = OptimizerConfig(
     learning_rate=1e-2,

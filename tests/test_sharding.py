@@ -32,9 +32,9 @@ def test_axes_that_would_use_a_mesh_axis_twice_are_refused(axes):
 
 
 def test_rules_name_mesh_axes_only():
-    known = {"data", "fsdp", "tensor", "context"}
+    known = {"slice", "data", "fsdp", "tensor", "context"}
     assert all(set(entry) <= known for entry in RULES.values())
-    assert spec(("batch", "length", None)) == P(("data", "fsdp"), "context", None)
+    assert spec(("batch", "length", None)) == P(("slice", "data", "fsdp"), "context", None)
     with pytest.raises(KeyError, match="width"):
         spec(("width",))
 
@@ -57,14 +57,16 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
+@pytest.mark.parametrize(
+    "axes", [(8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 2, 2, 1, 2)]
+)
 def test_every_parameter_lies_where_the_table_says(axes):
     config = tiny_config(qk_norm=True)
     abstract = abstract_params(config)
     mesh = make_mesh(MeshConfig(*axes))
     layout = shardings(mesh, abstract, logical_axes(config))
     assert {name: sharding.spec for name, sharding in flat(layout).items()} == PLACES
-    _, fsdp, tensor, _ = axes
+    _, fsdp, tensor, *_ = axes
     for name, sharding in flat(layout).items():
         shape = flat(abstract)[name].shape
         ways = {"fsdp": fsdp, "tensor": tensor, None: 1}
@@ -91,7 +93,8 @@ def test_a_parameter_that_does_not_divide_is_named(changes, axes, message):
 
 
 def test_one_mesh_axis_takes_what_is_left():
-    assert dict(make_mesh(MeshConfig(2, -1, 2, 1)).shape) == {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+    found = make_mesh(MeshConfig(data=1, fsdp=-1, tensor=2, context=1, slice=2)).shape
+    assert dict(found) == {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2, "context": 1}
     assert dict(make_mesh(MeshConfig(1, -1, 1, 1), jax.devices()[:3]).shape)["fsdp"] == 3
 
 
@@ -141,7 +144,7 @@ def on_mesh(stream, axes, grad: bool):
 
 
 REPLICAS = (8, 1, 1, 1)
-OTHERS = pytest.mark.parametrize("axes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)])
+OTHERS = pytest.mark.parametrize("axes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 2, 1, 2, 2)])
 
 
 @pytest.fixture(scope="module")

@@ -10,23 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from ctllm_jax.data.order import Mixture, Phase, Place
 from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import TokenStore
-from ctllm_jax.sharding import spec
+from ctllm_jax.objectives import BATCH_FIELDS, Batch
+from ctllm_jax.step import batch_sharding
 
-Batch = dict[str, jax.Array]
 _EMPTY = Row(np.zeros(0, np.int32), [0, 0], [], np.zeros(0, np.uint8), 0)  # fills up a batch; carries no weight
 _AHEAD = 2  # batches that are read while one is used
-_FIELDS = {
-    "tokens": np.int32,
-    "positions": np.int32,
-    "segments": np.int32,
-    "labels": np.int32,
-    "weights": np.float32,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +89,7 @@ def make_stream(config: DataConfig, store: TokenStore, batch_size: int, seed: in
 def rows_arrays(rows: Sequence[Row], length: int, kind: str, mask_documents: bool) -> dict[str, np.ndarray]:
     """What the model reads of rows: tokens, positions, segments, labels, weights; [N, L], or [N, 2, L] for pairs."""
     sides = 2 if kind == "preference" else 1
-    arrays = {name: np.zeros((len(rows) * sides, length), dtype) for name, dtype in _FIELDS.items()}
+    arrays = {name: np.zeros((len(rows) * sides, length), dtype) for name, dtype in BATCH_FIELDS.items()}
     for number, row in enumerate(rows):
         if kind == "preference":
             cut = row.lengths[0]
@@ -138,7 +131,7 @@ def _lay_out(
     """Global arrays over the mesh (rows over batch axes, length over context) from a reader of chosen rows."""
     sides = (2,) if store.kind == "preference" else ()
     shape = (batch_size, *sides, store.sequence_length)
-    wide = NamedSharding(mesh, spec(("batch", *(None for _ in sides), "length")))
+    wide = batch_sharding(mesh, sides, narrow=False)
     local = wide.addressable_devices_indices_map(shape).values()
     rows = sorted({row for index in local for row in range(*index[0].indices(batch_size))})
     arrays = read(rows)
@@ -151,7 +144,7 @@ def _lay_out(
             chosen = [where[row] for row in range(*index[0].indices(batch_size))]
             return array[chosen][(slice(None), *index[1:])]
 
-        sharding = NamedSharding(mesh, spec(("batch",))) if narrow else wide
+        sharding = batch_sharding(mesh, sides, narrow) if narrow else wide
         return jax.make_array_from_callback((batch_size,) if narrow else shape, sharding, piece)
 
     return {name: put(array) for name, array in arrays.items()}
