@@ -17,14 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from ctllm_jax.attention import attention
+from ctllm_jax.attention.flash import LSE_NAME, OUTPUT_NAME
 from ctllm_jax.sharding import constrain
 
-REMAT_POLICIES = {
-    "none": None,  # keep every activation
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+# What the backward pass finds kept of every layer, by the names given below, besides the layer's input; the rest is
+# computed again. Each policy keeps more than the one before and takes less time, as long as memory allows.
+_ATTENTION = (OUTPUT_NAME, LSE_NAME)
+_QKV = (*_ATTENTION, "query", "key", "value")
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
+    "full": (),
+    "attention": _ATTENTION,  # spares the attention kernel
+    "qkv": _QKV,  # and the projections before it
+    "gate": (*_QKV, "attention_residual", "gate"),  # and half of the feed-forward
+    "matmuls": (*_QKV, "attention_residual", "gate", "up"),  # no product is computed twice
+    "none": None,  # every activation
 }
 
 
@@ -87,14 +96,27 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def _rotate(x_BLNH: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding over the whole head, halves paired as Llama does (not interleaved)."""
-    half = x_BLNH.shape[-1] // 2
+    """Rotary position embedding over the whole head, halves paired as Llama does (not interleaved).
+
+    With x = [a, b], the result is x cos + [-b, a] sin. The exchange of halves is a product with a signed permutation,
+    which is exact: moving half of a register's lanes costs a TPU more than its whole matrix unit does for this.
+    """
+    head_size = x_BLNH.shape[-1]
+    half = head_size // 2
     # In numpy and in this order: the roundings of transformers' table, which XLA's power does not reproduce.
     frequency = 1 / np.float32(theta) ** (np.arange(half, dtype=np.float32) / np.float32(half))
-    angle = positions_BL[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLNH.dtype)
+    angle = positions_BL[..., None, None].astype(jnp.float32) * np.tile(frequency, 2)
+    exchange_HH = np.zeros((head_size, head_size), np.float32)
+    exchange_HH[np.arange(half), np.arange(half) + half] = 1
+    exchange_HH[np.arange(half) + half, np.arange(half)] = -1
+    exchanged_BLNH = jnp.einsum(
+        "BLNH,HI->BLNI",
+        x_BLNH,
+        exchange_HH.astype(x_BLNH.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return (x_BLNH.astype(jnp.float32) * jnp.cos(angle) + exchanged_BLNH * jnp.sin(angle)).astype(x_BLNH.dtype)
 
 
 class Block(nnx.Module):
@@ -136,6 +158,8 @@ class Block(nnx.Module):
             k_BLKH = _rms_norm(k_BLKH, self.k_norm[...], cfg.norm_eps)
         q_BLNH = constrain(_rotate(q_BLNH, positions_BL, cfg.rope_theta), "batch", "length", "heads", None)
         k_BLKH = constrain(_rotate(k_BLKH, positions_BL, cfg.rope_theta), "batch", "length", "kv_heads", None)
+        q_BLNH, k_BLKH = checkpoint_name(q_BLNH, "query"), checkpoint_name(k_BLKH, "key")
+        v_BLKH = checkpoint_name(v_BLKH, "value")
         if kv_BTKH is None:
             k, v, kv_segments = k_BLKH, v_BLKH, segments_BL
         else:
@@ -144,10 +168,10 @@ class Block(nnx.Module):
             kv_segments = kv_segments_BT
         o_BLNH = attention(q_BLNH, k, v, segments_BL, kv_segments, q_offset=offset, backend=cfg.attention)
         x_BLD = x_BLD + jnp.einsum("BLNH,NHD->BLD", o_BLNH, self.out[...].astype(dtype))
-        x_BLD = constrain(x_BLD, "batch", "length", None)
+        x_BLD = checkpoint_name(constrain(x_BLD, "batch", "length", None), "attention_residual")
         y_BLD = _rms_norm(x_BLD, self.mlp_norm[...], cfg.norm_eps)
-        gate_BLF = jnp.einsum("BLD,DF->BLF", y_BLD, self.gate[...].astype(dtype))
-        up_BLF = jnp.einsum("BLD,DF->BLF", y_BLD, self.up[...].astype(dtype))
+        gate_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", y_BLD, self.gate[...].astype(dtype)), "gate")
+        up_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", y_BLD, self.up[...].astype(dtype)), "up")
         hidden_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, "batch", "length", "mlp")
         x_BLD = x_BLD + jnp.einsum("BLF,FD->BLD", hidden_BLF, self.down[...].astype(dtype))
         return constrain(x_BLD, "batch", "length", None), (k, v)
@@ -181,8 +205,9 @@ class Transformer(nnx.Module):
             x_BLD, kv_BTKH = nnx.merge(graph, params)(x_BLD, positions_BL, segments_BL, kv_BTKH, kv_segments_BT, offset)
             return x_BLD, kv_BTKH if cache is not None else None
 
-        policy = REMAT_POLICIES[cfg.remat]
-        if policy is not None:
+        kept = REMAT_POLICIES[cfg.remat]
+        if kept is not None:
+            policy = jax.checkpoint_policies.save_only_these_names(*kept)
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         kv_YBTKH = None if cache is None else (cache.k_YBTKH, cache.v_YBTKH)
         x_BLD, kv_YBTKH = jax.lax.scan(layer, x_BLD, (layers_Y, kv_YBTKH))

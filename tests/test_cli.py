@@ -132,8 +132,8 @@ def test_values_of_every_kind_are_overridden(capsys):
     assert (values["optimizer"]["learning_rate"], values["mesh"]["tensor"]) == (1.0, 2)
     assert values["data"]["mask_documents"] is False and values["data"]["store"] == "STORE"
     assert values["model"]["num_layers"] == 4
-    large = printed(capsys, "train", "--config=configs/pretrain.py:ct_llm_2b", "--config.model.remat=dots")
-    assert (large["model"]["num_layers"], large["model"]["remat"]) == (32, "dots")
+    large = printed(capsys, "train", "--config=configs/pretrain.py:ct_llm_2b", "--config.model.remat=qkv")
+    assert (large["model"]["num_layers"], large["model"]["remat"]) == (32, "qkv")
 
 
 # ---- Help
