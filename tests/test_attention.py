@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ctllm_jax.attention import BACKENDS, attention, flash, sharded, tiles, xla
+from ctllm_jax.attention import BACKENDS, attention, cudnn, flash, sharded, tiles, xla
 from ctllm_jax.attention.tiles import Tile, Tiling
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.sharding import MeshConfig, make_mesh
@@ -77,11 +77,16 @@ def value_and_gradients(function, q, k, v, dout):
     return [np.asarray(x, np.float64) for x in run(q, k, v, dout)]
 
 
-def check(q, k, v, dout, q_segments, kv_segments, *, tiling, q_offset=0, interpret=True):
+def check(*arrays, tiling, q_offset=0, interpret=True):
+    """The flash kernels."""
+    compare(functools.partial(flash.attention, tiling=tiling, interpret=interpret), *arrays, q_offset=q_offset)
+
+
+def compare(kernel, q, k, v, dout, q_segments, kv_segments, *, q_offset=0):
     """Errors at most twice those of the xla backend, and the rounding of fp32 where that has none at all; exact zeros
     where nothing is seen."""
     segments = {"q_segments_BL": q_segments, "kv_segments_BT": kv_segments, "q_offset": q_offset}
-    ours = functools.partial(flash.attention, **segments, tiling=tiling, interpret=interpret)
+    ours = functools.partial(kernel, **segments)
     theirs = functools.partial(xla.attention, **segments)
     want, sizes = oracle(q, k, v, q_segments, kv_segments, dout, q_offset)
     found = value_and_gradients(ours, q, k, v, dout)
@@ -125,6 +130,31 @@ CASES = [  # segments, length, query heads, key/value heads, head size, dtype, t
 def test_value_and_gradient_are_as_good_as_those_of_xla(segments, L, N, K, H, dtype, tiling):
     segments = SEGMENTS[segments](L)
     check(*draw(L, len(segments), L, N, K, H, dtype), segments, segments, tiling=tiling)
+
+
+CUDNN_CASES = [  # segments, length, query heads, key/value heads, head size, dtype
+    ("ragged", 77, 4, 2, 128, "bfloat16"),
+    ("ragged", 77, 2, 2, 64, "float32"),
+    ("a row of padding", 33, 2, 1, 64, "bfloat16"),
+    ("padding before and between", 52, 3, 1, 8, "float32"),
+    ("one-token documents", 40, 2, 2, 64, "float32"),
+    ("unordered", 96, 2, 2, 64, "float32"),
+]
+
+
+@pytest.mark.parametrize(("segments", "L", "N", "K", "H", "dtype"), CUDNN_CASES)
+def test_what_cudnn_is_asked_for(segments, L, N, K, H, dtype):
+    """Its mask, its padding and the order of heads, through JAX's own implementation of the same function."""
+    segments = SEGMENTS[segments](L)
+    kernel = functools.partial(cudnn.attention, implementation="xla")
+    compare(kernel, *draw(L, len(segments), L, N, K, H, dtype), segments, segments)
+
+
+def test_what_cudnn_is_asked_for_of_a_stretch_of_the_queries():
+    segments = np.stack([packed([40, 30, 60], 160), packed([100, 50], 160)])
+    arrays = draw(1, 2, 53, 2, 1, 64, "float32", T=160)
+    kernel = functools.partial(cudnn.attention, implementation="xla")
+    compare(kernel, *arrays, segments[:, 75:128], segments, q_offset=np.int32(75))
 
 
 def test_queries_may_start_anywhere_among_the_keys():
@@ -172,12 +202,20 @@ def test_the_schedule_visits_every_visible_tile(segments, q_offset, rows):
         assert np.array_equal(visible, visited)
 
 
-def test_shards_of_a_mesh_give_the_same():
+@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        sharded.Kernel(flash.attention, tiling=GPU, interpret=True),
+        sharded.Kernel(cudnn.attention, implementation="xla"),
+    ],
+    ids=["flash", "cudnn"],
+)
+def test_shards_of_a_mesh_give_the_same(kernel, context):
     q, k, v, dout = draw(3, 2, 128, 4, 2, 64, "float32")
     segments = SEGMENTS["ragged"](128)
-    kernel = sharded.Kernel(flash.attention, tiling=GPU, interpret=True)
     want, _ = oracle(q, k, v, segments, segments, dout)
-    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, context=2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, context=context), jax.devices()[: 4 * context])):
         on_mesh = functools.partial(sharded.attention, kernel, q_segments_BL=segments, kv_segments_BL=segments)
         found = value_and_gradients(on_mesh, q, k, v, dout)
     for a, b in zip(found, want, strict=True):
@@ -245,11 +283,15 @@ def test_the_kernels_compile_through_mosaic(topology, shape, monkeypatch):
 def test_unknown_and_unsupported_requests_are_refused():
     q, k, v, _ = draw(4, 1, 8, 2, 1, 64, "float32")
     segments = np.ones((1, 8), np.int32)
-    with pytest.raises(UserError, match="unknown; there are: pallas_gpu, pallas_tpu, xla"):
+    with pytest.raises(UserError, match="unknown; there are: cudnn, pallas_gpu, pallas_tpu, xla"):
         attention(q, k, v, segments, segments, backend="flash")
     with pytest.raises(UserError, match="'pallas_tpu' does not support platform cpu; these do: xla"):
         attention(q, k, v, segments, segments, backend="pallas_tpu")
     assert BACKENDS["pallas_gpu"].refusals("gpu", 96, "float16") == ["head size 96", "dtype float16"]
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        with pytest.raises(UserError, match="'cudnn' does not support dtype float32; these do: pallas_gpu, xla"):
+            attention(q, k, v, segments, segments, backend="cudnn")
 
 
 def test_a_call_with_a_cache_goes_to_the_backend_the_table_names():

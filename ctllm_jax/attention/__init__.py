@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from ctllm_jax.attention import flash, sharded, xla
+from ctllm_jax.attention import cudnn, flash, sharded, xla
 from ctllm_jax.common.errors import UserError
 
 
@@ -29,13 +29,18 @@ class Backend:
         return [f"{what} {value}" for what, value, supported in asked if supported and value not in supported]
 
 
-def _flash_on(platform: str) -> Callable[..., jax.Array]:
+def _on_shards(kernel: Callable[[], sharded.Kernel]) -> Callable[..., jax.Array]:
     def call(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, *, q_offset=0):
         assert isinstance(q_offset, int) and q_offset == 0  # calls with a cache go to another backend
-        kernel = sharded.Kernel(flash.attention, tiling=flash.tiling_for(platform, _device().device_kind))
-        return sharded.attention(kernel, q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT)
+        return sharded.attention(kernel(), q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT)
 
     return call
+
+
+def _flash_on(platform: str) -> Callable[..., jax.Array]:
+    return _on_shards(
+        lambda: sharded.Kernel(flash.attention, tiling=flash.tiling_for(platform, _device().device_kind))
+    )
 
 
 _FLASH_SUPPORT = {"head_sizes": (64, 128, 256), "dtypes": ("bfloat16", "float32"), "cache": "xla"}
@@ -43,6 +48,14 @@ BACKENDS: dict[str, Backend] = {
     "xla": Backend(xla.attention, platforms=None, head_sizes=None, dtypes=None, cache="xla"),
     "pallas_tpu": Backend(_flash_on("tpu"), platforms=("tpu",), **_FLASH_SUPPORT),
     "pallas_gpu": Backend(_flash_on("gpu"), platforms=("gpu",), **_FLASH_SUPPORT),
+    # cuDNN takes head sizes up to 256 on Hopper, but JAX asks a GPU at hand for that, so it cannot be compiled ahead.
+    "cudnn": Backend(
+        _on_shards(lambda: sharded.Kernel(cudnn.attention)),
+        platforms=("gpu",),
+        head_sizes=tuple(range(8, 129, 8)),
+        dtypes=("bfloat16", "float16"),
+        cache="xla",
+    ),
 }
 
 

@@ -12,20 +12,24 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ctllm_jax.attention.flash_backward import backward
 from ctllm_jax.attention.flash_forward import forward
-from ctllm_jax.attention.tiles import Tile, Tiling
+from ctllm_jax.attention.tiles import Tile, Tiling, padded
 
 # Remat policies may keep what the backward kernels need by these names.
 OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
 
-# TPU: chosen by the compiler's static cycles for v5e (an estimate). GPU: guesses, not tried on one.
+# TPU: chosen by the compiler's static cycles for v5e (an estimate). GPU: tiles that fit in shared memory and
+# compile without spilling a register, at every head size and dtype; never timed on one.
 # The first entry whose name the device's kind contains; "" matches any.
 TILINGS: dict[str, dict[str, Tiling]] = {
     "tpu": {
         "v4": Tiling("tpu", forward=Tile(256, 512), dq=Tile(256, 512), dkv=Tile(512, 256)),  # 16 MiB of VMEM
         "": Tiling("tpu", forward=Tile(256, 1024), dq=Tile(512, 1024), dkv=Tile(1024, 512)),
     },
-    "gpu": {"": Tiling("gpu", forward=Tile(128, 64), dq=Tile(64, 64), dkv=Tile(64, 64))},
+    "gpu": {
+        "A100": Tiling("gpu", forward=Tile(128, 64), dq=Tile(64, 64), dkv=Tile(64, 64), row_bytes=256),
+        "": Tiling("gpu", forward=Tile(128, 64), dq=Tile(128, 64), dkv=Tile(64, 128), row_bytes=256),  # Hopper
+    },
 }
 
 
@@ -53,21 +57,15 @@ def attention(
       interpret: True or `pltpu.InterpretParams` run the kernels on the CPU, for tests.
     """
     L, T = q_BLNH.shape[1], k_BTKH.shape[1]
-    tiling = tiling.fitted(L, T, q_BLNH.dtype)
-    q_segments_BL = _padded(q_segments_BL.astype(jnp.int32), tiling.queries)
-    kv_segments_BT = _padded(kv_segments_BT.astype(jnp.int32), tiling.keys)
-    q_BNLH = jnp.swapaxes(_padded(q_BLNH, tiling.queries), 1, 2)
-    k_BKTH, v_BKTH = (jnp.swapaxes(_padded(x, tiling.keys), 1, 2) for x in (k_BTKH, v_BTKH))
+    tiling = tiling.fitted(L, T, q_BLNH.shape[-1], q_BLNH.dtype)
+    q_segments_BL = padded(q_segments_BL.astype(jnp.int32), tiling.queries)
+    kv_segments_BT = padded(kv_segments_BT.astype(jnp.int32), tiling.keys)
+    q_BNLH = jnp.swapaxes(padded(q_BLNH, tiling.queries), 1, 2)
+    k_BKTH, v_BKTH = (jnp.swapaxes(padded(x, tiling.keys), 1, 2) for x in (k_BTKH, v_BTKH))
     out_BNLH = _flash(
         q_BNLH, k_BKTH, v_BKTH, q_segments_BL, kv_segments_BT, jnp.asarray(q_offset, jnp.int32), tiling, interpret
     )
     return jnp.swapaxes(out_BNLH, 1, 2)[:, :L]
-
-
-def _padded(x: jax.Array, multiple: int) -> jax.Array:
-    """Zeros at the end of axis 1: segment 0, which nothing sees."""
-    missing = -x.shape[1] % multiple
-    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

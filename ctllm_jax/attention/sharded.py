@@ -47,7 +47,8 @@ def attention(
     def on_shard(q_BLNH, k_BLKH, v_BLKH, q_segments_BL, kv_segments_BL):
         whole = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (k_BLKH, v_BLKH, kv_segments_BL))
         k_BTKH, v_BTKH, kv_segments_BT = whole
-        q_offset = jax.lax.axis_index("context") * q_BLNH.shape[1]
+        # The literal 0 tells a kernel that the queries start where the keys do.
+        q_offset = jax.lax.axis_index("context") * q_BLNH.shape[1] if mesh.shape["context"] > 1 else 0
         return kernel(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, q_offset=q_offset)
 
     in_specs = tuple(spec(AXES[name]) for name in names)

@@ -50,7 +50,8 @@ class Tiling:
     dq: Tile
     dkv: Tile
     vmem_bytes: int | None = None  # TPU: what a kernel may use of VMEM; None leaves the compiler's own limit
-    num_warps: int = 4  # GPU
+    row_bytes: int | None = None  # GPU: the widest row (head size x item size) that the tiles are meant for
+    num_warps: int = 8  # GPU
     num_stages: int = 2  # GPU
 
     @property
@@ -63,22 +64,32 @@ class Tiling:
         """Key lengths are padded to a multiple of this."""
         return max(tile.keys for tile in (self.forward, self.dq, self.dkv))
 
-    def fitted(self, queries: int, keys: int, dtype: jnp.dtype) -> "Tiling":
+    def fitted(self, queries: int, keys: int, head_size: int, dtype: jnp.dtype) -> "Tiling":
         """For these lengths and inputs.
 
         No side of a tile exceeds the length rounded up to a power of two; fp32 halves both sides, as its products take
-        more memory; none falls below 128 on a TPU (its lanes) or 16 on a GPU (its smallest matmul).
+        more memory, and so does each doubling of a row beyond `row_bytes`; none falls below 128 on a TPU (its lanes) or
+        16 on a GPU (its smallest matmul).
         """
         least = 128 if self.platform == "tpu" else 16
         itemsize = jnp.dtype(dtype).itemsize
+        shrink = itemsize // 2
+        if self.row_bytes:
+            shrink *= max(head_size * itemsize // self.row_bytes, 1)
 
         def fit(size: int, length: int) -> int:
-            return max(least, min(size * 2 // itemsize, pl.next_power_of_2(length)))
+            return max(least, min(size // shrink, pl.next_power_of_2(length)))
 
         def fit_tile(tile: Tile) -> Tile:
             return Tile(fit(tile.queries, queries), fit(tile.keys, keys))
 
         return dataclasses.replace(self, forward=fit_tile(self.forward), dq=fit_tile(self.dq), dkv=fit_tile(self.dkv))
+
+
+def padded(x: jax.Array, multiple: int) -> jax.Array:
+    """Zeros at the end of axis 1, up to a multiple: segment 0, which nothing sees."""
+    missing = -x.shape[1] % multiple
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
 
 def _segment_range(segments_BX: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
