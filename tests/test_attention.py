@@ -15,6 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Part
 from ctllm_jax.attention import BACKENDS, attention, cudnn, flash, sharded, tiles, xla
 from ctllm_jax.attention.tiles import Tile, Tiling
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.plan import gpu_target
 from ctllm_jax.sharding import MeshConfig, make_mesh
 
 # Tiles of different shapes in each kernel, so that sequences of a few hundred tokens span several of each.
@@ -275,6 +276,23 @@ def test_the_kernels_compile_through_mosaic(topology, shape, monkeypatch):
             *arguments(*shape, sharding=NamedSharding(mesh, PartitionSpec()))
         )
         compiled = lowered.compile()
+    scores = 4 * 2 * shape[1] * shape[0] ** 2
+    if shape[0] == 4096:
+        assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gpu_target.available(), reason="no CUDA plugin: pip install '.[cuda]' (it needs no GPU)")
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", gpu_target.GPUS)
+def test_the_kernels_compile_for_a_gpu(chip, shape):
+    """The compiler refuses tiles that exceed a chip's shared memory; nothing of this has run on one."""
+    (device,) = gpu_target.topology(chip, 1, 1)
+    mesh = Mesh(np.array([device]), ("x",))
+    tiling = flash.tiling_for("gpu", device.device_kind)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        described = arguments(*shape, sharding=NamedSharding(mesh, PartitionSpec()))
+        compiled = jax.jit(functools.partial(step, tiling)).lower(*described).compile()
     scores = 4 * 2 * shape[1] * shape[0] ** 2
     if shape[0] == 4096:
         assert compiled.memory_analysis().temp_size_in_bytes < scores / 4

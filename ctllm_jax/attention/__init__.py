@@ -38,9 +38,7 @@ def _on_shards(kernel: Callable[[], sharded.Kernel]) -> Callable[..., jax.Array]
 
 
 def _flash_on(platform: str) -> Callable[..., jax.Array]:
-    return _on_shards(
-        lambda: sharded.Kernel(flash.attention, tiling=flash.tiling_for(platform, _device().device_kind))
-    )
+    return _on_shards(lambda: sharded.Kernel(flash.attention, tiling=flash.tiling_for(platform, _device().device_kind)))
 
 
 _FLASH_SUPPORT = {"head_sizes": (64, 128, 256), "dtypes": ("bfloat16", "float32"), "cache": "xla"}
