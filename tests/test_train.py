@@ -163,7 +163,7 @@ def test_the_run_directory_is_complete_in_itself(finished, stores):
     workdir, result = finished
     run = read_json(workdir / "run.json")
     assert run["parameters"] == result["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(params_of(workdir)))
-    assert run["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1} and run["versions"]["jax"]
+    assert run["mesh"] == {"slice": 1, "data": 2, "fsdp": 4, "tensor": 1, "context": 1} and run["versions"]["jax"]
     assert run["config"]["seed"] == 11 and run["flops_per_token"]["causal"] < run["flops_per_token"]["full"]
     loaded = load_model(str(workdir))
     assert loaded.tokenizer.digest == open_store(stores["pretrain"]).info["tokenizer"]["digest"]
@@ -387,7 +387,7 @@ def test_a_store_of_another_tokenizer_than_the_models_is_refused(finished, store
     ("change", "message"),
     [
         ({"mesh__fsdp": 3}, "does not fit 8 devices"),
-        ({"batch_size": 12}, r"batch_size 12 does not divide over 8 devices \(mesh: data x fsdp\)"),
+        ({"batch_size": 12}, r"batch_size 12 does not divide over 8 devices \(mesh: slice x data x fsdp\)"),
         (
             {"mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 1, "mesh__context": 8, "data__store": "short"},
             "length 30",
