@@ -46,6 +46,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
             eval_batches=8,
             checkpoint_every=2000,
             checkpoints_kept=3,
+            xla_options=dict(),
         )
     )
     if name == "tiny":

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.hardware import Chip
 from ctllm_jax.sharding import RULES, spec
 
 FORMS = ("dense", "chunked", "auto")
 CHUNK = 2048  # ids: with fewer, adding to the hidden states' gradient costs time; with more, logits cost memory
-DENSE_LIMIT = 4 << 30  # bytes of a device that the dense form may take before "auto" leaves it
+DENSE_SHARE = 0.25  # of a device's memory: what the dense form may take before "auto" leaves it
+UNKNOWN_MEMORY = 16 << 30  # bytes, of a device that is not in the table of chips
 
 
 # ---- Which form
@@ -35,20 +37,22 @@ def dense_bytes(tokens: int, vocab: int) -> int:
     return 2 * 4 * tokens * vocab
 
 
-def choose_form(form: str, tokens: int, vocab: int, mesh_shape: Mapping[str, int]) -> str:
+def choose_form(form: str, tokens: int, vocab: int, mesh_shape: Mapping[str, int], chip: Chip | None) -> str:
     """The form that a loss takes: "dense" or "chunked".
 
     Args:
-      form: one of FORMS. "auto" is the dense form, the faster one, while it takes at most DENSE_LIMIT of a device.
+      form: one of FORMS. "auto" is the dense form, the faster one, while it takes at most DENSE_SHARE of a device.
       tokens: tokens that go through the loss at once, over all devices.
       vocab: padded vocabulary.
       mesh_shape: devices along each mesh axis; empty for one device.
+      chip: what the device is, if that is known.
     """
     if form != "auto":
         return form
     token_ways = math.prod(mesh_shape.get(axis, 1) for axis in (*RULES["batch"], *RULES["length"]))
     vocab_ways = math.prod(mesh_shape.get(axis, 1) for axis in RULES["vocab"])
-    return "dense" if dense_bytes(tokens // token_ways, vocab // vocab_ways) <= DENSE_LIMIT else "chunked"
+    limit = DENSE_SHARE * (chip.memory if chip else UNKNOWN_MEMORY)
+    return "dense" if dense_bytes(tokens // token_ways, vocab // vocab_ways) <= limit else "chunked"
 
 
 # ---- The chunked form

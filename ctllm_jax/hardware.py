@@ -9,6 +9,7 @@ import math
 import re
 
 import jax
+from jax.sharding import AbstractDevice
 
 from ctllm_jax.common.errors import UserError
 
@@ -47,7 +48,12 @@ CHIPS = {
 }
 
 
-def chip_of(device: jax.Device) -> Chip | None:
+def current_device() -> jax.Device | AbstractDevice:
+    """What is compiled for: the devices of the mesh in use (they may be only described), else the default device."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def chip_of(device: jax.Device | AbstractDevice) -> Chip | None:
     """The chip that a device is, or None where its kind is not in the table: a guess would be worse."""
     fitting = [chip for chip in CHIPS.values() if device.device_kind.startswith(chip.kind)]
     return max(fitting, key=lambda chip: len(chip.kind), default=None)

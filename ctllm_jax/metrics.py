@@ -18,27 +18,8 @@ from jax.sharding import Mesh
 
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.store import TokenStore
+from ctllm_jax.hardware import chip_of
 from ctllm_jax.model import ModelConfig, flops_per_token
-
-# Dense bf16 peak of one JAX device, FLOP/s, by the name the device gives itself (vendors' data sheets).
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak of a device, or None where its name is not in the table: a guess would be worse."""
-    for name in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if device.device_kind.startswith(name):
-            return PEAK_FLOPS[name]
-    return None
 
 
 class MetricsLog:
@@ -98,8 +79,8 @@ class Meter:
         rows = 2 * batch_size if store.kind == "preference" else batch_size
         self._tokens_per_step = rows * store.sequence_length
         self._flops = tuple(flops_per_token(model, store.sequence_length, causal) for causal in (True, False))
-        peak = peak_flops(mesh.devices.flat[0])
-        self._peak = peak * mesh.size if peak else None
+        chip = chip_of(mesh.devices.flat[0])  # an unknown device has no share of a peak: a guess would be worse
+        self._peak = chip.peak_flops * mesh.size if chip else None
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last step (compiling, evaluation, saving) out of the speed."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctllm_jax.cross_entropy import FORMS, choose_form, label_logprobs
+from ctllm_jax.hardware import chip_of, current_device
 from ctllm_jax.losses import dpo_loss, lm_loss, token_logprobs
 from ctllm_jax.model import ModelConfig, forward, head, hidden_states
 
@@ -51,7 +52,8 @@ def make_objective(config: ObjectiveConfig, model: ModelConfig, num_sources: int
     def logprobs(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
         inputs = batch["tokens"], batch["positions"], batch["segments"]
         mesh_shape = jax.sharding.get_abstract_mesh().shape
-        form = choose_form(config.cross_entropy, batch["tokens"].size, model.padded_vocab_size, mesh_shape)
+        chip = chip_of(current_device())
+        form = choose_form(config.cross_entropy, batch["tokens"].size, model.padded_vocab_size, mesh_shape, chip)
         if form == "dense":
             return token_logprobs(forward(model, params, *inputs)[0], batch["labels"])
         x_BLD = hidden_states(model, params, *inputs)

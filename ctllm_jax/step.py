@@ -115,11 +115,16 @@ def abstract_batch(batch_size: int, length: int, sides: tuple[int, ...], mesh: M
 
 
 def jit_step(
-    objective: Objective, optimizer: optax.GradientTransformation, microbatches: int, layout: TrainState
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    microbatches: int,
+    layout: TrainState,
+    xla_options: dict[str, str] | None = None,
 ) -> Callable[[TrainState, dict | None, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step` compiled for states that lie as `layout` says; the state given to it is used up."""
     return jax.jit(
         functools.partial(train_step, objective=objective, optimizer=optimizer, microbatches=microbatches),
         out_shardings=(layout, layout.step),  # metrics lie everywhere, as the counters do
         donate_argnums=0,
+        compiler_options=xla_options or None,
     )

@@ -62,6 +62,7 @@ class TrainConfig:
     eval_batches: int  # most batches of each source at such a look
     checkpoint_every: int
     checkpoints_kept: int
+    xla_options: dict[str, str]  # options of the step's compiler, by the names that XLA gives them
 
     def __post_init__(self):
         if self.batch_size % self.microbatches:
@@ -154,7 +155,8 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
 
     # ---- Compiled steps, the stream of batches, the books
     objective = make_objective(config.objective, job.model, len(sources))
-    step_fn = jit_step(objective, optimizer, config.microbatches, state_shardings(job.model, optimizer, job.mesh))
+    layout = state_shardings(job.model, optimizer, job.mesh)
+    step_fn = jit_step(objective, optimizer, config.microbatches, layout, config.xla_options)
     everywhere = state.step.sharding
     eval_fn = jax.jit(lambda params, reference, batch: objective(params, reference, batch)[1], out_shardings=everywhere)
     log = MetricsLog(job.stage.folder, first)
@@ -230,8 +232,9 @@ def _decisive(config: TrainConfig, model: ModelConfig) -> dict:
     settings = dataclasses.asdict(config)
     for name in ("mesh", "distributed", "microbatches", "log_every", "eval_every", "eval_batches"):
         settings.pop(name)
-    for name in ("checkpoint_every", "checkpoints_kept", "init_from"):  # init_from is identified by its digest
+    for name in ("checkpoint_every", "checkpoints_kept", "xla_options"):
         settings.pop(name)
+    settings.pop("init_from")  # by its digest
     settings["objective"].pop("cross_entropy")  # a matter of memory
     settings["data"].pop("store")  # by its fingerprint
     settings["data"].pop("rates"), settings["data"].pop("rate_changes")  # may change ahead: see _check_past_rates

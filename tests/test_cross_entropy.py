@@ -14,7 +14,8 @@ from tiny_models import tiny_model
 from tiny_stores import batch_of, packed_row, preference_row
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.cross_entropy import DENSE_LIMIT, choose_form, dense_bytes, label_logprobs
+from ctllm_jax.cross_entropy import DENSE_SHARE, UNKNOWN_MEMORY, choose_form, dense_bytes, label_logprobs
+from ctllm_jax.hardware import CHIPS
 from ctllm_jax.losses import lm_loss, token_logprobs
 from ctllm_jax.model import abstract_params, logical_axes
 from ctllm_jax.objectives import ObjectiveConfig, make_objective
@@ -219,7 +220,8 @@ def test_objectives_have_the_gradient_of_the_dense_form(name, tied):
 
 def test_the_automatic_form_is_dense_while_its_logits_fit_the_limit():
     padded = 125_824
-    assert dense_bytes(4096, padded) == 2 * 4 * 4096 * padded <= DENSE_LIMIT < dense_bytes(8192, padded)
+    limit = DENSE_SHARE * UNKNOWN_MEMORY
+    assert dense_bytes(4096, padded) == 2 * 4 * 4096 * padded <= limit < dense_bytes(8192, padded)
     for tokens, mesh, form in [
         (4096, {}, "dense"),
         (8192, {}, "chunked"),
@@ -227,9 +229,10 @@ def test_the_automatic_form_is_dense_while_its_logits_fit_the_limit():
         (32 * 4096, {"data": 2, "fsdp": 8, "tensor": 1, "context": 1}, "chunked"),
         (32 * 4096, {"data": 1, "fsdp": 4, "tensor": 2, "context": 4}, "dense"),
     ]:
-        assert choose_form("auto", tokens, padded, mesh) == form
-        assert choose_form("dense", tokens, padded, mesh) == "dense"
-        assert choose_form("chunked", tokens, padded, mesh) == "chunked"
+        assert choose_form("auto", tokens, padded, mesh, None) == form
+        assert choose_form("dense", tokens, padded, mesh, None) == "dense"
+        assert choose_form("chunked", tokens, padded, mesh, None) == "chunked"
+    assert [choose_form("auto", 8192, padded, {}, CHIPS[name]) for name in ("v5e", "v6e")] == ["chunked", "dense"]
     with pytest.raises(ValueError, match="'tiled' is unknown; there are: dense, chunked, auto"):
         ObjectiveConfig("lm", 0.0, 0.0, cross_entropy="tiled")
 

@@ -117,4 +117,5 @@ def train_values(store: pathlib.Path) -> dict:
         "eval_batches": 1,
         "checkpoint_every": 5,
         "checkpoints_kept": 5,
+        "xla_options": {},
     }

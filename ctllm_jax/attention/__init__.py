@@ -10,6 +10,7 @@ import jax
 
 from ctllm_jax.attention import cudnn, flash, sharded, xla
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.hardware import current_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,10 @@ def _on_shards(kernel: Callable[[], sharded.Kernel]) -> Callable[..., jax.Array]
 
 
 def _flash_on(platform: str) -> Callable[..., jax.Array]:
-    return _on_shards(lambda: sharded.Kernel(flash.attention, tiling=flash.tiling_for(platform, _device().device_kind)))
+    def kernel() -> sharded.Kernel:
+        return sharded.Kernel(flash.attention, tiling=flash.tiling_for(platform, current_device().device_kind))
+
+    return _on_shards(kernel)
 
 
 _FLASH_SUPPORT = {"head_sizes": (64, 128, 256), "dtypes": ("bfloat16", "float32"), "cache": "xla"}
@@ -55,11 +59,6 @@ BACKENDS: dict[str, Backend] = {
         cache="xla",
     ),
 }
-
-
-def _device():
-    """What is compiled for: the devices of the mesh in use (they may be only described), else the default device."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def attention(
@@ -100,7 +99,7 @@ def attention(
         raise UserError(f"attention backend {backend!r} is unknown; there are: {', '.join(sorted(BACKENDS))}")
     has_cache = q_BLNH.shape[1] != k_BTKH.shape[1] or not (isinstance(q_offset, int) and q_offset == 0)
     name = BACKENDS[backend].cache if has_cache else backend
-    request = (_device().platform, q_BLNH.shape[-1], str(q_BLNH.dtype))
+    request = (current_device().platform, q_BLNH.shape[-1], str(q_BLNH.dtype))
     if refusals := BACKENDS[name].refusals(*request):
         able = ", ".join(other for other in sorted(BACKENDS) if not BACKENDS[other].refusals(*request))
         raise UserError(f"attention backend {name!r} does not support {' and '.join(refusals)}; these do: {able}")

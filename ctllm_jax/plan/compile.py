@@ -32,7 +32,7 @@ from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer
 from ctllm_jax.plan import gpu_target, hlo
 from ctllm_jax.sharding import make_mesh
-from ctllm_jax.step import abstract_batch, abstract_params_like, abstract_state, jit_step
+from ctllm_jax.step import abstract_batch, abstract_state, jit_step
 from ctllm_jax.train import TrainConfig
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ctllm-jax" / "plan"
@@ -94,7 +94,7 @@ def compiled(config: TrainConfig, target: Slice) -> Compiled:
 def _decisive(config: TrainConfig) -> dict:
     """The config without what does not touch the step's program: where data lie, how often it is looked at."""
     values = dataclasses.asdict(config)
-    values["data"] = {"store": "", "rates": {}, "rate_changes": (), "mask_documents": True}
+    values["data"].update(store="", rate_changes=())
     values.update(seed=0, log_every=1, eval_every=1, eval_batches=1, checkpoint_every=1, checkpoints_kept=1)
     return values | {"distributed": False}
 
@@ -167,7 +167,7 @@ def lower(config: TrainConfig, target: Slice) -> jax.stages.Lowered:
     model, sides = config.model, (2,) if config.objective.name == "dpo" else ()
     mesh = make_mesh(config.mesh, devices(target))
     optimizer = make_optimizer(config.optimizer, model, config.steps)
-    objective = make_objective(config.objective, model, num_sources=len(SOURCES))
+    objective = make_objective(config.objective, model, num_sources=max(len(config.data.rates), 1))
     state = abstract_state(model, optimizer, mesh)
     batch = abstract_batch(config.batch_size, model.max_length, sides, mesh)
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
