@@ -286,16 +286,38 @@ def test_the_kernels_compile_through_mosaic(topology, shape, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chip", gpu_target.GPUS)
 def test_the_kernels_compile_for_a_gpu(chip, shape):
-    """The compiler refuses tiles that exceed a chip's shared memory; nothing of this has run on one."""
+    """In a chip's shared memory and registers: the compiler refuses what exceeds either. Nothing has run on one."""
     (device,) = gpu_target.topology(chip, 1, 1)
     mesh = Mesh(np.array([device]), ("x",))
     tiling = flash.tiling_for("gpu", device.device_kind)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         described = arguments(*shape, sharding=NamedSharding(mesh, PartitionSpec()))
-        compiled = jax.jit(functools.partial(step, tiling)).lower(*described).compile()
+        lowered = jax.jit(functools.partial(step, tiling)).lower(*described)
+        compiled = lowered.compile(compiler_options={"xla_gpu_fail_ptx_compilation_on_register_spilling": True})
     scores = 4 * 2 * shape[1] * shape[0] ** 2
     if shape[0] == 4096:
         assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gpu_target.available(), reason="no CUDA plugin: pip install '.[cuda]' (it needs no GPU)")
+@pytest.mark.parametrize("head_size", [8, 128])
+@pytest.mark.parametrize("chip", gpu_target.GPUS)
+def test_cudnn_is_called_through_the_entry_point(chip, head_size):
+    """An odd length, heads in groups: one call of cuDNN forward, one backward, no fp32 scores in memory."""
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), list(gpu_target.topology(chip, 1, 1)))
+
+    def run(q, k, v, segments, dout):
+        out, pull = jax.vjp(lambda *a: attention(*a, segments, segments, backend="cudnn"), q, k, v)
+        return out, pull(dout)
+
+    with jax.set_mesh(mesh):
+        described = arguments(4095, 8, 2, head_size, "bfloat16", sharding=NamedSharding(mesh, PartitionSpec()))
+        compiled = jax.jit(run).lower(*described).compile()
+    text = compiled.as_text()
+    assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmax"') == 1
+    assert text.count('custom_call_target="__cudnn$fmhaScaleBiasSoftmaxBackward"') == 1
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2 * 8 * 4095**2 / 2  # half of the fp32 scores
 
 
 def test_unknown_and_unsupported_requests_are_refused():

@@ -5,6 +5,9 @@ adds to the scores. The mask is held: [B, 1, L, T] in the inputs' 16-bit dtype, 
 a row of 4096), and in the backward pass its gradient, which cuDNN computes and nobody reads, as much again. Tiles that
 the mask hides entirely are computed all the same; tiles beyond the diagonal are not, except under a context axis.
 
+JAX gives no name to what the backward pass needs of the forward pass (softmax statistics), so no remat policy keeps it:
+under every policy but "none" the forward kernel runs twice.
+
 Legend as in `ctllm_jax.attention`.
 """
 
