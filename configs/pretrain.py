@@ -1,22 +1,24 @@
 """Pretraining on a token store.
 
     ctllm train --config=configs/pretrain.py:tiny --config.data.store=STORE --workdir=RUN
-    ctllm train --config=configs/pretrain.py:ct_llm_2b --config.data.store=STORE --workdir=RUN
+    ctllm train --config=configs/pretrain.py:ct_llm_2b@v5e:16x16 --config.data.store=STORE --workdir=RUN
 
 `tiny` (1.8 M parameters) runs on a CPU. `ct_llm_2b` has CT-LLM's published hyper-parameters (AdamW, 2e-4 to 2e-5
 cosine, 2,000 warm-up steps, about 2.1 M tokens a step for 1,254.68 B tokens); parameters, gradients and moments take
-32 GiB in all, divided over the fsdp axis. It has not been trained here. Its rates are the paper's shares of tokens; a
-store that lacks a source needs `--config.data.rates.NAME=0` for it.
+32 GiB in all, divided over the fsdp axis. What follows @ is a slice of configs/hardware.py, for which mesh, microbatches
+and kernels are chosen; without it any devices are used, in plain JAX. It has not been trained here. Its rates are the
+paper's shares of tokens; a store that lacks a source needs `--config.data.rates.NAME=0` for it.
 """
 
 from ml_collections import ConfigDict
 
-from configs import models
+from configs import hardware, models
 from configs.mixtures import CT_LLM_TOKEN_SHARES
 
 
 def get_config(name: str = "tiny") -> ConfigDict:
-    """`name` is an architecture of configs/models.py."""
+    """`name` is an architecture of configs/models.py, with or without a slice of configs/hardware.py after an @."""
+    name, _, slice_name = name.partition("@")
     config = ConfigDict(
         dict(
             objective=dict(name="lm", z_loss=0.0, dpo_beta=0.0, cross_entropy="auto"),
@@ -49,6 +51,8 @@ def get_config(name: str = "tiny") -> ConfigDict:
             xla_options=dict(),
         )
     )
+    if slice_name:
+        hardware.lay_out(config, slice_name)
     if name == "tiny":
         config.data.rates = ConfigDict()
         config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=40)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
@@ -35,6 +35,15 @@ class Short:
 
 
 @dataclasses.dataclass(frozen=True)
+class Option:
+    """A flag of a verb that is no key of its config file."""
+
+    form: str  # as the help writes it
+    help: str
+    default: str | float | bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Verb:
     """Where a verb lives, its config dataclass and default config file, and what it turns into what."""
 
@@ -44,6 +53,9 @@ class Verb:
     help: str
     workdir: str = "folder to write; a second run resumes or says why not"
     short: Mapping[str, Short] = dataclasses.field(default_factory=dict)
+    about: str | None = None  # the key of the config dataclass that the config file fills; the options fill the others
+    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    writes: bool = True  # whether --workdir is needed
 
 
 VERBS = {
@@ -64,6 +76,22 @@ VERBS = {
         "TokenizeConfig",
         "configs/tokenize.py",
         "documents or conversations + tokenizer -> token store",
+    ),
+    "plan": Verb(
+        "ctllm_jax.plan.run",
+        "PlanConfig",
+        None,
+        "training config + slice -> memory, FLOPs, traffic, time, cost; nothing is trained",
+        workdir="folder for plan.json, if it is wanted",
+        about="train",
+        options={
+            "slice": Option("--slice=NAME[,NAME]", "v5e:16x16, v5p-128 (64 chips), 2*v5e:16x16, h200x8, ...", ""),
+            "tokens": Option("--tokens=N", "billions of tokens to train on; without it the config's own steps", 0.0),
+            "search": Option("--search", "rank meshes, remat policies and microbatches", False),
+            "compile": Option("--nocompile", "leave it at arithmetic, in a second instead of a minute", True),
+            "json": Option("--json", "a JSON object a line instead of text", False),
+        },
+        writes=False,
     ),
     "train": Verb(
         "ctllm_jax.train",
@@ -147,23 +175,23 @@ def _dispatch(argv: list[str]) -> None:
         _execute(argv[0], verb, *values)
 
 
-def _execute(name: str, verb: Verb, values: ConfigDict, workdir: str | None, show: bool) -> None:
+def _execute(name: str, verb: Verb, values: dict, workdir: str | None, show: bool) -> None:
     try:
         module = importlib.import_module(verb.module)
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in ("ctllm_jax", "data_pipeline", "configs"):
             raise
         raise UserError(f"{name} needs {error.name}: pip install 'ctllm-jax[data]'") from None
-    config = build(getattr(module, verb.config), values.to_dict())
+    config = build(getattr(module, verb.config), values)
     if show:
         print(json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=1))
         return
-    if not workdir:
+    if not workdir and verb.writes:
         raise UserError(f"{name}: give --workdir=DIR ({verb.workdir})")
     module.run(config, workdir)
 
 
-def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[ConfigDict, str | None, bool] | None:
+def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None, bool] | None:
     """(config, workdir, print only?) from the command line, or None after --help."""
     values = flags.FlagValues()
     default = str(ROOT / verb.default) if verb.default else None
@@ -176,6 +204,11 @@ def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[ConfigDict, str
         config_flags.DEFINE_config_file("config", default, "", flag_values=values)
         flags.DEFINE_string("workdir", None, "", flag_values=values)
         flags.DEFINE_bool("print_config", False, "", flag_values=values)
+        for key, option in verb.options.items():
+            define = {bool: flags.DEFINE_bool, float: flags.DEFINE_float, str: flags.DEFINE_string}[
+                type(option.default)
+            ]
+            define(key, option.default, "", flag_values=values)
         rest = values([name, *arguments])[1:]
         config = values.config
         if config is not None:
@@ -188,7 +221,10 @@ def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[ConfigDict, str
         raise UserError(f"{name}: unexpected argument {rest[0]!r} (flags are written --name=value)")
     if config is None:
         raise UserError(f"{name}: give --config=FILE.py, one of configs/")
-    return config, values.workdir, values.print_config
+    settings = config.to_dict()
+    if verb.about:
+        settings = {verb.about: settings, **{key: values[key].value for key in verb.options}}
+    return settings, values.workdir, values.print_config
 
 
 def _spell_out(name: str, verb: Verb, arguments: list[str]) -> list[str]:
@@ -236,7 +272,7 @@ def _last_line(error: Exception) -> str:
 
 def _help(name: str, verb: Verb) -> str:
     rows = [
-        *((short.form, short.help) for short in verb.short.values()),
+        *((flag.form, flag.help) for flag in (*verb.short.values(), *verb.options.values())),
         ("--config=FILE.py[:ARG]", "config file; relative paths are looked for here, then in the repository"),
         ("--config.KEY=VALUE", "sets one value of it"),
         ("--workdir=DIR", verb.workdir),

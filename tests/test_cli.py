@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NEEDED = {
     "tokenize": ["--config.corpus=CORPUS"],
     "train": ["--config=configs/pretrain.py:tiny", "--config.data.store=STORE"],
+    "plan": ["--config=configs/pretrain.py:ct_llm_2b", "--slice=v5e:4x4"],
     "trace": ["--step=1"],
 }
 
@@ -161,7 +162,7 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain"], "unknown verb 'pretrain'; there are: corpus, tokenizer, tokenize, train"),
+        (["pretrain"], "unknown verb 'pretrain'; there are: corpus, tokenizer, tokenize, plan, train"),
         (["convert", "--nosuch=1"], "convert: Unknown command line flag 'nosuch'"),
         (["convert", "--config.nosuch=1"], "nosuch"),
         (["train", "--config=configs/pretrain.py:tiny", "--config.optimizer.nosuch=1"], "nosuch"),

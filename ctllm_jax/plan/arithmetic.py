@@ -9,6 +9,7 @@ V vocabulary (padded), Y layers; tokens are those of one device in one microbatc
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -17,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from ctllm_jax.cross_entropy import CHUNK, choose_form
 from ctllm_jax.hardware import Slice
-from ctllm_jax.model import REMAT_POLICIES, ModelConfig, flops_per_token
-from ctllm_jax.optim import make_optimizer
+from ctllm_jax.model import REMAT_POLICIES, ModelConfig, count_params, flops_per_token
+from ctllm_jax.optim import OptimizerConfig, make_optimizer
 from ctllm_jax.sharding import RULES, mesh_sizes
 from ctllm_jax.step import abstract_batch, abstract_state
 from ctllm_jax.train import TrainConfig
@@ -64,6 +65,12 @@ def share(config: TrainConfig, target: Slice) -> Share:
                  config.microbatches)  # fmt: skip
 
 
+@functools.lru_cache
+def count(model: ModelConfig) -> int:
+    """Number of parameters."""
+    return count_params(model)
+
+
 def sides(config: TrainConfig) -> int:
     """Sequences of an example: two for preference pairs."""
     return 2 if config.objective.name == "dpo" else 1
@@ -74,18 +81,46 @@ def sides(config: TrainConfig) -> int:
 
 def arguments(config: TrainConfig, target: Slice) -> dict[str, int]:
     """Bytes of a device's arguments: parameters, moments, reference (DPO), batch; padded as a TPU lays them out."""
-    sizes = mesh_sizes(config.mesh, target.devices)
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    state = abstract_state(config.model, make_optimizer(config.optimizer, config.model, config.steps), mesh)
-    example = (2,) if sides(config) == 2 else ()
-    batch = abstract_batch(config.batch_size, config.model.max_length, example, mesh)
     padded = target.chip.platform == "tpu"
-    counted = {
-        "parameters": _bytes(state.params, padded),
-        "moments": _bytes((state.optimizer, state.step, state.skipped), padded),
-        "batch": _bytes(batch, padded),
-    }
+    model, optimizer, mesh = _laid_out(config, target)
+    state = _state_bytes(model, optimizer, mesh, padded)
+    batch = _batch_bytes(config.batch_size, model.max_length, sides(config), mesh, padded)
+    counted = {"parameters": state["all"], "moments": state["moments"], "batch": batch}
     return counted if sides(config) == 1 else {**counted, "reference": counted["parameters"]}
+
+
+def parameter_bytes(config: TrainConfig, target: Slice) -> dict[str, int]:
+    """A device's fp32 parameters: all, those of the layers, those of the head."""
+    return _state_bytes(*_laid_out(config, target), False)
+
+
+def _laid_out(config: TrainConfig, target: Slice) -> tuple:
+    # What the shapes depend on and no more, so that a search counts each layout once.
+    model = dataclasses.replace(config.model, remat="full", attention="xla")
+    return model, config.optimizer, tuple(mesh_sizes(config.mesh, target.devices).items())
+
+
+@functools.lru_cache(maxsize=1024)
+def _state_bytes(
+    model: ModelConfig, optimizer: OptimizerConfig, mesh: tuple[tuple[str, int], ...], padded: bool
+) -> dict[str, int]:
+    state = abstract_state(model, make_optimizer(optimizer, model, steps=1), _abstract_mesh(dict(mesh)))
+    head = state.params["embed" if model.tie_embeddings else "head"]
+    return {
+        "all": _bytes(state.params, padded),
+        "layers": _bytes(state.params["layers"], padded),
+        "head": _bytes(head, padded),
+        "moments": _bytes((state.optimizer, state.step, state.skipped), padded),
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _batch_bytes(batch_size: int, length: int, sides: int, mesh: tuple[tuple[str, int], ...], padded: bool) -> int:
+    return _bytes(abstract_batch(batch_size, length, (2,) if sides == 2 else (), _abstract_mesh(dict(mesh))), padded)
+
+
+def _abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _bytes(tree, padded: bool) -> int:
@@ -124,7 +159,7 @@ def temporary(config: TrainConfig, target: Slice) -> dict[str, int]:
     """Bytes of a device beyond its arguments at the fullest moment, by category; an estimate."""
     model, part = config.model, share(config, target)
     tensor, ways = part.mesh["tensor"], part.ways("embed", "heads")
-    parameters = _parameter_bytes(config, target)
+    parameters = parameter_bytes(config, target)
     item = jnp.dtype(model.dtype).itemsize
     common = {
         "kept activations": model.num_layers * part.tokens * kept_per_token(model, tensor),
@@ -138,18 +173,6 @@ def temporary(config: TrainConfig, target: Slice) -> dict[str, int]:
         "one layer's backward pass": _layer_bytes(model, part, parameters["layers"] * ways // model.num_layers),
     }
     return {**common, **max(loss, layer, key=lambda moment: sum(moment.values()))}
-
-
-def _parameter_bytes(config: TrainConfig, target: Slice) -> dict[str, int]:
-    """A device's fp32 parameters: all, those of the layers, those of the head."""
-    sizes = mesh_sizes(config.mesh, target.devices)
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    params = abstract_state(config.model, make_optimizer(config.optimizer, config.model, config.steps), mesh).params
-    return {
-        "all": _bytes(params, False),
-        "layers": _bytes(params["layers"], False),
-        "head": _bytes(params["embed" if config.model.tie_embeddings else "head"], False),
-    }
 
 
 def _loss_bytes(config: TrainConfig, part: Share, target: Slice) -> int:
@@ -204,7 +227,7 @@ def work(config: TrainConfig, target: Slice) -> Work:
     tokens = part.tokens * part.microbatches / part.mesh["tensor"]
     causal, full = (flops_per_token(model, model.max_length, causal=flag) for flag in (True, False))
     again = recomputed_per_token(config, part, target)
-    parameters = _parameter_bytes(config, target)
+    parameters = parameter_bytes(config, target)
     item = jnp.dtype(model.dtype).itemsize
     gathered = parameters["layers"] * item // FP32 * part.ways("embed")
     activations = model.num_layers * part.tokens * kept_per_token(model, part.mesh["tensor"])

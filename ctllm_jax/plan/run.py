@@ -1,0 +1,87 @@
+"""`ctllm plan`: what a training config takes on a slice, before anything is paid for."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import write_json
+from ctllm_jax.hardware import Slice, parse_slice
+from ctllm_jax.plan import search
+from ctllm_jax.plan.compile import missing
+from ctllm_jax.plan.estimate import Plan, make_plan
+from ctllm_jax.plan.text import render, render_ranking
+from ctllm_jax.train import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What `ctllm plan` reads."""
+
+    train: TrainConfig
+    slice: str  # one or several, with commas
+    tokens: float  # billions to train on; 0 takes the config's own steps
+    compile: bool  # False leaves it at arithmetic
+    search: bool  # rank meshes, remat policies and microbatches
+    json: bool
+
+    def __post_init__(self):
+        if not self.slice:
+            raise ValueError("give --slice=NAME, such as v5e:16x16, v5p-128 or h200x8")
+        if self.train.model is None:
+            raise ValueError("model is None (init_from): give a config with an architecture")
+
+
+def run(config: PlanConfig, workdir: str | None) -> list[Plan]:
+    """Prints a plan for every slice; with a workdir, writes plan.json there as well.
+
+    A config that does not fit is followed by the nearest one that does.
+    """
+    jax.config.update("jax_platforms", "cpu")  # no accelerator is touched, be there one or not
+    plans = []
+    for name in config.slice.split(","):
+        target = parse_slice(name)
+        compiling = config.compile and missing(target) is None
+        if config.search:
+            ranking = search.rank(config.train, target, config.tokens)
+            if compiling:
+                ranking = search.prove(ranking, target, config.tokens)
+            plans += [candidate.plan for candidate in ranking]
+            if not config.json:
+                print(render_ranking(ranking, target))
+            continue
+        plan = _plan(config, target, compiling)
+        plans.append(plan)
+        if not config.json:
+            print(render(plan, missing(target) if config.compile else "--nocompile"))
+        if not plan.fits:
+            plans += _propose(config, target, compiling)
+    if config.json:
+        for plan in plans:
+            print(json.dumps(dataclasses.asdict(plan)))
+    if workdir:
+        write_json(pathlib.Path(workdir) / "plan.json", {"plans": [dataclasses.asdict(plan) for plan in plans]})
+    return plans
+
+
+def _plan(config: PlanConfig, target: Slice, compiling: bool) -> Plan:
+    try:
+        return make_plan(config.train, target, tokens=config.tokens, compiling=compiling)
+    except ValueError as error:
+        nearest = search.nearest(config.train, target, config.tokens, compiling)
+        hint = f"; this would do: {nearest.flags}" if nearest else ""
+        raise UserError(f"{target.name}: {error}{hint}") from None
+
+
+def _propose(config: PlanConfig, target: Slice, compiling: bool) -> list[Plan]:
+    nearest = search.nearest(config.train, target, config.tokens, compiling)
+    if config.json:
+        return [nearest.plan] if nearest else []
+    if nearest is None:
+        print(f"\nNothing that was tried fits {target.name}: take more or larger chips.")
+        return []
+    print(f"\nThe nearest that fits: {nearest.flags}\n")
+    print(render(nearest.plan, missing(target) if config.compile else "--nocompile"))
+    return [nearest.plan]
