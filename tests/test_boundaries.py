@@ -150,5 +150,6 @@ def test_a_verb_is_a_module_with_a_config_and_run(name):
     assert verb.default is None or (ROOT / verb.default).is_file()
     signature = inspect.signature(module.run)
     assert list(signature.parameters) == ["config", "workdir"]
-    assert typing.get_type_hints(module.run) == {"config": config, "workdir": str, "return": dict}
+    workdir = str if verb.writes else str | None
+    assert typing.get_type_hints(module.run) == {"config": config, "workdir": workdir, "return": dict}
     assert verb.help and module.__doc__ and module.run.__doc__

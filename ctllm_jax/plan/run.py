@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import write_json
+from ctllm_jax.common.files import as_path, write_json
 from ctllm_jax.hardware import Slice, parse_slice
 from ctllm_jax.plan import search
 from ctllm_jax.plan.compile import missing
@@ -34,13 +33,13 @@ class PlanConfig:
             raise ValueError("model is None (init_from): give a config with an architecture")
 
 
-def run(config: PlanConfig, workdir: str | None) -> list[Plan]:
+def run(config: PlanConfig, workdir: str | None) -> dict:
     """Prints a plan for every slice; with a workdir, writes plan.json there as well.
 
     A config that does not fit is followed by the nearest one that does.
     """
     jax.config.update("jax_platforms", "cpu")  # no accelerator is touched, be there one or not
-    plans = []
+    plans: list[Plan] = []
     for name in config.slice.split(","):
         target = parse_slice(name)
         compiling = config.compile and missing(target) is None
@@ -61,9 +60,10 @@ def run(config: PlanConfig, workdir: str | None) -> list[Plan]:
     if config.json:
         for plan in plans:
             print(json.dumps(dataclasses.asdict(plan)))
+    result = {"plans": [dataclasses.asdict(plan) for plan in plans]}
     if workdir:
-        write_json(pathlib.Path(workdir) / "plan.json", {"plans": [dataclasses.asdict(plan) for plan in plans]})
-    return plans
+        write_json(as_path(workdir) / "plan.json", result)
+    return result
 
 
 def _plan(config: PlanConfig, target: Slice, compiling: bool) -> Plan:
