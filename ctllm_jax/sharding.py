@@ -57,9 +57,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             raise UserError(f"mesh.slice is {sizes['slice']}, but the devices belong to {found} slices")
         if found > 1:
             along = (sizes["slice"], *(1 for _ in rest[1:]))
-            grid = mesh_utils.create_hybrid_device_mesh(rest, along, devices)
+            grid = mesh_utils.create_hybrid_device_mesh(rest, along, devices, allow_split_physical_axes=True)
         else:
-            grid = mesh_utils.create_device_mesh(shape, devices)
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
         grid = np.array(sorted(devices, key=lambda device: (device.process_index, device.id))).reshape(shape)
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
