@@ -28,6 +28,7 @@ CASES = [
     {"slice": "v5p:4x8x8", "rows": 2, "times": 1},
     {"slice": "v6e:4x4", "rows": 1, "times": 1},
     {"slice": "v6e:4x4", "rows": 2, "times": 1},
+    {"slice": "v6e:4x4", "rows": 1, "times": 1, "remat": "none"},
     {"slice": "v6e:16x16", "rows": 1, "times": 2},
     {"slice": "v4:4x4x4", "rows": 2, "times": 4},
     {"slice": "h200x1", "rows": 1, "times": 1, "remat": "qkv", "fsdp": 1, "cross_entropy": "chunked"},

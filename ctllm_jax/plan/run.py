@@ -8,7 +8,7 @@ import jax
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, write_json
 from ctllm_jax.hardware import Slice, parse_slice
-from ctllm_jax.plan import search
+from ctllm_jax.plan import arithmetic, search
 from ctllm_jax.plan.compile import missing
 from ctllm_jax.plan.estimate import Plan, make_plan
 from ctllm_jax.plan.text import render, render_ranking
@@ -48,13 +48,17 @@ def run(config: PlanConfig, workdir: str | None) -> dict:
             if compiling:
                 ranking = search.prove(ranking, target, config.tokens)
             plans += [candidate.plan for candidate in ranking]
-            if not config.json:
-                print(render_ranking(ranking, target))
+            _say(config, render_ranking(ranking, target))
             continue
-        plan = _plan(config, target, compiling)
+        try:
+            arithmetic.share(config.train, target)
+        except (UserError, ValueError) as error:  # the mesh or the batch does not go on the slice
+            _say(config, f"{target.name}: {error}")
+            plans += _propose(config, target, compiling)
+            continue
+        plan = make_plan(config.train, target, tokens=config.tokens, compiling=compiling)
         plans.append(plan)
-        if not config.json:
-            print(render(plan, missing(target) if config.compile else "--nocompile"))
+        _say(config, render(plan, _not_compiled(config, target)))
         if not plan.fits:
             plans += _propose(config, target, compiling)
     if config.json:
@@ -66,22 +70,21 @@ def run(config: PlanConfig, workdir: str | None) -> dict:
     return result
 
 
-def _plan(config: PlanConfig, target: Slice, compiling: bool) -> Plan:
-    try:
-        return make_plan(config.train, target, tokens=config.tokens, compiling=compiling)
-    except ValueError as error:
-        nearest = search.nearest(config.train, target, config.tokens, compiling)
-        hint = f"; this would do: {nearest.flags}" if nearest else ""
-        raise UserError(f"{target.name}: {error}{hint}") from None
-
-
 def _propose(config: PlanConfig, target: Slice, compiling: bool) -> list[Plan]:
     nearest = search.nearest(config.train, target, config.tokens, compiling)
-    if config.json:
-        return [nearest.plan] if nearest else []
     if nearest is None:
-        print(f"\nNothing that was tried fits {target.name}: take more or larger chips.")
+        _say(config, f"Nothing that was tried fits {target.name}: take more or larger chips.")
         return []
-    print(f"\nThe nearest that fits: {nearest.flags}\n")
-    print(render(nearest.plan, missing(target) if config.compile else "--nocompile"))
+    _say(config, f"The nearest that fits: {nearest.flags}")
+    _say(config, render(nearest.plan, _not_compiled(config, target)))
     return [nearest.plan]
+
+
+def _not_compiled(config: PlanConfig, target: Slice) -> str | None:
+    """Why there is no compilation, if there is none."""
+    return missing(target) if config.compile else "as --nocompile asks"
+
+
+def _say(config: PlanConfig, text: str) -> None:
+    if not config.json:
+        print(text + "\n")

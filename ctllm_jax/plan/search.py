@@ -6,7 +6,7 @@ weighed by arithmetic; the best are compiled.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ctllm_jax.attention import BACKENDS
 from ctllm_jax.common.errors import UserError
@@ -38,21 +38,10 @@ def rank(config: TrainConfig, target: Slice, tokens: float) -> list[Candidate]:
     Raises:
       UserError: there is none.
     """
-    fitting = [one for one in _candidates(config, target, tokens) if one.plan.needed <= MARGIN * target.chip.memory]
+    fitting = _fitting(_layouts(config, target), target, tokens)
     if not fitting:
         raise UserError(f"nothing that was tried fits {target.name}: take more or larger chips")
-
     return sorted(fitting, key=_weight)[:SHOWN]
-
-
-def _weight(one: Candidate) -> tuple[float, float]:
-    """Seconds that a step cannot hide, by arithmetic (the largest floor, collectives that are waited for); then memory.
-
-    Between near equals (2 %) the one that has less to hide is the better one.
-    """
-    floors = one.plan.floor_seconds
-    waiting = sum(collective.seconds for collective in one.plan.collectives if collective.awaited)
-    return max(floors.values()) + waiting + 0.02 * sum(floors.values()), one.plan.needed
 
 
 def prove(ranking: Sequence[Candidate], target: Slice, tokens: float) -> list[Candidate]:
@@ -66,27 +55,59 @@ def prove(ranking: Sequence[Candidate], target: Slice, tokens: float) -> list[Ca
 
 def nearest(config: TrainConfig, target: Slice, tokens: float, compiling: bool) -> Candidate | None:
     """The candidate that fits with the fewest changes, the fastest of them; compiled, as a proof, where that can be."""
-    fitting = [one for one in _candidates(config, target, tokens) if one.plan.needed <= MARGIN * target.chip.memory]
-    fitting.sort(key=lambda one: (one.changes, _weight(one)))
-    if not compiling:
-        return fitting[0] if fitting else None
-    for one in fitting[:COMPILED]:
-        plan = make_plan(one.config, target, tokens=tokens, compiling=True)
-        if plan.fits:
-            return dataclasses.replace(one, plan=plan)
+    layouts = sorted(_layouts(config, target), key=lambda layout: layout.changes)
+    tries = COMPILED
+    for _, equal in itertools.groupby(layouts, key=lambda layout: layout.changes):
+        for one in sorted(_fitting(equal, target, tokens), key=_weight):
+            if not compiling:
+                return one
+            plan = make_plan(one.config, target, tokens=tokens, compiling=True)
+            if plan.fits:
+                return dataclasses.replace(one, plan=plan)
+            tries -= 1
+            if not tries:
+                return None
     return None
 
 
-def _candidates(config: TrainConfig, target: Slice, tokens: float) -> Iterator[Candidate]:
+def _weight(one: Candidate) -> tuple[float, float]:
+    """Seconds that a step cannot hide, by arithmetic (the largest floor, collectives that are waited for); then memory.
+
+    Between near equals (2 %) the one that has less to hide is the better one.
+    """
+    floors = one.plan.floor_seconds
+    waiting = sum(collective.seconds for collective in one.plan.collectives if collective.awaited)
+    return max(floors.values()) + waiting + 0.02 * sum(floors.values()), one.plan.needed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """A candidate that has not been weighed."""
+
+    config: TrainConfig
+    flags: str
+    changes: int
+
+
+def _layouts(config: TrainConfig, target: Slice) -> Iterator[_Layout]:
     attention = _backend(config, target)
     for mesh, remat, microbatches in itertools.product(_meshes(config, target), REMAT_POLICIES, _microbatches(config)):
         model = dataclasses.replace(config.model, remat=remat, attention=attention)
         other = dataclasses.replace(config, model=model, mesh=mesh, microbatches=microbatches)
+        yield _Layout(other, *_flags(config, other, target))
+
+
+def _fitting(layouts: Iterable[_Layout], target: Slice, tokens: float) -> list[Candidate]:
+    """Those that go on the slice and, by arithmetic, into its memory."""
+    found = []
+    for layout in layouts:
         try:
-            plan = make_plan(other, target, tokens=tokens, compiling=False)
+            plan = make_plan(layout.config, target, tokens=tokens, compiling=False)
         except (UserError, ValueError):
             continue  # does not divide
-        yield Candidate(other, *_flags(config, other, target), plan)
+        if plan.needed <= MARGIN * target.chip.memory:
+            found.append(Candidate(layout.config, layout.flags, layout.changes, plan))
+    return found
 
 
 def _meshes(config: TrainConfig, target: Slice) -> list[MeshConfig]:
