@@ -17,20 +17,21 @@ from ctllm_jax.plan.estimate import make_plan
 HEADER = """\
 # Plans of the 2B model
 
-Made by `python benchmarks/plans.py`, which compiles every config of `configs/hardware.py` for its slice; none of them has
-run on the hardware. Batch: 512 rows of 4,096 tokens. Memory is at the fullest moment, "of" what a program may use.
+Made by `python benchmarks/plans.py`, which compiles every config of `configs/hardware.py` for its slice; none of them
+has run on the hardware. Batch: 512 rows of 4,096 tokens. Memory is at the fullest moment, "of" what a program may use.
 "Least" is the largest of what FLOPs, memory and links need at their full speed. "Estimate" is the TPU compiler's, with
 the static cycles of the attention kernels and without waiting for collectives: good for comparing plans, no forecast.
 Days and chip-hours are for CT-LLM's 1,254.68 billion tokens at the estimate, or at the least where there is none ("at
 least"), nothing lost. `ctllm plan --config=configs/pretrain.py:ct_llm_2b@SLICE --slice=SLICE` has the rest.
-
-| slice | chips | mesh | rows x times | memory GiB | of | by | least s | estimate s | tokens/s | of peak | days | chip-hours |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+"""
+COLUMNS = ("slice", "chips", "mesh", "rows x times", "memory GiB", "of", "by", "least s", "estimate s", "tokens/s",
+           "of peak", "days", "chip-hours")  # fmt: skip
 
 
 def main() -> None:
     """Prints the page."""
     print(HEADER)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name in hardware.SLICES:
         target = parse_slice(name)
         plan = make_plan(case_config({"slice": name}), target, tokens=1254.68, compiling=missing(target) is None)
