@@ -18,6 +18,7 @@ def ct_llm_2b() -> ConfigDict:
             max_length=4096,
             norm_eps=1e-5,
             rope_theta=10_000.0,
+            rope_scaling=None,
             tie_embeddings=False,
             qk_norm=False,
             init_std=0.02,

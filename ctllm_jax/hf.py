@@ -25,6 +25,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.model import ModelConfig, abstract_params
+from ctllm_jax.rotary import KINDS, RopeScaling
 
 # Our path -> (Hugging Face name, whether it is a matrix to transpose); {} is the layer.
 TABLE = {
@@ -40,6 +41,12 @@ TABLE = {
     "layers/down": ("model.layers.{}.mlp.down_proj.weight", True),
     "final_norm": ("model.norm.weight", False),
     "head": ("lm_head.weight", True),
+}
+# Our names of what only the llama3 scaling has -> theirs.
+LLAMA3_KEYS = {
+    "low_frequency_factor": "low_freq_factor",
+    "high_frequency_factor": "high_freq_factor",
+    "original_length": "original_max_position_embeddings",
 }
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _STORED = ("F32", "F16", "BF16")  # safetensors' names of the same
@@ -73,8 +80,8 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     for key in ("rope_scaling", "rope_parameters"):
         rope = values.get(key) or rope
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            refuse(f"{key}.rope_type", kind, "'default'")
+        if kind not in ("default", *KINDS):
+            refuse(f"{key}.rope_type", kind, ", ".join(("default", *KINDS)))
     heads = need("num_attention_heads")
     dtype = values.get("dtype", values.get("torch_dtype")) or "float32"
     if dtype not in DTYPES:
@@ -92,6 +99,7 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
             max_length=values.get("max_position_embeddings", 2048),
             norm_eps=values.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+            rope_scaling=_rope_scaling(rope),
             tie_embeddings=values.get("tie_word_embeddings", False),
             qk_norm=False,
             init_std=values.get("initializer_range", 0.02),
@@ -100,8 +108,19 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
             remat="none",
             attention="xla",
         )
+    except KeyError as error:
+        raise UserError(f"{file}: the rope scaling lacks {error}") from None
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", float(rope["factor"]))
+    return RopeScaling(kind, float(rope["factor"]), **{ours: rope[theirs] for ours, theirs in LLAMA3_KEYS.items()})
 
 
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -27,7 +27,7 @@ from ctllm_jax.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
 )
-from ctllm_jax.hf import DTYPES, TABLE, leaves, load, names_by_path, their_shape
+from ctllm_jax.hf import DTYPES, LLAMA3_KEYS, TABLE, leaves, load, names_by_path, their_shape
 from ctllm_jax.model import ModelConfig, forward
 
 SHARD_BYTES = 5 * 10**9
@@ -114,6 +114,15 @@ def _their_array(params: dict, name: str, path: str, layer: int | None, dtype: s
     return np.ascontiguousarray(array.reshape(inputs, outputs).T.astype(DTYPES[dtype]))
 
 
+def _their_scaling(config: ModelConfig) -> dict:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}
+    more = LLAMA3_KEYS.items() if scaling.kind == "llama3" else ()
+    values = {theirs: getattr(scaling, ours) for ours, theirs in more}
+    return {"rope_type": scaling.kind, "factor": scaling.factor, **values}
+
+
 def _their_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict:
     """Both styles at once: readers of either find their keys."""
     return {
@@ -129,7 +138,8 @@ def _their_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_scaling": _their_scaling(config) or None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta, **_their_scaling(config)},
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,

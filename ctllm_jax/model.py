@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ctllm_jax.attention import attention
 from ctllm_jax.attention.flash import LSE_NAME, OUTPUT_NAME
+from ctllm_jax.rotary import RopeScaling, frequencies, rotate
 from ctllm_jax.sharding import constrain
 
 # What the backward pass finds kept of every layer, by the names given below, besides the layer's input; the rest is
@@ -53,6 +54,7 @@ class ModelConfig:
     max_length: int  # context, tokens
     norm_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
     tie_embeddings: bool
     qk_norm: bool  # RMSNorm over the head size on queries and keys
     init_std: float
@@ -96,30 +98,6 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def _rotate(x_BLNH: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding over the whole head, halves paired as Llama does (not interleaved).
-
-    With x = [a, b], the result is x cos + [-b, a] sin. The exchange of halves is a product with a signed permutation,
-    which is exact: moving half of a register's lanes costs a TPU more than its whole matrix unit does for this.
-    """
-    head_size = x_BLNH.shape[-1]
-    half = head_size // 2
-    # In numpy and in this order: the roundings of transformers' table, which XLA's power does not reproduce.
-    frequency = 1 / np.float32(theta) ** (np.arange(half, dtype=np.float32) / np.float32(half))
-    angle = positions_BL[..., None, None].astype(jnp.float32) * np.tile(frequency, 2)
-    exchange_HH = np.zeros((head_size, head_size), np.float32)
-    exchange_HH[np.arange(half), np.arange(half) + half] = 1
-    exchange_HH[np.arange(half) + half, np.arange(half)] = -1
-    exchanged_BLNH = jnp.einsum(
-        "BLNH,HI->BLNI",
-        x_BLNH,
-        exchange_HH.astype(x_BLNH.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return (x_BLNH.astype(jnp.float32) * jnp.cos(angle) + exchanged_BLNH * jnp.sin(angle)).astype(x_BLNH.dtype)
-
-
 class Block(nnx.Module):
     """Pre-norm attention and SwiGLU; every parameter has a leading axis of Y layers."""
 
@@ -157,8 +135,9 @@ class Block(nnx.Module):
         if cfg.qk_norm:
             q_BLNH = _rms_norm(q_BLNH, self.q_norm[...], cfg.norm_eps)
             k_BLKH = _rms_norm(k_BLKH, self.k_norm[...], cfg.norm_eps)
-        q_BLNH = constrain(_rotate(q_BLNH, positions_BL, cfg.rope_theta), "batch", "length", "heads", None)
-        k_BLKH = constrain(_rotate(k_BLKH, positions_BL, cfg.rope_theta), "batch", "length", "kv_heads", None)
+        frequency = frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        q_BLNH = constrain(rotate(q_BLNH, positions_BL, frequency), "batch", "length", "heads", None)
+        k_BLKH = constrain(rotate(k_BLKH, positions_BL, frequency), "batch", "length", "kv_heads", None)
         q_BLNH, k_BLKH = checkpoint_name(q_BLNH, "query"), checkpoint_name(k_BLKH, "key")
         v_BLKH = checkpoint_name(v_BLKH, "value")
         if kv_BTKH is None:

@@ -33,13 +33,14 @@ def logits(folder: pathlib.Path, tokens_L: list[int]) -> np.ndarray:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     kv_heads = config.get("num_key_value_heads", heads)
     size = config.get("head_dim") or width // heads
-    theta = (config.get("rope_parameters") or config).get("rope_theta", 10000.0)
+    rope = config.get("rope_parameters") or config
+    frequency = _scaled(rope.get("rope_theta", 10000.0) ** (-np.arange(0, size, 2) / size), rope)
     eps, L = config["rms_norm_eps"], len(tokens_L)
 
     def norm(x_LD, name):
         return x_LD / np.sqrt((x_LD**2).mean(-1, keepdims=True) + eps) * tensor(name)
 
-    angle_LH = np.arange(L)[:, None] * theta ** (-np.arange(0, size, 2) / size)
+    angle_LH = np.arange(L)[:, None] * frequency
     angle_LH = np.concatenate([angle_LH, angle_LH], axis=1)
 
     def rotate(x_NLH):
@@ -68,3 +69,17 @@ def logits(folder: pathlib.Path, tokens_L: list[int]) -> np.ndarray:
         hidden_LD = hidden_LD + (gate / (1 + np.exp(-gate)) * up) @ tensor(prefix + "mlp.down_proj.weight").T
     head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
     return norm(hidden_LD, "model.norm.weight") @ tensor(head).T
+
+
+def _scaled(frequency: np.ndarray, rope: dict) -> np.ndarray:
+    """Frequencies as `rope_type` lowers them; by wavelength, as Llama 3.1's authors state it."""
+    if rope.get("rope_type", "default") == "default":
+        return frequency
+    lowered = frequency / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return lowered
+    wavelength, original = 2 * np.pi / frequency, rope["original_max_position_embeddings"]
+    long, short = original / rope["low_freq_factor"], original / rope["high_freq_factor"]
+    share = (original / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+    blended = (1 - share) * lowered + share * frequency
+    return np.where(wavelength > long, lowered, np.where(wavelength < short, frequency, blended))

@@ -16,6 +16,7 @@ from ctllm_jax.convert import ConvertConfig
 from ctllm_jax.data.tokenizer import CHAT_PIECES, load_tokenizer
 from ctllm_jax.loading import load_model
 from ctllm_jax.model import forward
+from ctllm_jax.rotary import RopeScaling
 
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
 
@@ -75,10 +76,30 @@ def test_both_styles_of_config_read_alike(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "scaling",
+    [RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, low_frequency_factor=1.0, original_length=16)],
+    ids=["linear", "llama3"],
+)
+def test_rope_scaling_goes_there_and_back(tmp_path, scaling):
+    """The export is checked with the witness, which scales by code of its own."""
+    export(tiny_model(rope_scaling=scaling), tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    both = hf.read_config(tmp_path / "out")
+    assert both.rope_scaling == scaling
+    edit(file, lambda v: v.pop("rope_parameters"))  # transformers 4.x
+    assert hf.read_config(tmp_path / "out") == both
+    edit(file, lambda v: v["rope_scaling"].update(type=v["rope_scaling"].pop("rope_type")))  # older still
+    assert hf.read_config(tmp_path / "out") == both
+    edit(file, lambda v: v["rope_scaling"].pop("factor"))
+    with pytest.raises(UserError, match="the rope scaling lacks 'factor'"):
+        hf.read_config(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}),
         ("attention_bias", True),
         ("mlp_bias", True),
         ("hidden_act", "gelu"),

@@ -39,6 +39,7 @@ def tiny_config(**changes) -> ModelConfig:
         "max_length": 64,
         "norm_eps": 1e-5,
         "rope_theta": 10_000.0,
+        "rope_scaling": None,
         "tie_embeddings": False,
         "qk_norm": False,
         "init_std": 0.2,

@@ -161,10 +161,9 @@ def temporary(config: TrainConfig, target: Slice) -> dict[str, int]:
     tensor, ways = part.mesh["tensor"], part.ways("embed", "heads")
     parameters = parameter_bytes(config, target)
     item = jnp.dtype(model.dtype).itemsize
-    common = {
-        "kept activations": model.num_layers * part.tokens * kept_per_token(model, tensor),
-        "weights in compute dtype": parameters["layers"] * item // FP32,
-    }
+    common = {"kept activations": model.num_layers * part.tokens * kept_per_token(model, tensor)}
+    if target.chip.platform == "tpu":  # rounded once, before the layers; a GPU rounds each layer's when it is used
+        common["weights in compute dtype"] = parameters["layers"] * item // FP32
     if part.microbatches > 1:
         common["summed gradients"] = parameters["all"]
     loss = {"loss": _loss_bytes(config, part, target)}
@@ -182,7 +181,9 @@ def _loss_bytes(config: TrainConfig, part: Share, target: Slice) -> int:
     head = model.d_model * vocab
     hidden = part.tokens * model.d_model
     if loss_form(config, part, target) == "dense":
-        return item * head + FP32 * head + FP32 * part.tokens * vocab + 2 * item * hidden
+        logits = FP32 * part.tokens * vocab
+        # A GPU holds the logits beside their gradient; a TPU puts the one into the other's place.
+        return item * head + (2 * logits if target.chip.platform == "gpu" else logits + FP32 * head) + 2 * item * hidden
     chunk = min(CHUNK, vocab)
     shares = part.ways("embed")
     return item * head + FP32 * head // shares + 2 * FP32 * part.tokens * chunk + (FP32 + 2 * item) * hidden
