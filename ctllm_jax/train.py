@@ -239,6 +239,8 @@ def _decisive(config: TrainConfig, model: ModelConfig) -> dict:
     settings["data"].pop("store")  # by its fingerprint
     settings["data"].pop("rates"), settings["data"].pop("rate_changes")  # may change ahead: see _check_past_rates
     settings["model"] = dataclasses.asdict(model)
+    for name in ("remat", "attention"):  # a matter of memory and of the chip
+        settings["model"].pop(name)
     return settings
 
 

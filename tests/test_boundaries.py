@@ -153,3 +153,52 @@ def test_a_verb_is_a_module_with_a_config_and_run(name):
     workdir = str if verb.writes else str | None
     assert typing.get_type_hints(module.run) == {"config": config, "workdir": workdir, "return": dict}
     assert verb.help and module.__doc__ and module.run.__doc__
+
+
+SMALL_SET = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    blocked = {"array_record", "ml_collections", "sentencepiece", "tokenizers", "safetensors", "jinja2",
+               "upath", "gcsfs", "seqio", "tensorflow", "tensorflow_datasets", "apache_beam", "data_pipeline"}
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.blocked:
+            raise ImportError(f"{name} is not part of the small set")
+
+sys.meta_path.insert(0, Refuse())
+import jax, numpy as np
+from ctllm_jax.model import ModelConfig, init_params
+from ctllm_jax.objectives import ObjectiveConfig, make_objective
+from ctllm_jax.optim import OptimizerConfig, make_optimizer
+from ctllm_jax.sharding import MeshConfig, make_mesh
+from ctllm_jax.step import TrainState, abstract_batch, jit_step, state_shardings
+
+model = ModelConfig(2, 32, 4, 2, 8, 48, 100, 128, 16, 1e-5, 1e4, None, False, False, 0.2, "float32", "float32", "full",
+                    "xla")
+optimizer = make_optimizer(OptimizerConfig(1e-2, 0.0, "constant", 0, 0.0, 0.9, 0.95, 1e-8, 0.1, 1.0), model, 3)
+mesh = make_mesh(MeshConfig(2, -1, 2, 1))
+layout = state_shardings(model, optimizer, mesh)
+random = np.random.default_rng(0)
+shapes = abstract_batch(8, 16, (), mesh)
+values = {"tokens": random.integers(0, 100, (8, 16)), "positions": np.tile(np.arange(16), (8, 1)),
+          "segments": np.ones((8, 16)), "labels": random.integers(0, 100, (8, 16)), "weights": np.ones((8, 16)),
+          "source": np.zeros(8)}
+batch = {name: jax.device_put(values[name].astype(like.dtype), like.sharding) for name, like in shapes.items()}
+with jax.set_mesh(mesh):
+    params = jax.jit(lambda key: init_params(model, key), out_shardings=layout.params)(jax.random.key(0))
+    zero = jax.device_put(np.int32(0), layout.step)
+    state = TrainState(params, jax.jit(optimizer.init, out_shardings=layout.optimizer)(params), zero, zero.copy())
+    step = jit_step(make_objective(ObjectiveConfig("lm", 0.0, 0.0, "auto"), model, 1), optimizer, 2, layout)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, None, batch)
+        losses.append(float(metrics["loss"]))
+assert losses[2] < losses[1] < losses[0], losses
+print("trained")
+"""
+
+
+def test_model_attention_losses_and_step_need_jax_and_its_libraries_alone():
+    """They train on a synthetic batch over eight devices where nothing else can be imported."""
+    ended = subprocess.run([sys.executable, "-c", SMALL_SET], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "trained\n", ended.stderr
