@@ -38,7 +38,7 @@ from ctllm_jax.train import TrainConfig
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ctllm-jax" / "plan"
 _SOURCES = ("model.py", "attention/*.py", "cross_entropy.py", "losses.py", "objectives.py", "optim.py", "sharding.py")
 _SOURCES += ("step.py", "plan/compile.py", "plan/hlo.py", "plan/gpu_target.py")
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # there is no cloud machine to ask
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so none must be locked
@@ -116,7 +116,7 @@ def _in_process(request: dict, name: str) -> dict:
     started = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, "-m", "ctllm_jax.plan.compile"],
-        env={**os.environ, **_ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
