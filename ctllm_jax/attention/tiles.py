@@ -33,7 +33,7 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one tile, both powers of two, and how many tiles one turn of the loop takes."""
+    """Queries and keys of one tile, and how many tiles one turn of the loop takes at most; all powers of two."""
 
     queries: int
     keys: int
@@ -153,29 +153,31 @@ def walk(
 ) -> Any:
     """Takes the tiles that `schedule` lists for block x of row b; returns what `step(index, carry, causal=)` carried.
 
-    Tiles that need no causal mask go first, `unroll` of them in a turn of the loop; those left over go with the ones
-    that cross the diagonal. With `every`, the number of tiles, all are taken, none is masked as causal, and
+    Tiles that need no causal mask go first: `unroll` of them in a turn of a loop, then half as many, down to one, so
+    that few turns take any number. With `every`, the number of tiles, all are taken, none is masked as causal, and
     `schedule_ref` is not read.
     """
     if every is None:
         first, split, stop = (schedule_ref[n, b, x] for n in range(3))
+        at, end = (first, split) if rows == "queries" else (split, stop)
     else:
-        first, split, stop = (0, every, every) if rows == "queries" else (0, 0, every)
-    if every is not None:
-        unroll = math.gcd(unroll, every)
-    turns = (split - first if rows == "queries" else stop - split) // unroll
-    start = first if rows == "queries" else stop - turns * unroll
-
-    def turn(number, carry):
-        for index in range(unroll):
-            carry = step(start + number * unroll + index, carry, causal=False)
-        return carry
-
-    carry = jax.lax.fori_loop(0, turns, turn, carry)
+        at, end = 0, every
+    size = unroll
+    while size:
+        turns = (end - at) // size
+        if every is None or turns:
+            carry = jax.lax.fori_loop(0, turns, functools.partial(_turn, step, at, size), carry)
+        at, size = at + turns * size, size // 2
     if every is not None:
         return carry
-    rest = (first + turns * unroll, stop) if rows == "queries" else (first, start)
-    return jax.lax.fori_loop(*rest, functools.partial(step, causal=True), carry)
+    crossing = (split, stop) if rows == "queries" else (first, split)
+    return jax.lax.fori_loop(*crossing, functools.partial(step, causal=True), carry)
+
+
+def _turn(step: Callable, at: jax.Array, size: int, number: jax.Array, carry: Any) -> Any:
+    for index in range(size):
+        carry = step(at + number * size + index, carry, causal=False)
+    return carry
 
 
 def lanes(tiling: Tiling) -> int:
