@@ -22,7 +22,7 @@ from common import finish, table
 
 from ctllm_jax.attention import BACKENDS
 from ctllm_jax.hardware import CHIPS
-from ctllm_jax.plan.kernel_cycles import KERNELS, static_cycles
+from ctllm_jax.plan.kernel_cycles import KERNELS, by_kernel, static_cycles
 
 HEADS, LENGTH, HEAD_DIM = 16, 4096, 128
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products over every tile of a kernel
@@ -64,17 +64,17 @@ def static(chip: str, quick: bool) -> dict[str, float]:
     """Ours and the fastest of jax's block sizes, one head, every tile visited, segment ids compared in each."""
     size = {"length": LENGTH, "head_dim": HEAD_DIM}
     [found] = static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", [{"kv_heads": 1, "group": 1, **size}])
-    rows, figures = [], {}
+    cycles, rows, figures = by_kernel(found), [], {}
     for kernel in KERNELS:
         flops = 2 * PRODUCTS[kernel] * SCORES * HEAD_DIM
         blocks = BLOCKS[kernel][:1] if quick else BLOCKS[kernel]
         requests = [{"kernel": kernel, "blocks": sizes, **size} for sizes in blocks]
         peers = [max(one.values(), default=0) for one in static_cycles(chip, "attention:jax_flash", requests)]
-        compiled = {sizes: cycles for sizes, cycles in zip(blocks, peers, strict=True) if cycles}
-        contestants = {"ctllm": found[f"flash_attention_{kernel}"]}
-        contestants |= {f"jax {' '.join(map(str, sizes))}": cycles for sizes, cycles in compiled.items()}
-        for name, cycles in contestants.items():
-            rows.append((f"{kernel}: {name}", cycles, flops / (cycles / CHIPS[chip].clock) / 1e12))
+        compiled = {sizes: count for sizes, count in zip(blocks, peers, strict=True) if count}
+        contestants = {"ctllm": cycles[kernel]}
+        contestants |= {f"jax {' '.join(map(str, sizes))}": count for sizes, count in compiled.items()}
+        for name, count in contestants.items():
+            rows.append((f"{kernel}: {name}", count, flops / (count / CHIPS[chip].clock) / 1e12))
         best = min(compiled.values())
         figures[f"{chip}_{kernel}_to_jax_ratio"] = best / contestants["ctllm"]
         figures[f"{chip}_{kernel}_cycles"] = contestants["ctllm"]
