@@ -11,6 +11,7 @@ benchmarks/README.md says what is counted, and how.
 import argparse
 import functools
 import importlib.util
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -43,7 +44,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("static", "gpu"), help="only this one; else gpu where there is one")
     parser.add_argument("--chip", nargs="*", choices=("v5e", "v5p"), help="chips of the static part")
     options = parser.parse_args()
-    has_gpu = jax.default_backend() == "gpu"
+    has_gpu = any(pathlib.Path("/dev").glob("nvidia[0-9]*"))
+    jax.config.update("jax_platforms", "cuda" if has_gpu else "cpu")  # libtpu, where installed, would look for a TPU
     part = options.part or ("gpu" if has_gpu else "static")
     if part == "gpu" and not has_gpu:
         print("gpu: no GPU here, nothing was timed")
