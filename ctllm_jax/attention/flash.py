@@ -24,7 +24,7 @@ LSE_NAME = "attention_lse"
 TILINGS: dict[str, dict[str, Tiling]] = {
     "tpu": {
         "v4": Tiling("tpu", forward=Tile(256, 512), dq=Tile(256, 512), dkv=Tile(512, 256)),  # 16 MiB of VMEM
-        "": Tiling("tpu", forward=Tile(256, 1024), dq=Tile(512, 1024), dkv=Tile(1024, 512)),
+        "": Tiling("tpu", forward=Tile(512, 512, 8), dq=Tile(512, 512, 8), dkv=Tile(512, 512, 8)),
     },
     "gpu": {
         "A100": Tiling("gpu", forward=Tile(128, 64), dq=Tile(64, 64), dkv=Tile(64, 64), row_bytes=256),

@@ -29,32 +29,32 @@ def _dq_kernel(
     delta_ref,
     dq_ref,
     *,
-    keys,
+    tile,
+    every,
     scale,
 ):
     """One block of queries of one head, over the key blocks that it can see."""
     b, i = pl.program_id(0), pl.program_id(2)
     q_QH, dout_QH = q_ref[...], dout_ref[...]
     lse_Q1, delta_Q1 = lse_ref[...].T, delta_ref[...].T
-    q_segments_Q1 = q_segments_ref[...]
-    q_start = offset_ref[0] + i * q_QH.shape[0]
+    q_segments_QS = tiles.spread(q_segments_ref[...], tile.keys)
+    q_start = i * q_QH.shape[0]
 
     def step(j, dq_QH, *, causal):
-        kv_start = pl.multiple_of(j * keys, keys)
-        block = pl.ds(kv_start, keys)
+        kv_start = pl.multiple_of(j * tile.keys, tile.keys)
+        block = pl.ds(kv_start, tile.keys)
         k_SH = k_ref[block, :]
         scores_QS = tiles.matmul(q_QH, k_SH, (1, 1)) * (scale * tiles.LOG2_E)
+        kv_segments_1S = kv_segments_ref[:, block]
         scores_QS = tiles.mask(
-            scores_QS, q_segments_Q1, kv_segments_ref[:, block], q_start, kv_start, query_axis=0, causal=causal
+            scores_QS, q_segments_QS, kv_segments_1S, offset_ref, q_start, kv_start, query_axis=0, causal=causal
         )
         weights_QS = jnp.exp2(scores_QS - lse_Q1)
         dscores_QS = weights_QS * (tiles.matmul(dout_QH, v_ref[block, :], (1, 1)) - delta_Q1)
         return dq_QH + tiles.matmul(dscores_QS.astype(k_SH.dtype), k_SH, (1, 0))
 
-    first, split, stop = (schedule_ref[n, b, i] for n in range(3))
     dq_QH = jnp.zeros(q_QH.shape, jnp.float32)
-    dq_QH = jax.lax.fori_loop(first, split, functools.partial(step, causal=False), dq_QH)
-    dq_QH = jax.lax.fori_loop(split, stop, functools.partial(step, causal=True), dq_QH)
+    dq_QH = tiles.walk(step, dq_QH, schedule_ref, b, i, rows="queries", unroll=tile.unroll, every=every)
     dq_ref[...] = (dq_QH * scale).astype(dq_ref.dtype)
 
 
@@ -72,26 +72,28 @@ def _dkv_kernel(
     dk_ref,
     dv_ref,
     *,
-    queries,
+    tile,
+    every,
     scale,
 ):
     """One block of keys, over the query blocks of one head that can see it."""
     b, j = pl.program_id(0), pl.program_id(2)
     k_SH, v_SH = k_ref[...], v_ref[...]
-    kv_segments_S1 = kv_segments_ref[...]
+    kv_segments_SQ = tiles.spread(kv_segments_ref[...], tile.queries)
     kv_start = j * k_SH.shape[0]
 
     def step(i, carry, *, causal):
         dk_SH, dv_SH = carry
-        start = pl.multiple_of(i * queries, queries)
-        block = pl.ds(start, queries)
+        start = pl.multiple_of(i * tile.queries, tile.queries)
+        block = pl.ds(start, tile.queries)
         q_QH, dout_QH = q_ref[block, :], dout_ref[block, :]
         scores_SQ = tiles.matmul(k_SH, q_QH, (1, 1)) * (scale * tiles.LOG2_E)
         scores_SQ = tiles.mask(
             scores_SQ,
             q_segments_ref[:, block],
-            kv_segments_S1,
-            offset_ref[0] + start,
+            kv_segments_SQ,
+            offset_ref,
+            start,
             kv_start,
             query_axis=1,
             causal=causal,
@@ -102,10 +104,8 @@ def _dkv_kernel(
         dk_SH += tiles.matmul(dscores_SQ.astype(q_QH.dtype), q_QH, (1, 0))
         return dk_SH, dv_SH
 
-    first, split, stop = (schedule_ref[n, b, j] for n in range(3))
     carry = jnp.zeros(k_SH.shape, jnp.float32), jnp.zeros(v_SH.shape, jnp.float32)
-    carry = jax.lax.fori_loop(first, split, functools.partial(step, causal=True), carry)
-    dk_SH, dv_SH = jax.lax.fori_loop(split, stop, functools.partial(step, causal=False), carry)
+    dk_SH, dv_SH = tiles.walk(step, carry, schedule_ref, b, j, rows="keys", unroll=tile.unroll, every=every)
     dk_ref[...] = (dk_SH * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_SH.astype(dv_ref.dtype)
 
@@ -132,10 +132,10 @@ def backward(
     arrays = (q_BNLH, k_BKTH, v_BKTH)
     rest = (dout_BNLH, lse_BN1L, delta_BN1L)
     schedule_3BX = tiles.schedule(q_segments_BL, kv_segments_BT, q_offset, tiling.dq, rows="queries")
-    inputs = (schedule_3BX, q_offset[None], *arrays, q_ids_BL[:, :, None], kv_segments_BT[:, None, :], *rest)
+    inputs = (schedule_3BX, q_offset[None], *arrays, tiles.column(q_ids_BL, tiling), kv_segments_BT[:, None, :], *rest)
     dq_BNLH = _dq_call(inputs, tiling, interpret)
     schedule_3BX = tiles.schedule(q_segments_BL, kv_segments_BT, q_offset, tiling.dkv, rows="keys")
-    inputs = (schedule_3BX, q_offset[None], *arrays, q_ids_BL[:, None, :], kv_segments_BT[:, :, None], *rest)
+    inputs = (schedule_3BX, q_offset[None], *arrays, q_ids_BL[:, None, :], tiles.column(kv_segments_BT, tiling), *rest)
     dk_BNTH, dv_BNTH = _dkv_call(inputs, tiling, interpret)
     B, K, T, H = k_BKTH.shape
     if k_BKTH.shape != dk_BNTH.shape:
@@ -151,11 +151,12 @@ def _dq_call(inputs: tuple, tiling: tiles.Tiling, interpret) -> jax.Array:
     K, T = k_BKTH.shape[1:3]
     group = N // K
     Q = tiling.dq.queries
+    every = T // tiling.dq.keys if tiling.every_tile else None
     q_spec = pl.BlockSpec((None, None, Q, H), lambda b, n, i: (b, n, i, 0))
     kv_spec = pl.BlockSpec((None, None, T, H), lambda b, n, i: (b, n // group, 0, 0))
     row_spec = pl.BlockSpec((None, None, 1, Q), lambda b, n, i: (b, n, 0, i))
     return pl.pallas_call(
-        functools.partial(_dq_kernel, keys=tiling.dq.keys, scale=H**-0.5),
+        functools.partial(_dq_kernel, tile=tiling.dq, every=every, scale=H**-0.5),
         grid=(B, N, L // Q),
         in_specs=[
             tiles.scalars(tiling),
@@ -163,7 +164,7 @@ def _dq_call(inputs: tuple, tiling: tiles.Tiling, interpret) -> jax.Array:
             q_spec,
             kv_spec,
             kv_spec,
-            pl.BlockSpec((None, Q, 1), lambda b, n, i: (b, i, 0)),
+            pl.BlockSpec((None, Q, tiles.lanes(tiling)), lambda b, n, i: (b, i, 0)),
             pl.BlockSpec((None, 1, T), lambda b, n, i: (b, 0, 0)),
             q_spec,
             row_spec,
@@ -185,13 +186,14 @@ def _dkv_call(inputs: tuple, tiling: tiles.Tiling, interpret) -> tuple[jax.Array
     K, T = k_BKTH.shape[1:3]
     group = N // K
     S = tiling.dkv.keys
+    every = L // tiling.dkv.queries if tiling.every_tile else None
     q_spec = pl.BlockSpec((None, None, L, H), lambda b, n, j: (b, n, 0, 0))
     kv_spec = pl.BlockSpec((None, None, S, H), lambda b, n, j: (b, n // group, j, 0))
     row_spec = pl.BlockSpec((None, None, 1, L), lambda b, n, j: (b, n, 0, 0))
     share_spec = pl.BlockSpec((None, None, S, H), lambda b, n, j: (b, n, j, 0))
     share = jax.ShapeDtypeStruct((B, N, T, H), k_BKTH.dtype if group == 1 else jnp.float32)
     return pl.pallas_call(
-        functools.partial(_dkv_kernel, queries=tiling.dkv.queries, scale=H**-0.5),
+        functools.partial(_dkv_kernel, tile=tiling.dkv, every=every, scale=H**-0.5),
         grid=(B, N, T // S),
         in_specs=[
             tiles.scalars(tiling),
@@ -200,7 +202,7 @@ def _dkv_call(inputs: tuple, tiling: tiles.Tiling, interpret) -> tuple[jax.Array
             kv_spec,
             kv_spec,
             pl.BlockSpec((None, 1, L), lambda b, n, j: (b, 0, 0)),
-            pl.BlockSpec((None, S, 1), lambda b, n, j: (b, j, 0)),
+            pl.BlockSpec((None, S, tiles.lanes(tiling)), lambda b, n, j: (b, j, 0)),
             q_spec,
             row_spec,
             row_spec,

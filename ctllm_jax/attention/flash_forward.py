@@ -13,22 +13,35 @@ from ctllm_jax.attention import tiles
 
 
 def _kernel(
-    schedule_ref, offset_ref, q_ref, k_ref, v_ref, q_segments_ref, kv_segments_ref, out_ref, lse_ref, *, keys, scale
+    schedule_ref,
+    offset_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    q_segments_ref,
+    kv_segments_ref,
+    out_ref,
+    lse_ref,
+    *,
+    tile,
+    every,
+    scale,
 ):
     """One block of queries of one head, over the key blocks that it can see."""
     b, i = pl.program_id(0), pl.program_id(2)
     q_QH = q_ref[...]
     Q, H = q_QH.shape
-    q_segments_Q1 = q_segments_ref[...]
-    q_start = offset_ref[0] + i * Q
+    q_segments_QS = tiles.spread(q_segments_ref[...], tile.keys)
+    q_start = i * Q
 
     def step(j, carry, *, causal):
         maximum_Q1, sum_Q1, out_QH = carry
-        kv_start = pl.multiple_of(j * keys, keys)
-        block = pl.ds(kv_start, keys)
+        kv_start = pl.multiple_of(j * tile.keys, tile.keys)
+        block = pl.ds(kv_start, tile.keys)
         scores_QS = tiles.matmul(q_QH, k_ref[block, :], (1, 1)) * scale
+        kv_segments_1S = kv_segments_ref[:, block]
         scores_QS = tiles.mask(
-            scores_QS, q_segments_Q1, kv_segments_ref[:, block], q_start, kv_start, query_axis=0, causal=causal
+            scores_QS, q_segments_QS, kv_segments_1S, offset_ref, q_start, kv_start, query_axis=0, causal=causal
         )
         new_maximum_Q1 = jnp.maximum(maximum_Q1, jnp.max(scores_QS, axis=1, keepdims=True))
         weights_QS = jnp.exp2(scores_QS - new_maximum_Q1)
@@ -38,14 +51,14 @@ def _kernel(
         out_QH = correction_Q1 * out_QH + tiles.matmul(weights_QS.astype(v_SH.dtype), v_SH, (1, 0))
         return new_maximum_Q1, sum_Q1, out_QH
 
-    first, split, stop = (schedule_ref[n, b, i] for n in range(3))
     carry = (
         jnp.full((Q, 1), tiles.LOWEST_MAXIMUM, jnp.float32),
         jnp.zeros((Q, 1), jnp.float32),
         jnp.zeros((Q, H), jnp.float32),
     )
-    carry = jax.lax.fori_loop(first, split, functools.partial(step, causal=False), carry)
-    maximum_Q1, sum_Q1, out_QH = jax.lax.fori_loop(split, stop, functools.partial(step, causal=True), carry)
+    maximum_Q1, sum_Q1, out_QH = tiles.walk(
+        step, carry, schedule_ref, b, i, rows="queries", unroll=tile.unroll, every=every
+    )
     sum_Q1 = jnp.where(sum_Q1 == 0, 1, sum_Q1)  # a row that saw nothing: output 0
     out_ref[...] = (out_QH / sum_Q1).astype(out_ref.dtype)
     lse_ref[...] = (maximum_Q1 + jnp.log2(sum_Q1)).T
@@ -74,7 +87,12 @@ def forward(
     q_spec = pl.BlockSpec((None, None, Q, H), lambda b, n, i: (b, n, i, 0))
     kv_spec = pl.BlockSpec((None, None, T, H), lambda b, n, i: (b, n // group, 0, 0))
     return pl.pallas_call(
-        functools.partial(_kernel, keys=tiling.forward.keys, scale=H**-0.5 * tiles.LOG2_E),
+        functools.partial(
+            _kernel,
+            tile=tiling.forward,
+            every=T // tiling.forward.keys if tiling.every_tile else None,
+            scale=H**-0.5 * tiles.LOG2_E,
+        ),
         grid=(B, N, L // Q),
         in_specs=[
             tiles.scalars(tiling),
@@ -82,7 +100,7 @@ def forward(
             q_spec,
             kv_spec,
             kv_spec,
-            pl.BlockSpec((None, Q, 1), lambda b, n, i: (b, i, 0)),
+            pl.BlockSpec((None, Q, tiles.lanes(tiling)), lambda b, n, i: (b, i, 0)),
             pl.BlockSpec((None, 1, T), lambda b, n, i: (b, 0, 0)),
         ],
         out_specs=[q_spec, pl.BlockSpec((None, None, 1, Q), lambda b, n, i: (b, n, 0, i))],
@@ -94,4 +112,4 @@ def forward(
         cost_estimate=tiles.cost(q_BNLH, k_BKTH, matmuls=2),
         interpret=interpret,
         name="flash_attention_forward",
-    )(schedule_3BX, q_offset[None], q_BNLH, k_BKTH, v_BKTH, q_ids_BL[:, :, None], kv_segments_BT[:, None, :])
+    )(schedule_3BX, q_offset[None], q_BNLH, k_BKTH, v_BKTH, tiles.column(q_ids_BL, tiling), kv_segments_BT[:, None, :])

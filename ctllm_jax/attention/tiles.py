@@ -10,7 +10,9 @@ tile; R rows held by a kernel, C columns walked over; 1 an axis of size one.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,10 +33,11 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one tile; both powers of two."""
+    """Queries and keys of one tile, and how many tiles one turn of the loop takes at most; all powers of two."""
 
     queries: int
     keys: int
+    unroll: int = 1  # TPU: the compiler lays one tile's vector work under the next one's products only within a turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Tiling:
     row_bytes: int | None = None  # GPU: the widest row (head size x item size) that the tiles are meant for
     num_warps: int = 8  # GPU
     num_stages: int = 2  # GPU
+    every_tile: bool = False  # for measuring: loops of constant length over every tile, nothing masked as causal
 
     @property
     def queries(self) -> int:
@@ -81,7 +85,7 @@ class Tiling:
             return max(least, min(size // shrink, pl.next_power_of_2(length)))
 
         def fit_tile(tile: Tile) -> Tile:
-            return Tile(fit(tile.queries, queries), fit(tile.keys, keys))
+            return Tile(fit(tile.queries, queries), fit(tile.keys, keys), tile.unroll)
 
         return dataclasses.replace(self, forward=fit_tile(self.forward), dq=fit_tile(self.dq), dkv=fit_tile(self.dkv))
 
@@ -136,6 +140,61 @@ def schedule(
     return jnp.stack([first, split, stop]).astype(jnp.int32)
 
 
+def walk(
+    step: Callable,
+    carry: Any,
+    schedule_ref: Any,
+    b: jax.Array,
+    x: jax.Array,
+    *,
+    rows: str,
+    unroll: int,
+    every: int | None,
+) -> Any:
+    """Takes the tiles that `schedule` lists for block x of row b; returns what `step(index, carry, causal=)` carried.
+
+    Tiles that need no causal mask go first: `unroll` of them in a turn of a loop, then half as many, down to one, so
+    that few turns take any number. With `every`, the number of tiles, all are taken, none is masked as causal, and
+    `schedule_ref` is not read.
+    """
+    if every is None:
+        first, split, stop = (schedule_ref[n, b, x] for n in range(3))
+        at, end = (first, split) if rows == "queries" else (split, stop)
+    else:
+        at, end = 0, every
+    size = unroll
+    while size:
+        turns = (end - at) // size
+        if every is None or turns:
+            carry = jax.lax.fori_loop(0, turns, functools.partial(_turn, step, at, size), carry)
+        at, size = at + turns * size, size // 2
+    if every is not None:
+        return carry
+    crossing = (split, stop) if rows == "queries" else (first, split)
+    return jax.lax.fori_loop(*crossing, functools.partial(step, causal=True), carry)
+
+
+def _turn(step: Callable, at: jax.Array, size: int, number: jax.Array, carry: Any) -> Any:
+    for index in range(size):
+        carry = step(at + number * size + index, carry, causal=False)
+    return carry
+
+
+def lanes(tiling: Tiling) -> int:
+    """Width of a column that is compared with a tile: on a TPU its 128 lanes, as spreading it there takes time."""
+    return 128 if tiling.platform == "tpu" else 1
+
+
+def column(segments_BX: jax.Array, tiling: Tiling) -> jax.Array:
+    """Segments as columns [B, X, lanes] of equal entries, for `spread`."""
+    return jnp.broadcast_to(segments_BX[:, :, None], (*segments_BX.shape, lanes(tiling)))
+
+
+def spread(column_R: jax.Array, width: int) -> jax.Array:
+    """A column of `lanes` equal entries, as wide as a tile; a column of one is left to broadcasting."""
+    return column_R if column_R.shape[1] == 1 else jnp.tile(column_R, (1, width // column_R.shape[1]))
+
+
 def query_ids(q_segments_BL: jax.Array) -> jax.Array:
     """Segments with padding at -1, so that a padding query equals no key, padding keys (0) included."""
     return jnp.where(q_segments_BL == 0, -1, q_segments_BL)
@@ -152,6 +211,7 @@ def mask(
     scores: jax.Array,
     q_segments: jax.Array,
     kv_segments: jax.Array,
+    offset_ref: Any,
     q_start: jax.Array,
     kv_start: jax.Array,
     *,
@@ -164,14 +224,16 @@ def mask(
     """
     visible = q_segments == kv_segments
     if causal:
-        q_slot = q_start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
+        q_slot = offset_ref[0] + q_start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
         kv_slot = kv_start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
         visible &= q_slot >= kv_slot
     return jnp.where(visible, scores, MASKED)
 
 
 def scalars(tiling: Tiling) -> pl.BlockSpec:
-    """The spec of a small integer array that every kernel instance reads from."""
+    """The spec of a small integer array that every kernel instance reads from; under `every_tile` none does."""
+    if tiling.every_tile:
+        return pl.BlockSpec(memory_space=pl.ANY)  # the profile of `plan.kernel_cycles` has no copies to SMEM
     return pl.BlockSpec(memory_space=pltpu.SMEM if tiling.platform == "tpu" else None)
 
 

@@ -1,6 +1,192 @@
-"""Static time of the attention kernels, by the TPU compiler's own count of cycles."""
+"""Static time of the attention kernels, by the TPU compiler's own count of cycles.
+
+    python -m ctllm_jax.plan.kernel_cycles < request.json     # one process; `static_cycles` below starts it
+
+libtpu states the cycles of a Pallas kernel only in a profile that it writes while compiling, if it was told to when it
+was loaded: hence a process of its own. Three things bound what can be had. A program must have no collectives (libtpu
+aborts), so a kernel is compiled alone. A loop whose length is known only at run time is counted wrongly, so our kernels
+are compiled with `Tiling.every_tile`: loops of constant length, no tile left out, none masked as causal. And libtpu
+walks through the grid cell by cell, so two sizes are compiled and the line through them gives the others. For v6e it
+writes no profile.
+
+An estimate: no wait for memory beyond what the compiler foresees, and never held against a chip.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ctllm_jax.attention import flash
+from ctllm_jax.attention.tiles import Tile
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import read_json, write_json
+from ctllm_jax.common.manifest import fingerprint
+from ctllm_jax.hardware import CHIPS, parse_slice
+from ctllm_jax.plan.compile import CACHE, ENVIRONMENT, devices
+
+KERNELS = ("forward", "dq", "dkv")
+SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}  # the smallest to be had; one chip of it is used
+_ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
+_FOLDER = "CTLLM_KERNEL_PROFILES"  # where libtpu writes, for the process that compiles
 
 
 def kernel_seconds(chip: str, heads: int, kv_heads: int, length: int, head_dim: int) -> dict[str, float] | None:
-    """Not measured yet: None."""
-    return None
+    """Static seconds of each attention kernel for one sequence of one layer, bf16, every tile visited.
+
+    A causal pass visits the tiles on and below the diagonal, about half of them: the caller halves. With few tiles it
+    is more than half, as a tile on the diagonal is taken whole.
+
+    Args:
+      chip: a name in `hardware.CHIPS`.
+      heads: query heads of the device.
+      kv_heads: key/value heads of the device.
+      length: tokens of the sequence, queries and keys.
+      head_dim: head size.
+
+    Returns:
+      {"forward": s, "dq": s, "dkv": s}, from the cache or measured now, which takes some seconds; None where libtpu is
+      not installed or states no cycles for the chip.
+
+    Raises:
+      UserError: the compiler failed, or refused the kernels at this size.
+    """
+    if chip not in SLICES or not importlib.util.find_spec("libtpu"):
+        return None
+    group = heads // kv_heads
+    request = {"kv_heads": kv_heads, "group": group, "length": length, "head_dim": head_dim}
+    sizes = [{**request, "kv_heads": count} for count in (1, 2)]
+    file = CACHE / f"{fingerprint({'chip': chip, 'sizes': sizes, 'with': _versions(), 'sources': _sources()})}.json"
+    if not file.exists():
+        print(f"plan: compiling the attention kernels for {chip}", file=sys.stderr)
+        found = static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", sizes)
+        write_json(file, [by_kernel(one) for one in found])
+    one, two = read_json(file)
+    if len(one) < len(KERNELS) or len(two) < len(KERNELS):
+        raise UserError(f"{chip}: the compiler states no cycles for the attention kernels at {request}")
+    return {name: (one[name] + (kv_heads - 1) * (two[name] - one[name])) / CHIPS[chip].clock for name in KERNELS}
+
+
+def static_cycles(chip: str, build: str, requests: list[dict]) -> list[dict[str, int]]:
+    """Cycles of the operations of programs, each compiled alone, for one chip.
+
+    Args:
+      chip: a key of `SLICES`.
+      build: "module:function", importable from sys.path; called with the chip's device kind and an entry of `requests`
+        as keyword arguments, it returns a function and the shapes to compile it for.
+      requests: one for each program.
+
+    Returns:
+      For each program {operation: cycles}, numbers at the end of names cut off and their operations added up; empty
+      where the compiler refused the program.
+
+    Raises:
+      UserError: the process failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        variables = {
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            _FOLDER: folder,
+        }
+        child = subprocess.run(
+            [sys.executable, "-m", "ctllm_jax.plan.kernel_cycles"],
+            env={**os.environ, **ENVIRONMENT, **variables},
+            input=json.dumps({"chip": chip, "build": build, "requests": requests}),
+            capture_output=True,
+            text=True,
+        )
+    if child.returncode:
+        said = child.stderr.strip().splitlines() or ["it said nothing"]
+        raise UserError(f"measuring kernels for {chip} failed (status {child.returncode}): {said[-1][:500]}")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def parse(profiles: list[str]) -> dict[str, int]:
+    """Cycles by operation from the texts of libtpu's static profiles."""
+    cycles: dict[str, int] = {}
+    for text in profiles:
+        for name, count in _ESTIMATE.findall(text):
+            name = re.sub(r"(\.\d+)+$", "", name)
+            cycles[name] = cycles.get(name, 0) + int(count)
+    return cycles
+
+
+def by_kernel(cycles: dict[str, int]) -> dict[str, int]:
+    """Those of our kernels, by the names in `KERNELS`; differentiation wraps the operations' names."""
+    return {name: cycles[op] for name in KERNELS for op in cycles if f"flash_attention_{name}" in op}
+
+
+def ours(
+    kind: str, *, kv_heads: int, group: int, length: int, head_dim: int, tiles: dict[str, list[int]] | None = None
+) -> tuple:
+    """Our kernels for `static_cycles`: forward and backward of one sequence; `tiles` overrides sizes of the chip's."""
+    tiling = dataclasses.replace(flash.tiling_for("tpu", kind), every_tile=True)
+    tiling = dataclasses.replace(tiling, **{name: Tile(*sizes) for name, sizes in (tiles or {}).items()})
+
+    def step(q_BLNH, k_BLKH, v_BLKH, segments_BL, dout_BLNH):
+        out, pull = jax.vjp(
+            lambda *arrays: flash.attention(*arrays, segments_BL, segments_BL, tiling=tiling), q_BLNH, k_BLKH, v_BLKH
+        )
+        return out, pull(dout_BLNH)
+
+    queries = jax.ShapeDtypeStruct((1, length, kv_heads * group, head_dim), jnp.bfloat16)
+    keys = jax.ShapeDtypeStruct((1, length, kv_heads, head_dim), jnp.bfloat16)
+    return step, (queries, keys, keys, jax.ShapeDtypeStruct((1, length), jnp.int32), queries)
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
+@functools.cache
+def _sources() -> str:
+    package = pathlib.Path(__file__).parent.parent
+    files = [*sorted((package / "attention").glob("*.py")), pathlib.Path(__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def main() -> None:
+    """Compiles the programs of the request on standard input; the last line of standard output has their cycles."""
+    request = json.load(sys.stdin)
+    module, function = request["build"].split(":")
+    build = getattr(importlib.import_module(module), function)
+    device = devices(parse_slice(SLICES[request["chip"]]))[0]
+    mesh = Mesh([device], ("chip",))
+    found = []
+    for arguments in request["requests"]:
+        step, shapes = build(device.device_kind, **arguments)
+        shapes = jax.tree.map(lambda x: x.update(sharding=NamedSharding(mesh, PartitionSpec())), shapes)
+        found.append(_profiled(step, shapes, mesh))
+    print(json.dumps(found))
+
+
+def _profiled(step, shapes: tuple, mesh: Mesh) -> dict[str, int]:
+    folder = pathlib.Path(os.environ[_FOLDER])
+    for file in folder.iterdir():  # of the program before
+        file.unlink()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            jax.jit(step).lower(*shapes).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {}
+    return parse([file.read_text() for file in folder.iterdir()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Static cycles of the attention kernels: how profiles are read, and that those of jax take no fewer."""
+
+import importlib.util
+import pathlib
+import sys
+
+import pytest
+
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.plan import kernel_cycles
+from ctllm_jax.plan.kernel_cycles import KERNELS, by_kernel, kernel_seconds, parse
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import attention as benchmark
+
+# As libtpu 0.0.42.1 writes them, one file for each operation.
+PROFILES = [
+    """hlo_op_estimate {
+  hlo_op_name: "jvp_flash_attention_forward_.1"
+  estimated_cycles: 77235
+  num_equivalent_hlos: 1
+  dma_instruction_type: DMA_INSTRUCTION_TYPE_LOCAL
+  scalar_inputs: 0
+}
+""",
+    'hlo_op_estimate {\n  hlo_op_name: "convert_reduce_fusion"\n  estimated_cycles: 153\n}\n',
+    'hlo_op_estimate {\n  hlo_op_name: "convert_reduce_fusion.12"\n  estimated_cycles: 7\n}\n',
+]
+
+
+def test_a_profile_is_read():
+    cycles = parse(PROFILES)
+    assert cycles == {"jvp_flash_attention_forward_": 77235, "convert_reduce_fusion": 160}
+    assert by_kernel(cycles) == {"forward": 77235}
+
+
+def test_other_head_counts_lie_on_the_line_and_are_kept(monkeypatch, tmp_path):
+    asked = []
+
+    def measured(chip, build, requests):
+        asked.append(requests)
+        return [{f"flash_attention_{name}": 1000 + 500 * one["kv_heads"] for name in KERNELS} for one in requests]
+
+    monkeypatch.setattr(kernel_cycles, "CACHE", tmp_path)
+    monkeypatch.setattr(kernel_cycles, "static_cycles", measured)
+    monkeypatch.setattr(kernel_cycles, "_versions", dict)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    for _ in range(2):
+        found = kernel_seconds("v5e", heads=16, kv_heads=8, length=512, head_dim=64)
+    assert found == {name: pytest.approx((1000 + 500 * 8) / 1.5e9) for name in KERNELS}
+    assert [[one["kv_heads"] for one in requests] for requests in asked] == [[1, 2]]
+    assert {one["group"] for one in asked[0]} == {2}
+
+
+def test_what_cannot_be_had_is_none_and_what_fails_is_said(monkeypatch, tmp_path):
+    assert kernel_seconds("v6e", 16, 16, 512, 64) is None
+    assert kernel_seconds("h100", 16, 16, 512, 64) is None
+    monkeypatch.setattr(kernel_cycles, "CACHE", tmp_path)
+    monkeypatch.setattr(kernel_cycles, "static_cycles", lambda *_: [{}, {}])
+    monkeypatch.setattr(kernel_cycles, "_versions", dict)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(UserError, match="states no cycles"):
+        kernel_seconds("v5e", 16, 16, 512, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed: pip install '.[tpu]'")
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+def test_no_kernel_takes_more_cycles_than_that_of_jax(chip):
+    figures = benchmark.static(chip, quick=False)
+    for kernel in KERNELS:
+        assert figures[f"{chip}_{kernel}_to_jax_ratio"] >= 1, figures
