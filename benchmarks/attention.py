@@ -31,9 +31,9 @@ SCORES = LENGTH * LENGTH  # of a head
 # Queries; keys of a grid cell; keys of a step. For dkv, which holds keys: keys; queries of a cell; queries of a step.
 # With all 4,096 of the other side in a cell, jax's kernels have no loop left, but skip nothing in a causal pass.
 BLOCKS = {
-    "forward": [(512, 4096, 1024), (512, 4096, 512), (1024, 1024, 1024), (512, 2048, 512), (512, 512, 512)],
-    "dq": [(256, 4096, 1024), (512, 2048, 512), (1024, 1024, 1024), (512, 512, 512)],
-    "dkv": [(1024, 1024, 1024), (512, 2048, 512), (256, 4096, 1024), (512, 512, 512)],
+    "forward": [(512, 4096, 1024), (512, 4096, 512), (512, 2048, 512), (1024, 1024, 1024)],
+    "dq": [(512, 4096, 512), (1024, 4096, 512), (256, 4096, 1024), (512, 2048, 512), (1024, 1024, 1024)],
+    "dkv": [(1024, 4096, 512), (512, 4096, 512), (256, 4096, 1024), (512, 2048, 512), (1024, 1024, 1024)],
 }
 
 

@@ -18,8 +18,8 @@ from ctllm_jax.attention.tiles import Tile, Tiling, padded
 OUTPUT_NAME = "attention_output"
 LSE_NAME = "attention_lse"
 
-# TPU: chosen by the compiler's static cycles for v5e (an estimate). GPU: tiles that fit in shared memory and
-# compile without spilling a register, at every head size and dtype; never timed on one.
+# TPU: chosen by the compiler's static cycles for v5e and v5p (an estimate, and of whole squares). GPU: tiles that fit
+# in shared memory and compile without spilling a register, at every head size and dtype; never timed on one.
 # The first entry whose name the device's kind contains; "" matches any.
 TILINGS: dict[str, dict[str, Tiling]] = {
     "tpu": {
