@@ -8,6 +8,8 @@ from ctllm_jax.plan.compile import Compiled, compiled
 from ctllm_jax.plan.kernel_cycles import kernel_seconds
 from ctllm_jax.train import TrainConfig
 
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products of each kernel
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -122,7 +124,11 @@ def make_plan(config: TrainConfig, target: Slice, *, tokens: float, compiling: b
 
 
 def _kernels(config: TrainConfig, part: arithmetic.Share, target: Slice, found: Compiled | None) -> float | None:
-    """Static time of the attention kernels that the compiled step calls, half of each square (causal)."""
+    """Time of the attention kernels that the compiled step calls: static, of half of each square (causal).
+
+    The static count of long straight-line code can lie below what the matrix unit takes for its products (seen for dkv
+    on v5e), so no kernel is taken to be faster than that.
+    """
     model = config.model
     if found is None or not found.kernels or model.attention != "pallas_tpu":
         return None
@@ -131,5 +137,7 @@ def _kernels(config: TrainConfig, part: arithmetic.Share, target: Slice, found: 
     each = kernel_seconds(target.chip.name, *heads, model.max_length, model.head_dim)
     if each is None:
         return None
+    product = 2 * heads[0] * model.max_length**2 * model.head_dim / target.chip.peak_flops
     calls = {name.removeprefix("flash_attention_"): count for name, count in found.kernels.items()}
-    return sum(calls.get(name, 0) * seconds for name, seconds in each.items()) * part.rows / 2 / context
+    total = sum(calls.get(name, 0) * max(each[name], products * product) for name, products in PRODUCTS.items())
+    return total * part.rows / 2 / context

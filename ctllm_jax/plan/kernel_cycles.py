@@ -7,7 +7,7 @@ was loaded: hence a process of its own. Three things bound what can be had. A pr
 aborts), so a kernel is compiled alone. A loop whose length is known only at run time is counted wrongly, so our kernels
 are compiled with `Tiling.every_tile`: loops of constant length, no tile left out, none masked as causal. And libtpu
 walks through the grid cell by cell, so two sizes are compiled and the line through them gives the others. For v6e it
-writes no profile.
+writes no profile, for v4 it aborts.
 
 An estimate: no wait for memory beyond what the compiler foresees, and never held against a chip.
 """
@@ -39,7 +39,7 @@ from ctllm_jax.hardware import CHIPS, parse_slice
 from ctllm_jax.plan.compile import CACHE, ENVIRONMENT, devices
 
 KERNELS = ("forward", "dq", "dkv")
-SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}  # the smallest to be had; one chip of it is used
+SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}  # the smallest to be had; one chip of it is used
 _ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
 _FOLDER = "CTLLM_KERNEL_PROFILES"  # where libtpu writes, for the process that compiles
 
