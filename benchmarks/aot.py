@@ -154,11 +154,12 @@ def memory(record: str | None) -> dict:
 
 
 def _keep(file: pathlib.Path, entries: list[dict]) -> None:
-    """Puts entries into a file of JSON lines in place of those of the same cases: TPUs and GPUs compile in different
-    environments."""
+    """Puts entries into a file of JSON lines, in the order of CASES, in place of those of the same cases: TPUs and GPUs
+    compile in different environments."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     by_case = {json.dumps(entry["case"]): entry for entry in [*map(json.loads, lines), *entries]}
-    file.write_text("".join(json.dumps(entry) + "\n" for entry in by_case.values()), encoding="utf-8")
+    kept = [by_case[key] for key in map(json.dumps, CASES) if key in by_case]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
 
 def _label(case: dict) -> str:
