@@ -35,12 +35,12 @@ def test_a_profile_is_read():
     assert by_kernel(cycles) == {"forward": 77235}
 
 
-def test_other_head_counts_lie_on_the_line_and_are_kept(monkeypatch, tmp_path):
+def test_one_head_stands_for_each_and_is_kept(monkeypatch, tmp_path):
     asked = []
 
     def measured(chip, build, requests):
         asked.append(requests)
-        return [{f"flash_attention_{name}": 1000 + 500 * one["kv_heads"] for name in KERNELS} for one in requests]
+        return [{f"flash_attention_{name}": 1000 * one["group"] for name in KERNELS} for one in requests]
 
     monkeypatch.setattr(kernel_cycles, "CACHE", tmp_path)
     monkeypatch.setattr(kernel_cycles, "static_cycles", measured)
@@ -48,16 +48,15 @@ def test_other_head_counts_lie_on_the_line_and_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     for _ in range(2):
         found = kernel_seconds("v5e", heads=16, kv_heads=8, length=512, head_dim=64)
-    assert found == {name: pytest.approx((1000 + 500 * 8) / 1.5e9) for name in KERNELS}
-    assert [[one["kv_heads"] for one in requests] for requests in asked] == [[1, 2]]
-    assert {one["group"] for one in asked[0]} == {2}
+    assert found == {name: pytest.approx(2000 * 8 / 1.5e9) for name in KERNELS}
+    assert asked == [[{"kv_heads": 1, "group": 2, "length": 512, "head_dim": 64}]]
 
 
 def test_what_cannot_be_had_is_none_and_what_fails_is_said(monkeypatch, tmp_path):
     assert kernel_seconds("v6e", 16, 16, 512, 64) is None
     assert kernel_seconds("h100", 16, 16, 512, 64) is None
     monkeypatch.setattr(kernel_cycles, "CACHE", tmp_path)
-    monkeypatch.setattr(kernel_cycles, "static_cycles", lambda *_: [{}, {}])
+    monkeypatch.setattr(kernel_cycles, "static_cycles", lambda *_: [{}])
     monkeypatch.setattr(kernel_cycles, "_versions", dict)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="states no cycles"):

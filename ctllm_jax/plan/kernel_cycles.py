@@ -6,8 +6,8 @@ libtpu states the cycles of a Pallas kernel only in a profile that it writes whi
 was loaded: hence a process of its own. Three things bound what can be had. A program must have no collectives (libtpu
 aborts), so a kernel is compiled alone. A loop whose length is known only at run time is counted wrongly, so our kernels
 are compiled with `Tiling.every_tile`: loops of constant length, no tile left out, none masked as causal. And libtpu
-walks through the grid cell by cell, so two sizes are compiled and the line through them gives the others. For v6e it
-writes no profile, for v4 it aborts.
+walks through the grid cell by cell, so one key/value head is compiled and stands for each of them. For v6e it writes no
+profile, for v4 it aborts.
 
 An estimate: no wait for memory beyond what the compiler foresees, and never held against a chip.
 """
@@ -67,17 +67,16 @@ def kernel_seconds(chip: str, heads: int, kv_heads: int, length: int, head_dim: 
     if chip not in SLICES or not importlib.util.find_spec("libtpu"):
         return None
     group = heads // kv_heads
-    request = {"kv_heads": kv_heads, "group": group, "length": length, "head_dim": head_dim}
-    sizes = [{**request, "kv_heads": count} for count in (1, 2)]
-    file = CACHE / f"{fingerprint({'chip': chip, 'sizes': sizes, 'with': _versions(), 'sources': _sources()})}.json"
+    size = {"kv_heads": 1, "group": group, "length": length, "head_dim": head_dim}
+    file = CACHE / f"{fingerprint({'chip': chip, 'size': size, 'with': _versions(), 'sources': _sources()})}.json"
     if not file.exists():
         print(f"plan: compiling the attention kernels for {chip}", file=sys.stderr)
-        found = static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", sizes)
-        write_json(file, [by_kernel(one) for one in found])
-    one, two = read_json(file)
-    if len(one) < len(KERNELS) or len(two) < len(KERNELS):
-        raise UserError(f"{chip}: the compiler states no cycles for the attention kernels at {request}")
-    return {name: (one[name] + (kv_heads - 1) * (two[name] - one[name])) / CHIPS[chip].clock for name in KERNELS}
+        [found] = static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", [size])
+        if len(by_kernel(found)) < len(KERNELS):
+            raise UserError(f"{chip}: the compiler states no cycles for the attention kernels at {size}")
+        write_json(file, by_kernel(found))
+    cycles = read_json(file)
+    return {name: kv_heads * cycles[name] / CHIPS[chip].clock for name in KERNELS}
 
 
 def static_cycles(chip: str, build: str, requests: list[dict]) -> list[dict[str, int]]:
