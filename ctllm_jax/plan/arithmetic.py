@@ -150,8 +150,9 @@ def kept_per_token(model: ModelConfig, tensor: int) -> int:
     itemsize = jnp.dtype(model.dtype).itemsize
     lse = FP32 * model.num_heads // tensor
     kept = REMAT_POLICIES[model.remat]
-    if kept is None:  # also both norms' outputs and the product of gate and up, with what their gradients read
-        return itemsize * (sum(widths.values()) + 3 * width + 2 * hidden) + lse + 2 * FP32
+    if kept is None:  # as JAX's autodiff keeps: each norm's input and quotient in fp32 and its output; five of SwiGLU
+        norms, swiglu = 2 * (2 * FP32 + itemsize) * width, itemsize * 5 * hidden  # gate, three of silu, the product
+        return norms + swiglu + itemsize * (2 * queries + 2 * keys + hidden) + lse
     return itemsize * (width + sum(widths.get(name, 0) for name in kept)) + (lse if "attention_lse" in kept else 0)
 
 
