@@ -23,17 +23,17 @@ from common import finish, table
 
 from ctllm_jax.attention import BACKENDS
 from ctllm_jax.hardware import CHIPS
-from ctllm_jax.plan.kernel_cycles import KERNELS, by_kernel, static_cycles
+from ctllm_jax.plan.kernel_cycles import CORES, KERNELS, by_kernel, static_cycles
 
 HEADS, LENGTH, HEAD_DIM = 16, 4096, 128
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products over every tile of a kernel
 SCORES = LENGTH * LENGTH  # of a head
 # Queries; keys of a grid cell; keys of a step. For dkv, which holds keys: keys; queries of a cell; queries of a step.
-# With all 4,096 of the other side in a cell, jax's kernels have no loop left, but skip nothing in a causal pass.
+# With all 4,096 of the other side in a cell, jax's kernels have no loop left for the square.
 BLOCKS = {
-    "forward": [(512, 4096, 1024), (512, 4096, 512), (512, 2048, 512), (1024, 1024, 1024)],
-    "dq": [(512, 4096, 512), (1024, 4096, 512), (256, 4096, 1024), (512, 2048, 512), (1024, 1024, 1024)],
-    "dkv": [(1024, 4096, 512), (512, 4096, 512), (256, 4096, 1024), (512, 2048, 512), (1024, 1024, 1024)],
+    "forward": [(512, 4096, 1024), (512, 4096, 512), (512, 2048, 512), (1024, 1024, 1024), (512, 512, 512)],
+    "dq": [(512, 4096, 512), (1024, 4096, 512), (256, 4096, 1024), (1024, 1024, 1024), (512, 512, 512)],
+    "dkv": [(1024, 4096, 512), (512, 4096, 512), (256, 4096, 1024), (1024, 1024, 1024), (512, 1024, 1024)],
 }
 
 
@@ -63,12 +63,20 @@ def main() -> None:
 
 
 def static(chip: str, quick: bool) -> dict[str, float]:
-    """Ours and the fastest of jax's block sizes, one head, every tile visited, segment ids compared in each."""
-    size = {"length": LENGTH, "head_dim": HEAD_DIM}
-    [found] = static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", [{"kv_heads": 1, "group": 1, **size}])
+    """Ours and jax's, a head a core, segment ids compared in each tile: the whole square, then a causal pass."""
+    figures = {}
+    for measured in ("square", "causal"):
+        figures |= _static(chip, measured, quick)
+    return figures
+
+
+def _static(chip: str, measured: str, quick: bool) -> dict[str, float]:
+    heads = CORES[chip]
+    size = {"measured": measured, "kv_heads": heads, "length": LENGTH, "head_dim": HEAD_DIM}
+    [found] = static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", [{"group": 1, **size}])
     cycles, rows, figures = by_kernel(found), [], {}
     for kernel in KERNELS:
-        flops = 2 * PRODUCTS[kernel] * SCORES * HEAD_DIM
+        flops = 2 * PRODUCTS[kernel] * heads * SCORES * HEAD_DIM / (2 if measured == "causal" else 1)
         blocks = BLOCKS[kernel][:1] if quick else BLOCKS[kernel]
         requests = [{"kernel": kernel, "blocks": sizes, **size} for sizes in blocks]
         peers = [max(one.values(), default=0) for one in static_cycles(chip, "attention:jax_flash", requests)]
@@ -78,25 +86,27 @@ def static(chip: str, quick: bool) -> dict[str, float]:
         for name, count in contestants.items():
             rows.append((f"{kernel}: {name}", count, flops / (count / CHIPS[chip].clock) / 1e12))
         best = min(compiled.values())
-        figures[f"{chip}_{kernel}_to_jax_ratio"] = best / contestants["ctllm"]
-        figures[f"{chip}_{kernel}_cycles"] = contestants["ctllm"]
-        figures[f"{chip}_{kernel}_jax_cycles"] = best
-    title = f"static, {chip}: one head, length {LENGTH:,}, head size {HEAD_DIM}, bf16, segments, not causal"
+        figures[f"{chip}_{measured}_{kernel}_to_jax_ratio"] = best / contestants["ctllm"]
+        figures[f"{chip}_{measured}_{kernel}_cycles"] = contestants["ctllm"]
+        figures[f"{chip}_{measured}_{kernel}_jax_cycles"] = best
+    title = f"static, {chip}: {measured}, {heads} head(s), length {LENGTH:,}, head size {HEAD_DIM}, bf16, segments"
     table(title, ("kernel", "cycles", "TFLOP/s"), rows)
     return figures
 
 
-def jax_flash(kind: str, *, kernel: str, blocks: tuple[int, int, int], length: int, head_dim: int) -> tuple:
-    """One of jax's TPU kernels with one head, for `static_cycles`; private functions, so that each stands alone."""
+def jax_flash(
+    kind: str, *, measured: str, kernel: str, blocks: tuple[int, int, int], kv_heads: int, length: int, head_dim: int
+) -> tuple:
+    """One of jax's TPU kernels, for `static_cycles`; private functions, so that each stands alone."""
     from jax.experimental.pallas.ops.tpu import flash_attention as peer
 
     held, major, minor = blocks
-    scale = head_dim**-0.5
-    common = {"sm_scale": scale, "causal": False, "mask_value": peer.DEFAULT_MASK_VALUE, "debug": False}
+    scale, causal = head_dim**-0.5, measured == "causal"
+    common = {"sm_scale": scale, "causal": causal, "mask_value": peer.DEFAULT_MASK_VALUE, "debug": False}
 
     def forward(q, k, v, segments):
         ids = peer.SegmentIds(segments, segments)
-        return peer._flash_attention_impl(q, k, v, None, ids, True, False, scale, 1, held, major, minor, False)
+        return peer._flash_attention_impl(q, k, v, None, ids, True, causal, scale, 1, held, major, minor, False)
 
     def dq(q, k, v, segments, *rest):
         ids = peer.SegmentIds(segments, segments)
@@ -108,8 +118,8 @@ def jax_flash(kind: str, *, kernel: str, blocks: tuple[int, int, int], length: i
         sizes = {"block_q_major": major, "block_q": minor, "block_k_major": held, "block_k": held}
         return peer._flash_attention_bwd_dkv(q, k, v, None, ids, *rest, **sizes, **common)
 
-    values = jax.ShapeDtypeStruct((1, 1, length, head_dim), jnp.bfloat16)
-    row = jax.ShapeDtypeStruct((1, 1, length), jnp.float32)
+    values = jax.ShapeDtypeStruct((1, kv_heads, length, head_dim), jnp.bfloat16)
+    row = jax.ShapeDtypeStruct((1, kv_heads, length), jnp.float32)
     shapes = (values, values, values, jax.ShapeDtypeStruct((1, length), jnp.int32))
     if kernel == "forward":
         return forward, shapes

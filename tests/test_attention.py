@@ -19,7 +19,7 @@ from ctllm_jax.plan import gpu_target
 from ctllm_jax.sharding import MeshConfig, make_mesh
 
 # Tiles of different shapes in each kernel, so that sequences of a few hundred tokens span several of each.
-TPU = Tiling("tpu", forward=Tile(128, 256, 2), dq=Tile(256, 128, 2), dkv=Tile(128, 128, 4))
+TPU = Tiling("tpu", forward=Tile(128, 256, (2, 1)), dq=Tile(256, 128, (2, 1)), dkv=Tile(128, 128, (4, 2, 1)))
 GPU = Tiling("gpu", forward=Tile(32, 16), dq=Tile(16, 32), dkv=Tile(32, 32))
 
 

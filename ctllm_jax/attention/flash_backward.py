@@ -29,16 +29,15 @@ def _dq_kernel(
     delta_ref,
     dq_ref,
     *,
-    tile,
-    every,
+    tiling,
     scale,
 ):
     """One block of queries of one head, over the key blocks that it can see."""
-    b, i = pl.program_id(0), pl.program_id(2)
+    b, i, tile = pl.program_id(0), pl.program_id(2), tiling.dq
     q_QH, dout_QH = q_ref[...], dout_ref[...]
     lse_Q1, delta_Q1 = lse_ref[...].T, delta_ref[...].T
     q_segments_QS = tiles.spread(q_segments_ref[...], tile.keys)
-    q_start = i * q_QH.shape[0]
+    q_slot = tiles.offset(offset_ref, tiling) + i * tile.queries
 
     def step(j, dq_QH, *, causal):
         kv_start = pl.multiple_of(j * tile.keys, tile.keys)
@@ -46,15 +45,14 @@ def _dq_kernel(
         k_SH = k_ref[block, :]
         scores_QS = tiles.matmul(q_QH, k_SH, (1, 1)) * (scale * tiles.LOG2_E)
         kv_segments_1S = kv_segments_ref[:, block]
-        scores_QS = tiles.mask(
-            scores_QS, q_segments_QS, kv_segments_1S, offset_ref, q_start, kv_start, query_axis=0, causal=causal
-        )
+        scores_QS = tiles.mask(scores_QS, q_segments_QS, kv_segments_1S, q_slot, kv_start, query_axis=0, causal=causal)
         weights_QS = jnp.exp2(scores_QS - lse_Q1)
         dscores_QS = weights_QS * (tiles.matmul(dout_QH, v_ref[block, :], (1, 1)) - delta_Q1)
         return dq_QH + tiles.matmul(dscores_QS.astype(k_SH.dtype), k_SH, (1, 0))
 
     dq_QH = jnp.zeros(q_QH.shape, jnp.float32)
-    dq_QH = tiles.walk(step, dq_QH, schedule_ref, b, i, rows="queries", unroll=tile.unroll, every=every)
+    bounds = tiles.listed(schedule_ref, b, i, tile, k_ref.shape[0] // tile.keys, tiling, rows="queries")
+    dq_QH = tiles.walk(step, dq_QH, bounds, rows="queries", turns=tile.turns, scratch=tiling.platform == "tpu")
     dq_ref[...] = (dq_QH * scale).astype(dq_ref.dtype)
 
 
@@ -72,15 +70,15 @@ def _dkv_kernel(
     dk_ref,
     dv_ref,
     *,
-    tile,
-    every,
+    tiling,
     scale,
 ):
     """One block of keys, over the query blocks of one head that can see it."""
-    b, j = pl.program_id(0), pl.program_id(2)
+    b, j, tile = pl.program_id(0), pl.program_id(2), tiling.dkv
+    q_offset = tiles.offset(offset_ref, tiling)
     k_SH, v_SH = k_ref[...], v_ref[...]
     kv_segments_SQ = tiles.spread(kv_segments_ref[...], tile.queries)
-    kv_start = j * k_SH.shape[0]
+    kv_start = j * tile.keys
 
     def step(i, carry, *, causal):
         dk_SH, dv_SH = carry
@@ -92,8 +90,7 @@ def _dkv_kernel(
             scores_SQ,
             q_segments_ref[:, block],
             kv_segments_SQ,
-            offset_ref,
-            start,
+            q_offset + start,
             kv_start,
             query_axis=1,
             causal=causal,
@@ -105,7 +102,8 @@ def _dkv_kernel(
         return dk_SH, dv_SH
 
     carry = jnp.zeros(k_SH.shape, jnp.float32), jnp.zeros(v_SH.shape, jnp.float32)
-    dk_SH, dv_SH = tiles.walk(step, carry, schedule_ref, b, j, rows="keys", unroll=tile.unroll, every=every)
+    bounds = tiles.listed(schedule_ref, b, j, tile, q_ref.shape[0] // tile.queries, tiling, rows="keys")
+    dk_SH, dv_SH = tiles.walk(step, carry, bounds, rows="keys", turns=tile.turns, scratch=tiling.platform == "tpu")
     dk_ref[...] = (dk_SH * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_SH.astype(dv_ref.dtype)
 
@@ -151,12 +149,11 @@ def _dq_call(inputs: tuple, tiling: tiles.Tiling, interpret) -> jax.Array:
     K, T = k_BKTH.shape[1:3]
     group = N // K
     Q = tiling.dq.queries
-    every = T // tiling.dq.keys if tiling.every_tile else None
     q_spec = pl.BlockSpec((None, None, Q, H), lambda b, n, i: (b, n, i, 0))
     kv_spec = pl.BlockSpec((None, None, T, H), lambda b, n, i: (b, n // group, 0, 0))
     row_spec = pl.BlockSpec((None, None, 1, Q), lambda b, n, i: (b, n, 0, i))
     return pl.pallas_call(
-        functools.partial(_dq_kernel, tile=tiling.dq, every=every, scale=H**-0.5),
+        functools.partial(_dq_kernel, tiling=tiling, scale=H**-0.5),
         grid=(B, N, L // Q),
         in_specs=[
             tiles.scalars(tiling),
@@ -186,14 +183,13 @@ def _dkv_call(inputs: tuple, tiling: tiles.Tiling, interpret) -> tuple[jax.Array
     K, T = k_BKTH.shape[1:3]
     group = N // K
     S = tiling.dkv.keys
-    every = L // tiling.dkv.queries if tiling.every_tile else None
     q_spec = pl.BlockSpec((None, None, L, H), lambda b, n, j: (b, n, 0, 0))
     kv_spec = pl.BlockSpec((None, None, S, H), lambda b, n, j: (b, n // group, j, 0))
     row_spec = pl.BlockSpec((None, None, 1, L), lambda b, n, j: (b, n, 0, 0))
     share_spec = pl.BlockSpec((None, None, S, H), lambda b, n, j: (b, n, j, 0))
     share = jax.ShapeDtypeStruct((B, N, T, H), k_BKTH.dtype if group == 1 else jnp.float32)
     return pl.pallas_call(
-        functools.partial(_dkv_kernel, tile=tiling.dkv, every=every, scale=H**-0.5),
+        functools.partial(_dkv_kernel, tiling=tiling, scale=H**-0.5),
         grid=(B, N, T // S),
         in_specs=[
             tiles.scalars(tiling),

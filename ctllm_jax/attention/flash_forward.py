@@ -23,16 +23,15 @@ def _kernel(
     out_ref,
     lse_ref,
     *,
-    tile,
-    every,
+    tiling,
     scale,
 ):
     """One block of queries of one head, over the key blocks that it can see."""
-    b, i = pl.program_id(0), pl.program_id(2)
+    b, i, tile = pl.program_id(0), pl.program_id(2), tiling.forward
     q_QH = q_ref[...]
     Q, H = q_QH.shape
     q_segments_QS = tiles.spread(q_segments_ref[...], tile.keys)
-    q_start = i * Q
+    q_slot = tiles.offset(offset_ref, tiling) + i * Q
 
     def step(j, carry, *, causal):
         maximum_Q1, sum_Q1, out_QH = carry
@@ -40,9 +39,7 @@ def _kernel(
         block = pl.ds(kv_start, tile.keys)
         scores_QS = tiles.matmul(q_QH, k_ref[block, :], (1, 1)) * scale
         kv_segments_1S = kv_segments_ref[:, block]
-        scores_QS = tiles.mask(
-            scores_QS, q_segments_QS, kv_segments_1S, offset_ref, q_start, kv_start, query_axis=0, causal=causal
-        )
+        scores_QS = tiles.mask(scores_QS, q_segments_QS, kv_segments_1S, q_slot, kv_start, query_axis=0, causal=causal)
         new_maximum_Q1 = jnp.maximum(maximum_Q1, jnp.max(scores_QS, axis=1, keepdims=True))
         weights_QS = jnp.exp2(scores_QS - new_maximum_Q1)
         correction_Q1 = jnp.exp2(maximum_Q1 - new_maximum_Q1)
@@ -56,9 +53,8 @@ def _kernel(
         jnp.zeros((Q, 1), jnp.float32),
         jnp.zeros((Q, H), jnp.float32),
     )
-    maximum_Q1, sum_Q1, out_QH = tiles.walk(
-        step, carry, schedule_ref, b, i, rows="queries", unroll=tile.unroll, every=every
-    )
+    bounds = tiles.listed(schedule_ref, b, i, tile, k_ref.shape[0] // tile.keys, tiling, rows="queries")
+    maximum_Q1, sum_Q1, out_QH = tiles.walk(step, carry, bounds, rows="queries", turns=tile.turns, scratch=False)
     sum_Q1 = jnp.where(sum_Q1 == 0, 1, sum_Q1)  # a row that saw nothing: output 0
     out_ref[...] = (out_QH / sum_Q1).astype(out_ref.dtype)
     lse_ref[...] = (maximum_Q1 + jnp.log2(sum_Q1)).T
@@ -87,12 +83,7 @@ def forward(
     q_spec = pl.BlockSpec((None, None, Q, H), lambda b, n, i: (b, n, i, 0))
     kv_spec = pl.BlockSpec((None, None, T, H), lambda b, n, i: (b, n // group, 0, 0))
     return pl.pallas_call(
-        functools.partial(
-            _kernel,
-            tile=tiling.forward,
-            every=T // tiling.forward.keys if tiling.every_tile else None,
-            scale=H**-0.5 * tiles.LOG2_E,
-        ),
+        functools.partial(_kernel, tiling=tiling, scale=H**-0.5 * tiles.LOG2_E),
         grid=(B, N, L // Q),
         in_specs=[
             tiles.scalars(tiling),

@@ -33,11 +33,15 @@ LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Queries and keys of one tile, and how many tiles one turn of the loop takes at most; all powers of two."""
+    """Queries and keys of one tile, and the tiles in a turn of each loop that walks over tiles; all powers of two.
+
+    A loop of large turns goes first and the last one takes single tiles. A TPU's compiler lays one tile's vector work
+    under the next one's products only within a turn.
+    """
 
     queries: int
     keys: int
-    unroll: int = 1  # TPU: the compiler lays one tile's vector work under the next one's products only within a turn
+    turns: tuple[int, ...] = (1,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Tiling:
     row_bytes: int | None = None  # GPU: the widest row (head size x item size) that the tiles are meant for
     num_warps: int = 8  # GPU
     num_stages: int = 2  # GPU
-    every_tile: bool = False  # for measuring: loops of constant length over every tile, nothing masked as causal
+    measured: str | None = None  # for plan.kernel_cycles: "causal" or "square", see `listed`
 
     @property
     def queries(self) -> int:
@@ -85,7 +89,7 @@ class Tiling:
             return max(least, min(size // shrink, pl.next_power_of_2(length)))
 
         def fit_tile(tile: Tile) -> Tile:
-            return Tile(fit(tile.queries, queries), fit(tile.keys, keys), tile.unroll)
+            return Tile(fit(tile.queries, queries), fit(tile.keys, keys), tile.turns)
 
         return dataclasses.replace(self, forward=fit_tile(self.forward), dq=fit_tile(self.dq), dkv=fit_tile(self.dkv))
 
@@ -140,38 +144,72 @@ def schedule(
     return jnp.stack([first, split, stop]).astype(jnp.int32)
 
 
-def walk(
-    step: Callable,
-    carry: Any,
-    schedule_ref: Any,
-    b: jax.Array,
-    x: jax.Array,
-    *,
-    rows: str,
-    unroll: int,
-    every: int | None,
-) -> Any:
-    """Takes the tiles that `schedule` lists for block x of row b; returns what `step(index, carry, causal=)` carried.
+def listed(
+    schedule_ref: Any, b: jax.Array, x: jax.Array, tile: Tile, count: int, tiling: Tiling, *, rows: str
+) -> tuple:
+    """(first, split, stop) of `schedule` for block x of row b, which walks over `count` blocks.
 
-    Tiles that need no causal mask go first: `unroll` of them in a turn of a loop, then half as many, down to one, so
-    that few turns take any number. With `every`, the number of tiles, all are taken, none is masked as causal, and
-    `schedule_ref` is not read.
+    A measured kernel works them out from the program's place instead, which the compiler's static count follows, while
+    it knows nothing of the schedule: "square" visits every tile and masks none as causal, "causal" is one document that
+    fills the row, offset 0.
     """
-    if every is None:
-        first, split, stop = (schedule_ref[n, b, x] for n in range(3))
-        at, end = (first, split) if rows == "queries" else (split, stop)
-    else:
-        at, end = 0, every
-    size = unroll
-    while size:
-        turns = (end - at) // size
-        if every is None or turns:
-            carry = jax.lax.fori_loop(0, turns, functools.partial(_turn, step, at, size), carry)
-        at, size = at + turns * size, size // 2
-    if every is not None:
+    if tiling.measured == "square":
+        return (0, count, count) if rows == "queries" else (0, 0, count)
+    if tiling.measured == "causal":
+        held, walked = (tile.queries, tile.keys) if rows == "queries" else (tile.keys, tile.queries)
+        first, stop = _over(x * held, walked), _over((x + 1) * held - 1, walked) + 1  # those that cross the diagonal
+        return (0, first, stop) if rows == "queries" else (first, stop, count)
+    return tuple(schedule_ref[n, b, x] for n in range(3))
+
+
+def _over(number: Any, power: int) -> Any:
+    """A number that is not negative, divided by a power of two and rounded down."""
+    if isinstance(number, int):
+        return number // power
+    return jax.lax.shift_right_logical(number, jnp.int32(power.bit_length() - 1))
+
+
+def walk(step: Callable, carry: Any, bounds: tuple, *, rows: str, turns: tuple[int, ...], scratch: bool) -> Any:
+    """Takes the tiles between `bounds` (see `listed`); returns what `step(index, carry, causal=)` carried through them.
+
+    With `scratch`, what is carried lies in VMEM between turns: the compiler would put it there too, but copy it for
+    every loop. That does not pay for columns, which fill one lane of 128.
+    """
+    if not scratch:
+        return _walk(step, carry, bounds, rows, turns, jax.lax.fori_loop)
+    leaves, structure = jax.tree.flatten(carry)
+
+    def in_scratch(*refs):
+        def write(carry):
+            for ref, leaf in zip(refs, jax.tree.leaves(carry), strict=True):
+                ref[...] = leaf
+
+        def read():
+            return structure.unflatten(ref[...] for ref in refs)
+
+        def loop(start, stop, body, _):
+            pl.loop(start, stop)(lambda number: write(body(number, read())))
+
+        write(carry)
+        _walk(step, None, bounds, rows, turns, loop)
+        return read()
+
+    return pl.run_scoped(in_scratch, *(pltpu.VMEM(leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+def _walk(step: Callable, carry: Any, bounds: tuple, rows: str, turns: tuple[int, ...], loop: Callable) -> Any:
+    first, split, stop = bounds
+    clear, crossing = ((first, split), (split, stop)) if rows == "queries" else ((split, stop), (first, split))
+    at, end = clear
+    for size in turns:
+        count = _over(end - at, size)
+        if not (isinstance(count, int) and count == 0):
+            carry = loop(0, count, functools.partial(_turn, step, at, size), carry)
+        at = at + count * size
+    at, end = crossing
+    if end is at:  # "square"
         return carry
-    crossing = (split, stop) if rows == "queries" else (first, split)
-    return jax.lax.fori_loop(*crossing, functools.partial(step, causal=True), carry)
+    return loop(at, end, functools.partial(step, causal=True), carry)
 
 
 def _turn(step: Callable, at: jax.Array, size: int, number: jax.Array, carry: Any) -> Any:
@@ -211,28 +249,33 @@ def mask(
     scores: jax.Array,
     q_segments: jax.Array,
     kv_segments: jax.Array,
-    offset_ref: Any,
-    q_start: jax.Array,
-    kv_start: jax.Array,
+    q_slot: jax.Array,
+    kv_slot: jax.Array,
     *,
     query_axis: int,
     causal: bool,
 ) -> jax.Array:
     """Masks a tile of scores, [Q, S] (query axis 0) or [S, Q] (query axis 1).
 
-    The segment ids come with the other axis of size one, those of the queries from `query_ids`.
+    The segment ids come with the other axis of size one, those of the queries from `query_ids`. The slots are those of
+    the tile's first query and key.
     """
     visible = q_segments == kv_segments
     if causal:
-        q_slot = offset_ref[0] + q_start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
-        kv_slot = kv_start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
-        visible &= q_slot >= kv_slot
+        q_slots = q_slot + jax.lax.broadcasted_iota(jnp.int32, scores.shape, query_axis)
+        kv_slots = kv_slot + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis)
+        visible &= q_slots >= kv_slots
     return jnp.where(visible, scores, MASKED)
 
 
+def offset(offset_ref: Any, tiling: Tiling) -> jax.Array | int:
+    """Key slot of the first query."""
+    return 0 if tiling.measured else offset_ref[0]
+
+
 def scalars(tiling: Tiling) -> pl.BlockSpec:
-    """The spec of a small integer array that every kernel instance reads from; under `every_tile` none does."""
-    if tiling.every_tile:
+    """The spec of a small integer array that every kernel instance reads from; none does that is measured."""
+    if tiling.measured:
         return pl.BlockSpec(memory_space=pl.ANY)  # the profile of `plan.kernel_cycles` has no copies to SMEM
     return pl.BlockSpec(memory_space=pltpu.SMEM if tiling.platform == "tpu" else None)
 

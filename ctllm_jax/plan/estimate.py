@@ -8,7 +8,7 @@ from ctllm_jax.plan.compile import Compiled, compiled
 from ctllm_jax.plan.kernel_cycles import kernel_seconds
 from ctllm_jax.train import TrainConfig
 
-PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products of each kernel
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products of each attention kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +124,10 @@ def make_plan(config: TrainConfig, target: Slice, *, tokens: float, compiling: b
 
 
 def _kernels(config: TrainConfig, part: arithmetic.Share, target: Slice, found: Compiled | None) -> float | None:
-    """Time of the attention kernels that the compiled step calls: static, of half of each square (causal).
+    """Time of the attention kernels that the compiled step calls, by their static count.
 
-    The static count of long straight-line code can lie below what the matrix unit takes for its products (seen for dkv
-    on v5e), so no kernel is taken to be faster than that.
+    The count of long straight-line code can lie below what the matrix unit takes for the products (seen on v5e), so no
+    kernel is taken to be faster than those of its visible half.
     """
     model = config.model
     if found is None or not found.kernels or model.attention != "pallas_tpu":
@@ -137,7 +137,7 @@ def _kernels(config: TrainConfig, part: arithmetic.Share, target: Slice, found: 
     each = kernel_seconds(target.chip.name, *heads, model.max_length, model.head_dim)
     if each is None:
         return None
-    product = 2 * heads[0] * model.max_length**2 * model.head_dim / target.chip.peak_flops
+    product = heads[0] * model.max_length**2 * model.head_dim / target.chip.peak_flops
     calls = {name.removeprefix("flash_attention_"): count for name, count in found.kernels.items()}
     total = sum(calls.get(name, 0) * max(each[name], products * product) for name, products in PRODUCTS.items())
-    return total * part.rows / 2 / context
+    return total * part.rows / context

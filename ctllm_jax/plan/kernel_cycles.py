@@ -4,10 +4,10 @@
 
 libtpu states the cycles of a Pallas kernel only in a profile that it writes while compiling, if it was told to when it
 was loaded: hence a process of its own. Three things bound what can be had. A program must have no collectives (libtpu
-aborts), so a kernel is compiled alone. A loop whose length is known only at run time is counted wrongly, so our kernels
-are compiled with `Tiling.every_tile`: loops of constant length, no tile left out, none masked as causal. And libtpu
-walks through the grid cell by cell, so one key/value head is compiled and stands for each of them. For v6e it writes no
-profile, for v4 it aborts.
+aborts), so a kernel is compiled alone. The count follows a loop whose length comes from constants or from the program's
+place in the grid, cell by cell, but knows nothing of a length that is read from memory, as the list of tiles is: so our
+kernels are compiled with `Tiling.measured`. And as the cells are many, one key/value head of each core is compiled and
+stands for all. For v6e no profile is written, for v4 libtpu aborts.
 
 An estimate: no wait for memory beyond what the compiler foresees, and never held against a chip.
 """
@@ -40,15 +40,13 @@ from ctllm_jax.plan.compile import CACHE, ENVIRONMENT, devices
 
 KERNELS = ("forward", "dq", "dkv")
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}  # the smallest to be had; one chip of it is used
+CORES = {"v5e": 1, "v5p": 2}  # of a chip: they share the heads
 _ESTIMATE = re.compile(r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)')
 _FOLDER = "CTLLM_KERNEL_PROFILES"  # where libtpu writes, for the process that compiles
 
 
 def kernel_seconds(chip: str, heads: int, kv_heads: int, length: int, head_dim: int) -> dict[str, float] | None:
-    """Static seconds of each attention kernel for one sequence of one layer, bf16, every tile visited.
-
-    A causal pass visits the tiles on and below the diagonal, about half of them: the caller halves. With few tiles it
-    is more than half, as a tile on the diagonal is taken whole.
+    """Static seconds of each attention kernel for one sequence of one layer, causal, bf16, one document that fills it.
 
     Args:
       chip: a name in `hardware.CHIPS`.
@@ -66,8 +64,9 @@ def kernel_seconds(chip: str, heads: int, kv_heads: int, length: int, head_dim: 
     """
     if chip not in SLICES or not importlib.util.find_spec("libtpu"):
         return None
+    measured_heads = min(CORES[chip], kv_heads)
     group = heads // kv_heads
-    size = {"kv_heads": 1, "group": group, "length": length, "head_dim": head_dim}
+    size = {"kv_heads": measured_heads, "group": group, "length": length, "head_dim": head_dim, "measured": "causal"}
     file = CACHE / f"{fingerprint({'chip': chip, 'size': size, 'with': _versions(), 'sources': _sources()})}.json"
     if not file.exists():
         print(f"plan: compiling the attention kernels for {chip}", file=sys.stderr)
@@ -76,7 +75,7 @@ def kernel_seconds(chip: str, heads: int, kv_heads: int, length: int, head_dim: 
             raise UserError(f"{chip}: the compiler states no cycles for the attention kernels at {size}")
         write_json(file, by_kernel(found))
     cycles = read_json(file)
-    return {name: kv_heads * cycles[name] / CHIPS[chip].clock for name in KERNELS}
+    return {name: kv_heads / measured_heads * cycles[name] / CHIPS[chip].clock for name in KERNELS}
 
 
 def static_cycles(chip: str, build: str, requests: list[dict]) -> list[dict[str, int]]:
@@ -130,10 +129,20 @@ def by_kernel(cycles: dict[str, int]) -> dict[str, int]:
 
 
 def ours(
-    kind: str, *, kv_heads: int, group: int, length: int, head_dim: int, tiles: dict[str, list[int]] | None = None
+    kind: str,
+    *,
+    measured: str,
+    kv_heads: int,
+    group: int,
+    length: int,
+    head_dim: int,
+    tiles: dict[str, list] | None = None,
 ) -> tuple:
-    """Our kernels for `static_cycles`: forward and backward of one sequence; `tiles` overrides sizes of the chip's."""
-    tiling = dataclasses.replace(flash.tiling_for("tpu", kind), every_tile=True)
+    """Our kernels for `static_cycles`: forward and backward of one sequence.
+
+    `measured` is what they visit (`attention.tiles.listed`), `tiles` overrides sizes of the chip's.
+    """
+    tiling = dataclasses.replace(flash.tiling_for("tpu", kind), measured=measured)
     tiling = dataclasses.replace(tiling, **{name: Tile(*sizes) for name, sizes in (tiles or {}).items()})
 
     def step(q_BLNH, k_BLKH, v_BLKH, segments_BL, dout_BLNH):

@@ -7,8 +7,8 @@ from ctllm_jax.plan.estimate import Plan
 
 _NOTE = """\
 The compiler's estimate adds up the cycles that the TPU compiler states for every operation, loops multiplied out,
-divided by the clock, and the static cycles of the attention kernels (each compiled alone, every tile visited, halved
-for causality). Waiting for collectives is not in it, and it was never held against a chip: use it to compare plans."""
+divided by the clock, and the static cycles of the attention kernels (each compiled alone, a causal pass of one document
+a row). Waiting for collectives is not in it, and it was never held against a chip: use it to compare plans."""
 
 
 def render(plan: Plan, not_compiled: str | None) -> str:
