@@ -73,14 +73,14 @@ def static(chip: str, quick: bool) -> dict[str, float]:
 def _static(chip: str, measured: str, quick: bool) -> dict[str, float]:
     heads = CORES[chip]
     size = {"measured": measured, "kv_heads": heads, "length": LENGTH, "head_dim": HEAD_DIM}
-    [found] = static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", [{"group": 1, **size}])
-    cycles, rows, figures = by_kernel(found), [], {}
+    cycles = by_kernel(static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", {"group": 1, **size}))
+    rows, figures = [], {}
     for kernel in KERNELS:
         flops = 2 * PRODUCTS[kernel] * heads * SCORES * HEAD_DIM / (2 if measured == "causal" else 1)
         blocks = BLOCKS[kernel][:1] if quick else BLOCKS[kernel]
         requests = [{"kernel": kernel, "blocks": sizes, **size} for sizes in blocks]
-        peers = [max(one.values(), default=0) for one in static_cycles(chip, "attention:jax_flash", requests)]
-        compiled = {sizes: count for sizes, count in zip(blocks, peers, strict=True) if count}
+        found = [static_cycles(chip, "attention:jax_flash", request) for request in requests]
+        compiled = {sizes: max(one.values()) for sizes, one in zip(blocks, found, strict=True) if one}
         contestants = {"ctllm": cycles[kernel]}
         contestants |= {f"jax {' '.join(map(str, sizes))}": count for sizes, count in compiled.items()}
         for name, count in contestants.items():

@@ -5,13 +5,14 @@
 Compiles where a compiler is installed (`pip install 'ctllm-jax[tpu]'` for the TPUs), a minute each and once only.
 """
 
+import os
 import sys
 
 from aot_cases import case_config
 
 from configs import hardware
 from ctllm_jax.hardware import GIB, parse_slice
-from ctllm_jax.plan.compile import missing
+from ctllm_jax.plan.compile import ENVIRONMENT, missing
 from ctllm_jax.plan.estimate import make_plan
 
 HEADER = """\
@@ -30,6 +31,7 @@ COLUMNS = ("slice", "chips", "mesh", "rows x times", "memory GiB", "of", "by", "
 
 def main() -> None:
     """Prints the page."""
+    os.environ.update(ENVIRONMENT)
     print(HEADER)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name in hardware.SLICES:

@@ -38,9 +38,9 @@ def test_a_profile_is_read():
 def test_one_head_stands_for_each_and_is_kept(monkeypatch, tmp_path):
     asked = []
 
-    def measured(chip, build, requests):
-        asked.append(requests)
-        return [{f"flash_attention_{name}": 1000 * one["group"] for name in KERNELS} for one in requests]
+    def measured(chip, build, request):
+        asked.append(request)
+        return {f"flash_attention_{name}": 1000 * request["group"] for name in KERNELS}
 
     monkeypatch.setattr(kernel_cycles, "CACHE", tmp_path)
     monkeypatch.setattr(kernel_cycles, "static_cycles", measured)
@@ -49,14 +49,14 @@ def test_one_head_stands_for_each_and_is_kept(monkeypatch, tmp_path):
     for _ in range(2):
         found = kernel_seconds("v5e", heads=16, kv_heads=8, length=512, head_dim=64)
     assert found == {name: pytest.approx(2000 * 8 / 1.5e9) for name in KERNELS}
-    assert asked == [[{"kv_heads": 1, "group": 2, "length": 512, "head_dim": 64, "measured": "causal"}]]
+    assert asked == [{"kv_heads": 1, "group": 2, "length": 512, "head_dim": 64, "measured": "causal"}]
 
 
 def test_what_cannot_be_had_is_none_and_what_fails_is_said(monkeypatch, tmp_path):
     assert kernel_seconds("v6e", 16, 16, 512, 64) is None
     assert kernel_seconds("h100", 16, 16, 512, 64) is None
     monkeypatch.setattr(kernel_cycles, "CACHE", tmp_path)
-    monkeypatch.setattr(kernel_cycles, "static_cycles", lambda *_: [{}])
+    monkeypatch.setattr(kernel_cycles, "static_cycles", lambda *_: {})
     monkeypatch.setattr(kernel_cycles, "_versions", dict)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="states no cycles"):

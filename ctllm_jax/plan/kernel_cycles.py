@@ -70,26 +70,26 @@ def kernel_seconds(chip: str, heads: int, kv_heads: int, length: int, head_dim: 
     file = CACHE / f"{fingerprint({'chip': chip, 'size': size, 'with': _versions(), 'sources': _sources()})}.json"
     if not file.exists():
         print(f"plan: compiling the attention kernels for {chip}", file=sys.stderr)
-        [found] = static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", [size])
-        if len(by_kernel(found)) < len(KERNELS):
+        found = by_kernel(static_cycles(chip, "ctllm_jax.plan.kernel_cycles:ours", size))
+        if len(found) < len(KERNELS):
             raise UserError(f"{chip}: the compiler states no cycles for the attention kernels at {size}")
-        write_json(file, by_kernel(found))
+        write_json(file, found)
     cycles = read_json(file)
     return {name: kv_heads / measured_heads * cycles[name] / CHIPS[chip].clock for name in KERNELS}
 
 
-def static_cycles(chip: str, build: str, requests: list[dict]) -> list[dict[str, int]]:
-    """Cycles of the operations of programs, each compiled alone, for one chip.
+def static_cycles(chip: str, build: str, request: dict) -> dict[str, int]:
+    """Cycles of the operations of a program that is compiled for one chip.
 
     Args:
       chip: a key of `SLICES`.
-      build: "module:function", importable from sys.path; called with the chip's device kind and an entry of `requests`
-        as keyword arguments, it returns a function and the shapes to compile it for.
-      requests: one for each program.
+      build: "module:function", importable from sys.path; called with the chip's device kind and `request` as keyword
+        arguments, it returns a function and the shapes to compile it for.
+      request: values that JSON has.
 
     Returns:
-      For each program {operation: cycles}, numbers at the end of names cut off and their operations added up; empty
-      where the compiler refused the program.
+      {operation: cycles}, numbers at the end of names cut off and their operations added up; empty where the compiler
+      refused the program for its memory.
 
     Raises:
       UserError: the process failed.
@@ -103,7 +103,7 @@ def static_cycles(chip: str, build: str, requests: list[dict]) -> list[dict[str,
         child = subprocess.run(
             [sys.executable, "-m", "ctllm_jax.plan.kernel_cycles"],
             env={**os.environ, **ENVIRONMENT, **variables},
-            input=json.dumps({"chip": chip, "build": build, "requests": requests}),
+            input=json.dumps({"chip": chip, "build": build, "request": request}),
             capture_output=True,
             text=True,
         )
@@ -168,32 +168,22 @@ def _sources() -> str:
 
 
 def main() -> None:
-    """Compiles the programs of the request on standard input; the last line of standard output has their cycles."""
+    """Compiles the program of the request on standard input; the last line of standard output has its cycles."""
     request = json.load(sys.stdin)
     module, function = request["build"].split(":")
-    build = getattr(importlib.import_module(module), function)
     device = devices(parse_slice(SLICES[request["chip"]]))[0]
+    step, shapes = getattr(importlib.import_module(module), function)(device.device_kind, **request["request"])
     mesh = Mesh([device], ("chip",))
-    found = []
-    for arguments in request["requests"]:
-        step, shapes = build(device.device_kind, **arguments)
-        shapes = jax.tree.map(lambda x: x.update(sharding=NamedSharding(mesh, PartitionSpec())), shapes)
-        found.append(_profiled(step, shapes, mesh))
-    print(json.dumps(found))
-
-
-def _profiled(step, shapes: tuple, mesh: Mesh) -> dict[str, int]:
-    folder = pathlib.Path(os.environ[_FOLDER])
-    for file in folder.iterdir():  # of the program before
-        file.unlink()
+    shapes = jax.tree.map(lambda x: x.update(sharding=NamedSharding(mesh, PartitionSpec())), shapes)
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             jax.jit(step).lower(*shapes).compile()
+        found = parse([file.read_text() for file in pathlib.Path(os.environ[_FOLDER]).iterdir()])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {}
-    return parse([file.read_text() for file in folder.iterdir()])
+        found = {}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
