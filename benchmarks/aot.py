@@ -18,13 +18,14 @@ import pathlib
 import subprocess
 import sys
 
-from aot_cases import CASES, SPEED_SLICES, case_config
+from aot_cases import CASES, FLASH_BLOCKS, SPEED_SLICES, case_config, one_microbatch
 from common import finish, table
 
 from ctllm_jax.hardware import GIB, parse_slice
 from ctllm_jax.plan import arithmetic
-from ctllm_jax.plan.compile import ENVIRONMENT, compiled, missing
-from ctllm_jax.plan.estimate import Plan, make_plan
+from ctllm_jax.plan.compile import ENVIRONMENT, Compiled, compiled, missing
+from ctllm_jax.plan.estimate import Plan, attention_seconds, make_plan
+from ctllm_jax.plan.kernel_cycles import CORES, static_cycles
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -100,18 +101,40 @@ def _traffic(plan: Plan) -> list[float]:
 
 
 def peers(names: list[str]) -> dict:
-    """The step with other kernels, in processes of their own."""
+    """The step with other kernels, in processes of their own; jax's splash has no static cycles."""
     rows, figures = [], {}
     for name in names:
         for kernel in ("ours", "jax flash", "jax splash"):
             found = child("aot_peers.py", {"slice": name, "kernel": kernel})
+            kernels = None
+            if kernel == "ours":
+                known = Compiled(**{field.name: found[field.name] for field in dataclasses.fields(Compiled)})
+                kernels = attention_seconds(one_microbatch(name), parse_slice(name), known)
+            elif kernel == "jax flash":
+                kernels = flash_seconds(name, found["kernels"])
             calls = " + ".join(f"{count} {called}" for called, count in sorted(found["kernels"].items()))
-            memory = found["peak"] / GIB, found["temporary"] / GIB
-            rows.append([f"{name} {kernel}", *memory, found["seconds"], calls])
+            sizes = found["peak"] / GIB, found["temporary"] / GIB
+            rows.append([f"{name} {kernel}", *sizes, found["seconds"], "n/a" if kernels is None else kernels, calls])
             figures[f"{name} {kernel} peak GiB"] = found["peak"] / GIB
-    title = "The step with other attention kernels, one microbatch (time without kernels)"
-    table(title, ["slice and kernel", "peak GiB", "temporary GiB", "s, no kernels", "calls"], rows)
+            if kernels is not None:
+                figures[f"{name} {kernel} s"] = found["seconds"] + kernels
+    title = "The step with other attention kernels, one microbatch (s: compiler's estimate)"
+    table(title, ["slice and kernel", "peak GiB", "temporary GiB", "s, no kernels", "s, kernels", "calls"], rows)
     return figures
+
+
+def flash_seconds(name: str, found: dict[str, int]) -> float:
+    """Time of the calls of jax's flash attention: static cycles of a causal pass, a head on each core."""
+    config, target = one_microbatch(name), parse_slice(name)
+    cores = CORES[target.chip.name]
+    size = {"kv_heads": cores, "length": config.model.max_length, "head_dim": config.model.head_dim}
+    total = 0
+    for called, count in found.items():
+        kernel = next((part for part in ("dq", "dkv") if part in called), "forward")
+        request = {"measured": "causal", "kernel": kernel, "blocks": FLASH_BLOCKS[kernel], **size}
+        total += count * max(static_cycles(target.chip.name, "attention:jax_flash", request).values())
+    rows = arithmetic.share(config, target).rows
+    return total * rows * config.model.num_heads / cores / target.chip.clock
 
 
 def loss() -> dict:

@@ -41,6 +41,11 @@ CASES = [
 ]
 
 
+# jax's flash attention: queries held, keys of a cell, keys of a step; for dkv, which holds keys, the other way round.
+# The fastest of those that attention.py tries for a causal pass.
+FLASH_BLOCKS = {"forward": (512, 512, 512), "dq": (512, 512, 512), "dkv": (512, 1024, 1024)}
+
+
 def case_config(case: dict) -> TrainConfig:
     """The config of a case: as shipped for its slice (or the chip's smallest), with the changes that it names."""
     name = case["slice"]
@@ -67,3 +72,9 @@ def case_config(case: dict) -> TrainConfig:
 
 def _size(mesh: MeshConfig, axis: str) -> int:
     return getattr(mesh, axis)
+
+
+def one_microbatch(name: str) -> TrainConfig:
+    """The config that is shipped for a slice, with the first of its microbatches alone."""
+    config = case_config({"slice": name})
+    return dataclasses.replace(config, batch_size=config.batch_size // config.microbatches, microbatches=1)

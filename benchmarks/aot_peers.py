@@ -6,7 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from aot_cases import case_config
+from aot_cases import FLASH_BLOCKS, one_microbatch
 from jax.experimental.pallas.ops.tpu import flash_attention, splash_attention
 
 from ctllm_jax import model
@@ -17,16 +17,20 @@ from ctllm_jax.plan import compile as ahead
 
 
 def flash(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, *, q_offset):
-    """jax's flash attention, blocks of 1024 where they fit, as its users call it."""
+    """jax's flash attention as its users call it, with the blocks of `FLASH_BLOCKS`."""
     heads = [jnp.swapaxes(x, 1, 2) for x in (q_BLNH, k_BTKH, v_BTKH)]
-    names = ("block_q", "block_k_major", "block_k", "block_q_major_dkv", "block_k_major_dkv", "block_k_dkv",
-             "block_q_dkv", "block_k_major_dq", "block_k_dq", "block_q_dq")  # fmt: skip
+    forward, dq, dkv = (FLASH_BLOCKS[kernel] for kernel in ("forward", "dq", "dkv"))
+    blocks = flash_attention.BlockSizes(
+        block_q=forward[0], block_k_major=forward[1], block_k=forward[2], block_b=1,
+        block_q_dq=dq[0], block_k_major_dq=dq[1], block_k_dq=dq[2],
+        block_k_major_dkv=dkv[0], block_k_dkv=dkv[0], block_q_major_dkv=dkv[1], block_q_dkv=dkv[2],
+    )  # fmt: skip
     out_BNLH = flash_attention.flash_attention(
         *heads,
         segment_ids=flash_attention.SegmentIds(q=q_segments_BL, kv=kv_segments_BT),
         causal=True,
         sm_scale=q_BLNH.shape[-1] ** -0.5,
-        block_sizes=flash_attention.BlockSizes(block_b=1, **dict.fromkeys(names, 1024)),
+        block_sizes=blocks,
     )
     return jnp.swapaxes(out_BNLH, 1, 2)
 
@@ -53,8 +57,7 @@ KERNELS = {"jax flash": flash, "jax splash": splash}
 def main() -> None:
     """Prints what the compiler says as the last line."""
     request = json.loads(sys.argv[1])
-    config, target = case_config({"slice": request["slice"]}), parse_slice(request["slice"])
-    config = dataclasses.replace(config, batch_size=config.batch_size // config.microbatches, microbatches=1)
+    config, target = one_microbatch(request["slice"]), parse_slice(request["slice"])
     if request["kernel"] in KERNELS:
         kernel = KERNELS[request["kernel"]]
         model.attention = lambda *arrays, q_offset, backend: sharded.attention(kernel, *arrays)

@@ -118,19 +118,19 @@ def make_plan(config: TrainConfig, target: Slice, *, tokens: float, compiling: b
             },
         },
         compiler_seconds=found.cycles / clock if found and found.cycles and clock else None,
-        kernel_seconds=_kernels(config, part, target, found),
+        kernel_seconds=attention_seconds(config, target, found) if found else None,
         budget_tokens=tokens * 1e9 or float(config.steps * per_step),
     )
 
 
-def _kernels(config: TrainConfig, part: arithmetic.Share, target: Slice, found: Compiled | None) -> float | None:
-    """Time of the attention kernels that the compiled step calls, by their static count.
+def attention_seconds(config: TrainConfig, target: Slice, found: Compiled) -> float | None:
+    """Time of the attention kernels that a compiled step calls, by their static count; None where there is none.
 
     The count of long straight-line code can lie below what the matrix unit takes for the products (seen on v5e), so no
     kernel is taken to be faster than those of its visible half.
     """
-    model = config.model
-    if found is None or not found.kernels or model.attention != "pallas_tpu":
+    model, part = config.model, arithmetic.share(config, target)
+    if not found.kernels or model.attention != "pallas_tpu":
         return None
     tensor, context = part.mesh["tensor"], part.mesh["context"]
     heads = model.num_heads // tensor, model.num_kv_heads // tensor
