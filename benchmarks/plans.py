@@ -21,9 +21,10 @@ HEADER = """\
 Made by `python benchmarks/plans.py`, which compiles every config of `configs/hardware.py` for its slice; none of them
 has run on the hardware. Batch: 512 rows of 4,096 tokens. Memory is at the fullest moment, "of" what a program may use.
 "Least" is the largest of what FLOPs, memory and links need at their full speed. "Estimate" is the TPU compiler's, with
-the static cycles of the attention kernels and without waiting for collectives: good for comparing plans, no forecast.
-Days and chip-hours are for CT-LLM's 1,254.68 billion tokens at the estimate, or at the least where there is none ("at
-least"), nothing lost. `ctllm plan --config=configs/pretrain.py:ct_llm_2b@SLICE --slice=SLICE` has the rest.
+the static cycles of the attention kernels where it states them (v5e, v5p) and without waiting for collectives: good for
+comparing plans, no forecast. Days and chip-hours are for CT-LLM's 1,254.68 billion tokens, nothing lost, at the
+estimate; "at least" where the kernels' time or all of it is missing.
+`ctllm plan --config=configs/pretrain.py:ct_llm_2b@SLICE --slice=SLICE` has the rest.
 """
 COLUMNS = ("slice", "chips", "mesh", "rows x times", "memory GiB", "of", "by", "least s", "estimate s", "tokens/s",
            "of peak", "days", "chip-hours")  # fmt: skip
@@ -38,8 +39,9 @@ def main() -> None:
         target = parse_slice(name)
         plan = make_plan(case_config({"slice": name}), target, tokens=1254.68, compiling=missing(target) is None)
         mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-        estimated = plan.compiler_seconds is not None
+        estimated, whole = plan.compiler_seconds is not None, plan.kernel_seconds is not None
         share = plan.work.model_flops / plan.seconds / target.chip.peak_flops
+        most, least = ("", "") if whole else ("at most ", "at least ")
         cells = [
             name,
             plan.devices,
@@ -49,11 +51,11 @@ def main() -> None:
             f"{plan.memory / GIB:.2f}",
             "compiler" if plan.compiled else "arithmetic",
             f"{max(plan.floor_seconds.values()):.3f}",
-            f"{plan.seconds:.3f}" if estimated else "n/a",
-            f"{plan.tokens_per_second:,.0f}" if estimated else f"at most {plan.tokens_per_second:,.0f}",
-            f"{share:.1%}" if estimated else "n/a",
-            f"{plan.days:,.1f}" if estimated else f"at least {plan.days:,.1f}",
-            f"{plan.days * 24 * plan.devices:,.0f}" if estimated else f"at least {plan.days * 24 * plan.devices:,.0f}",
+            f"{least}{plan.seconds:.3f}" if estimated else "n/a",
+            f"{most}{plan.tokens_per_second:,.0f}",
+            f"{most}{share:.1%}" if estimated else "n/a",
+            f"{least}{plan.days:,.1f}",
+            f"{least}{plan.days * 24 * plan.devices:,.0f}",
         ]
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
         if not plan.fits:
