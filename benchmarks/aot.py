@@ -131,7 +131,7 @@ def flash_seconds(name: str, found: dict[str, int]) -> float:
     total = 0
     for called, count in found.items():
         kernel = next((part for part in ("dq", "dkv") if part in called), "forward")
-        request = {"measured": "causal", "kernel": kernel, "blocks": FLASH_BLOCKS[kernel], **size}
+        request = {"measured": "causal", "kernel": kernel, "blocks": FLASH_BLOCKS[target.chip.name][kernel], **size}
         total += count * max(static_cycles(target.chip.name, "attention:jax_flash", request).values())
     rows = arithmetic.share(config, target).rows
     return total * rows * config.model.num_heads / cores / target.chip.clock

@@ -1,6 +1,7 @@
 """The 2B step of a shipped config, one microbatch, with our attention kernels or jax's. Run by aot.py."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -16,10 +17,10 @@ from ctllm_jax.hardware import parse_slice
 from ctllm_jax.plan import compile as ahead
 
 
-def flash(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, *, q_offset):
+def flash(chip, q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, *, q_offset):
     """jax's flash attention as its users call it, with the blocks of `FLASH_BLOCKS`."""
     heads = [jnp.swapaxes(x, 1, 2) for x in (q_BLNH, k_BTKH, v_BTKH)]
-    forward, dq, dkv = (FLASH_BLOCKS[kernel] for kernel in ("forward", "dq", "dkv"))
+    forward, dq, dkv = (FLASH_BLOCKS[chip][kernel] for kernel in ("forward", "dq", "dkv"))
     blocks = flash_attention.BlockSizes(
         block_q=forward[0], block_k_major=forward[1], block_k=forward[2], block_b=1,
         block_q_dq=dq[0], block_k_major_dq=dq[1], block_k_dq=dq[2],
@@ -35,7 +36,7 @@ def flash(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, *, q_offset):
     return jnp.swapaxes(out_BNLH, 1, 2)
 
 
-def splash(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, *, q_offset):
+def splash(chip, q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, *, q_offset):
     """jax's splash attention, blocks of 1024 and 512, which every generation takes."""
     L, N, H = q_BLNH.shape[1:]
     sizes = splash_attention.BlockSizes(
@@ -59,7 +60,7 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     config, target = one_microbatch(request["slice"]), parse_slice(request["slice"])
     if request["kernel"] in KERNELS:
-        kernel = KERNELS[request["kernel"]]
+        kernel = functools.partial(KERNELS[request["kernel"]], target.chip.name)
         model.attention = lambda *arrays, q_offset, backend: sharded.attention(kernel, *arrays)
     found = ahead.compile_step(config, target)
     if found.refusal:
