@@ -1,6 +1,6 @@
 """Attention kernels: ours beside jax's own, by the TPU compiler's static cycles or timed on a GPU.
 
-    python benchmarks/attention.py [--quick] [--part PART] [--chip CHIP ...]
+    python benchmarks/attention.py [--quick] [--part PART] [--chip CHIP ...] [--over square causal]
 
 static     cycles that libtpu states for each kernel compiled alone, no accelerator needed; an estimate
 gpu        forward and backward on the GPU at hand, beside cuDNN, jax's Pallas kernel and tokamax
@@ -14,7 +14,7 @@ import importlib.util
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="v5p alone and one size of blocks; few rounds on a GPU")
     parser.add_argument("--part", choices=("static", "gpu"), help="only this one; else gpu where there is one")
     parser.add_argument("--chip", nargs="*", choices=("v5e", "v5p"), help="chips of the static part")
+    parser.add_argument("--over", nargs="*", choices=tuple(BLOCKS), default=tuple(BLOCKS), help="for the static part")
     options = parser.parse_args()
     has_gpu = any(pathlib.Path("/dev").glob("nvidia[0-9]*"))
     jax.config.update("jax_platforms", "cuda" if has_gpu else "cpu")  # libtpu, where installed, would look for a TPU
@@ -57,7 +58,7 @@ def main() -> None:
         figures = gpu(rounds=3 if options.quick else 20)
     else:
         chips = options.chip or (["v5p"] if options.quick else ["v5e", "v5p"])
-        figures = {name: value for chip in chips for name, value in static(chip, options.quick).items()}
+        figures = {name: value for chip in chips for name, value in static(chip, options.over, options.quick).items()}
     ratios = {name: value for name, value in figures.items() if name.endswith("_ratio")}
     finish(ratios | figures | {"part": part, "quick": options.quick})
 
@@ -65,10 +66,10 @@ def main() -> None:
 # ---- static cycles
 
 
-def static(chip: str, quick: bool) -> dict[str, float]:
+def static(chip: str, over: Sequence[str], quick: bool) -> dict[str, float]:
     """Ours and jax's, segment ids compared in each tile: the whole square, then a causal pass."""
     figures = {}
-    for measured in ("square", "causal"):
+    for measured in over:
         figures |= _static(chip, measured, quick)
     return figures
 
