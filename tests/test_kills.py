@@ -1,0 +1,171 @@
+"""Twenty steps are ten, a SIGKILL somewhere in a save, and the rest: to the last bit, in one process and in two."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+from kill_points import POINTS, arm
+from test_checkpoint import cut, largest
+from test_processes import OPTIONS
+from test_train import compiled_once, config_of, entries  # noqa: F401 (a fixture that applies here too)
+from tiny_stores import tiny_store
+
+from ctllm_jax import train
+from ctllm_jax.common.files import read_json
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SETTINGS = {"steps": 20, "checkpoint_every": 5, "checkpoints_kept": 1}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tiny_store(tmp_path_factory.mktemp("stores") / "store").folder
+
+
+def with_batches(monkeypatch, workdir, store) -> dict[int, str]:
+    """Trains; returns what was learned from at each step, as hashes."""
+    seen, prefetched = {}, train.prefetched
+
+    def watched(stream, start, stop, mesh):
+        for step, batch in enumerate(prefetched(stream, start, stop, mesh), start + 1):
+            seen[step] = hashlib.sha256(
+                b"".join(np.asarray(batch[name]).tobytes() for name in sorted(batch))
+            ).hexdigest()
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "prefetched", watched)
+        train.run(config_of(store, **SETTINGS), str(workdir))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store, tmp_path_factory):
+    """(run directory, batches) of twenty steps in one go."""
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:
+        return workdir, with_batches(patch, workdir, store)
+
+
+def saved(workdir, step: int = 20) -> dict:
+    """Everything in a checkpoint, whatever devices it was saved from."""
+    folder = epath.Path(workdir).absolute() / "checkpoints" / str(step)
+    arrays = {}
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        for item in ("params", "optimizer"):
+            names = handler.metadata(folder / item).tree
+            host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+            arrays[item] = handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=host))
+    return {**arrays, "record": read_json(folder / "record" / "metadata")}
+
+
+def assert_same_bits(workdir, other) -> None:
+    ours, theirs = saved(workdir), saved(other)
+    assert ours.pop("record") == theirs.pop("record")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert entries(workdir) == entries(other)
+    assert [entry["step"] for entry in entries(workdir, "train")] == list(range(1, 21))
+    assert read_json(workdir / "manifest.json")["result"] == read_json(other / "manifest.json")["result"]
+
+
+def killed_run(store: str, workdir: str, point: str) -> None:
+    arm(point)
+    train.run(config_of(store, **SETTINGS), workdir)
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if "its" not in point.split()])
+def test_a_run_killed_in_a_save_ends_in_the_same_bits(undisturbed, store, tmp_path, monkeypatch, capsys, point):
+    workdir = tmp_path / "run"
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import conftest, test_kills; "
+        f"test_kills.killed_run({str(store)!r}, {str(workdir)!r}, {point!r})"
+    )
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, timeout=600)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-3000:]
+    assert not (workdir / "manifest.json").exists()
+    batches = with_batches(monkeypatch, workdir, store)
+    first = 10 if POINTS[point][2] else 5
+    assert f"train: resumed at step {first}" in capsys.readouterr().err
+    assert batches == {step: batch for step, batch in undisturbed[1].items() if step > first}
+    assert_same_bits(workdir, undisturbed[0])
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if ".damaged" not in path.name] == ["20"]
+
+
+# ---- Two processes
+
+
+def start(workdir: pathlib.Path, store: pathlib.Path, armed: dict[int, str]) -> list[subprocess.Popen]:
+    """Two processes of two devices each, that train twenty steps; `armed` ones die at their point."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for index in range(2):
+        trap = f"import kill_points; kill_points.arm({armed[index]!r}); " if index in armed else ""
+        program = f"import sys; sys.path.insert(0, 'tests'); {trap}from ctllm_jax.cli import main; main()"
+        environment = {
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": str(index),
+        }
+        command = [sys.executable, "-c", program, "train", *OPTIONS, "--config.distributed=True"]
+        command += ["--config.steps=20", "--config.checkpoint_every=5", "--config.checkpoints_kept=2"]
+        command += [f"--config.data.store={store}", f"--workdir={workdir}"]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    return running
+
+
+def finish(running: list[subprocess.Popen]) -> list[str]:
+    logs = [process.communicate(timeout=600)[1] for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(log[-3000:] for log in logs)
+    return logs
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(store, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "pair"
+    finish(start(workdir, store, {}))
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("index", "point"),
+    [(1, "before its arrays' sizes"), (0, "before the step's renaming"), (0, "before the last item's renaming")],
+)
+def test_a_job_of_two_killed_in_a_save_ends_in_the_same_bits(undisturbed_pair, store, tmp_path, index, point):
+    workdir = tmp_path / "run"
+    running = start(workdir, store, {index: point})
+    assert running[index].wait(timeout=600) == -signal.SIGKILL
+    running[1 - index].kill()
+    for process in running:
+        process.communicate()
+    logs = finish(start(workdir, store, {}))
+    assert all("train: resumed at step 5" in log for log in logs)
+    assert_same_bits(workdir, undisturbed_pair)
+
+
+def test_a_job_of_two_takes_the_same_step_though_only_one_of_them_meets_the_damage(undisturbed_pair, store, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed_pair, workdir)
+    (workdir / "manifest.json").unlink()
+    cut(largest(workdir / "checkpoints" / "20" / "params" / "ocdbt.process_1"))
+    logs = finish(start(workdir, store, {}))
+    assert all("train: resumed at step 15" in log for log in logs)
+    assert sum(log.count("THE CHECKPOINT OF STEP 20 IS DAMAGED") for log in logs) == 1
+    assert_same_bits(workdir, undisturbed_pair)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["15", "20", "20.damaged"]
