@@ -4,6 +4,7 @@ Parameters are an item of their own, so that evaluation and warm starts read not
 `ctllm_jax.restore` reads, and judges what it reads.
 """
 
+import contextlib
 import math
 import os
 import pathlib
@@ -22,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ctllm_jax.common.errors import UserError
 
 PAUSES = (5, 10, 20, 40, 80, 160)  # seconds before a save that failed is tried again; after the last one it is given up
+TIMEOUT = 600  # seconds that a save may take; a process that failed is waited for as long
 
 
 class Checkpoints:
@@ -49,6 +51,7 @@ class Checkpoints:
         self._saving: int | None = None  # the step under way in the background
         self._error: Exception | None = None  # what kept that save from starting
         self._failures = 0  # since the last save that was committed
+        self._lost = 0  # saves that failed in all
         self._saved_at, self._retry_at = time.monotonic(), 0.0
         policies = ocp.checkpoint_managers
         keep = [policies.LatestN(kept)]
@@ -60,14 +63,22 @@ class Checkpoints:
                     get_metric_fn=_held_out_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
                 )
             )
-        self._manager = ocp.CheckpointManager(
+        self._keep, self._by_loss = policies.AnyPreservationPolicy(keep), keep_best > 0
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                best_fn=_held_out_loss if keep_best else None,  # without it no loss is written
+                preservation_policy=self._keep,
+                best_fn=_held_out_loss if self._by_loss else None,  # without it no loss is written
                 best_mode="min",
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    barrier_sync_key_prefix=f"after-{self._lost}" if self._lost else None
+                ),
             ),
         )
 
@@ -161,8 +172,8 @@ class Checkpoints:
         if jax.process_index() == 0:  # what it has written takes up the room that the next attempt needs
             for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 leftover.rmtree(missing_ok=True)
-        self._manager.reload()  # what it would have deleted is still there
-        self._failures += 1
+        self._failures, self._lost = self._failures + 1, self._lost + 1
+        self._reopen()
         cause = message(error) if error else f"process {int(failed.argmax())} says why"
         what = f"{self.folder}: the checkpoint of step {step} could not be written ({cause})"
         if self._failures > len(PAUSES):
@@ -174,6 +185,13 @@ class Checkpoints:
         pause = PAUSES[self._failures - 1]
         self._retry_at = time.monotonic() + pause
         print(f"train: {what}; attempt {self._failures + 1} in {pause} s", file=sys.stderr)
+
+    def _reopen(self) -> None:
+        """A manager that knows nothing of the save that failed: what that one was to replace is there as before, and no
+        barrier has the name of one where a process is missing."""
+        with contextlib.suppress(Exception):  # of the save that failed, once more
+            self._manager.close()
+        self._manager = self._open()
 
 
 def checkpoints_folder(run_dir: str | os.PathLike) -> epath.Path:

@@ -1,5 +1,6 @@
 """Dies without warning at a chosen point of a save: Python tells of every file that it is about to touch."""
 
+import errno
 import os
 import signal
 import sys
@@ -43,5 +44,16 @@ def arm(point: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         if event == "os.rename" and path.endswith(_TMP):
             renamed = True
+
+    sys.addaudithook(watch)
+
+
+def fill_disk_once(ending: str) -> None:
+    """The next opening of a file whose path ends so fails as on a full disk."""
+    pending = [ending]
+
+    def watch(event: str, values: tuple) -> None:
+        if pending and event == "open" and str(values[0]).endswith(pending[0]):
+            raise OSError(errno.ENOSPC, "No space left on device", pending.pop())
 
     sys.addaudithook(watch)

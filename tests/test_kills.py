@@ -106,15 +106,15 @@ def test_a_run_killed_in_a_save_ends_in_the_same_bits(undisturbed, store, tmp_pa
 # ---- Two processes
 
 
-def start(workdir: pathlib.Path, store: pathlib.Path, armed: dict[int, str]) -> list[subprocess.Popen]:
-    """Two processes of two devices each, that train twenty steps; `armed` ones die at their point."""
+def start(workdir: pathlib.Path, store: pathlib.Path, traps: dict[int, str]) -> list[subprocess.Popen]:
+    """Two processes of two devices each, that train twenty steps; `traps` is Python that one of them runs before."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     running = []
     for index in range(2):
-        trap = f"import kill_points; kill_points.arm({armed[index]!r}); " if index in armed else ""
-        program = f"import sys; sys.path.insert(0, 'tests'); {trap}from ctllm_jax.cli import main; main()"
+        trap = f"import kill_points; {traps[index]}" if index in traps else ""
+        program = f"import sys\nsys.path.insert(0, 'tests')\n{trap}\nfrom ctllm_jax.cli import main\nmain()"
         environment = {
             **os.environ,
             "JAX_NUM_CPU_DEVICES": "2",
@@ -149,7 +149,7 @@ def undisturbed_pair(store, tmp_path_factory):
 )
 def test_a_job_of_two_killed_in_a_save_ends_in_the_same_bits(undisturbed_pair, store, tmp_path, index, point):
     workdir = tmp_path / "run"
-    running = start(workdir, store, {index: point})
+    running = start(workdir, store, {index: f"kill_points.arm({point!r})"})
     assert running[index].wait(timeout=600) == -signal.SIGKILL
     running[1 - index].kill()
     for process in running:
@@ -169,3 +169,17 @@ def test_a_job_of_two_takes_the_same_step_though_only_one_of_them_meets_the_dama
     assert sum(log.count("THE CHECKPOINT OF STEP 20 IS DAMAGED") for log in logs) == 1
     assert_same_bits(workdir, undisturbed_pair)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["15", "20", "20.damaged"]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(10, [15, 20]), (20, [15, 20])])
+def test_a_disk_that_is_full_for_one_of_two_is_waited_for_by_both(undisturbed_pair, store, tmp_path, step, kept):
+    """Opening a file of process 1 raises ENOSPC once; steps 10 and 20: made up for later, and at the end of the run."""
+    ending = f"/{step}.orbax-checkpoint-tmp/params.orbax-checkpoint-tmp/array_metadatas/process_1"
+    impatient = "from ctllm_jax import checkpoint; checkpoint.TIMEOUT = 15; checkpoint.PAUSES = (1, 1)"
+    full = f"kill_points.fill_disk_once({ending!r}); {impatient}"
+    logs = finish(start(tmp_path / "run", store, {0: impatient, 1: full}))
+    assert all(log.count(f"the checkpoint of step {step} could not be written (") == 1 for log in logs)
+    assert "(process 1 says why)" in logs[0] or "Timed out" in logs[0] or "DEADLINE" in logs[0]
+    assert "No space left on device" in logs[1]
+    assert_same_bits(tmp_path / "run", undisturbed_pair)
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == kept
