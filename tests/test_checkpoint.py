@@ -127,6 +127,18 @@ def test_a_checkpoint_is_due_by_steps_or_by_the_clock(tmp_path, monkeypatch):
     assert saved == [3, 4, 7, 8, 11, 12]
 
 
+def test_the_clock_is_process_0s(tmp_path, monkeypatch):
+    """Of two processes only this one is here; what the other says is given."""
+    checkpoints = Checkpoints(tmp_path, **POLICY | {"every": 100, "minutes": 1e-9})
+    others = {"late": [False, False, True], "due": [False, True, True], "writing": [True, True, True]}
+    for other, (first, second) in {"late": (False, True), "due": (True, True), "writing": (False, False)}.items():
+        monkeypatch.setattr(checkpoint, "votes", lambda *own, said=others[other]: np.array([said, own]))
+        assert checkpoints.due(1) is first
+        monkeypatch.setattr(checkpoint, "votes", lambda *own, said=others[other]: np.array([own, said]))
+        assert checkpoints.due(1) is second
+    checkpoints.close()
+
+
 def test_checksums_do_not_depend_on_the_layout_and_tell_a_bit():
     sums = checksums(state(1, mesh(4, 2)))
     assert sums == checksums(state(1, mesh(1, 8))) and set(sums) == {"0/embed", "0/norm", "1/0/mu", "1/0/half", "1/1"}

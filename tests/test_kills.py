@@ -106,20 +106,20 @@ def test_a_run_killed_in_a_save_ends_in_the_same_bits(undisturbed, store, tmp_pa
 # ---- Two processes
 
 
-def start(workdir: pathlib.Path, store: pathlib.Path, traps: dict[int, str]) -> list[subprocess.Popen]:
-    """Two processes of two devices each, that train twenty steps; `traps` is Python that one of them runs before."""
+def start(workdir: pathlib.Path, store: pathlib.Path, traps: dict[int, str], processes: int = 2) -> list:
+    """Processes that train twenty steps on four devices in all; `traps` is Python that one of them runs before."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     running = []
-    for index in range(2):
+    for index in range(processes):
         trap = f"import kill_points; {traps[index]}" if index in traps else ""
         program = f"import sys\nsys.path.insert(0, 'tests')\n{trap}\nfrom ctllm_jax.cli import main\nmain()"
         environment = {
             **os.environ,
-            "JAX_NUM_CPU_DEVICES": "2",
+            "JAX_NUM_CPU_DEVICES": str(4 // processes),
             "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": "2",
+            "JAX_NUM_PROCESSES": str(processes),
             "JAX_PROCESS_ID": str(index),
         }
         command = [sys.executable, "-c", program, "train", *OPTIONS, "--config.distributed=True"]
@@ -183,3 +183,20 @@ def test_a_disk_that_is_full_for_one_of_two_is_waited_for_by_both(undisturbed_pa
     assert "No space left on device" in logs[1]
     assert_same_bits(tmp_path / "run", undisturbed_pair)
     assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == kept
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_other_numbers_of_processes_take_up_what_two_left(undisturbed_pair, store, tmp_path, processes):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed_pair, workdir)
+    (workdir / "manifest.json").unlink()
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    logs = finish(start(workdir, store, {}, processes))
+    assert all("train: resumed at step 15" in log for log in logs)
+    ours, theirs = entries(workdir), entries(undisturbed_pair)
+    exact = ("kind", "step", "count", "skipped")
+    assert [[e.get(name) for name in exact] for e in ours] == [[e.get(name) for name in exact] for e in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        values, expected = ({n: v for n, v in entry.items() if n not in exact} for entry in (our, their))
+        assert values == pytest.approx(expected, rel=1e-5)
+    assert saved(workdir)["record"]["ledger"] == saved(undisturbed_pair)["record"]["ledger"]
