@@ -12,6 +12,7 @@ import setuptools
 BASE = [
     "absl-py",  # flags, as ml-collections uses them
     "array-record",  # token store shards, readable by index
+    "etils",  # paths as Orbax wants them
     "flax>=0.12",
     "jax>=0.10,<0.13",
     "ml-collections",
@@ -19,7 +20,7 @@ BASE = [
     "msgpack",  # token store records: plain data, cannot run code
     "numpy",
     "optax",
-    "orbax-checkpoint",
+    "orbax-checkpoint>=0.12.8",  # marks a committed step with a file on every file system
     "safetensors",  # Hugging Face weights without pickle
     "scipy",  # normal quantiles; connected components
     "sentencepiece<0.2.3",  # 0.2.3 needs protobuf 7, TensorFlow and Beam hold protobuf 6

@@ -47,7 +47,10 @@ def get_config(name: str = "tiny") -> ConfigDict:
             eval_every=2000,
             eval_batches=8,
             checkpoint_every=2000,
+            checkpoint_minutes=30.0,
             checkpoints_kept=3,
+            keep_every=50_000,
+            keep_best=0,
             xla_options=dict(),
         )
     )
@@ -56,5 +59,6 @@ def get_config(name: str = "tiny") -> ConfigDict:
     if name == "tiny":
         config.data.rates = ConfigDict()
         config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=40)
-        config.update(batch_size=16, steps=600, log_every=10, eval_every=100, eval_batches=4, checkpoint_every=100)
+        config.update(batch_size=16, steps=600, log_every=10, eval_every=100, eval_batches=4)
+        config.update(checkpoint_every=100, keep_every=0)
     return config

@@ -18,7 +18,7 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     config.init_from = config_dict.placeholder(str)
     config.data.rates = ConfigDict()
     config.optimizer.update(learning_rate=2e-5, final_learning_rate=0.0, warmup_steps=100)
-    config.update(batch_size=128, steps=3691, eval_every=500, checkpoint_every=500)
+    config.update(batch_size=128, steps=3691, eval_every=500, checkpoint_every=500, keep_every=0)
     if name == "tiny":
         config.optimizer.update(learning_rate=3e-4, warmup_steps=5)
         config.update(batch_size=8, steps=40, log_every=2, eval_every=10, checkpoint_every=20)

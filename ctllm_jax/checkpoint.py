@@ -1,63 +1,239 @@
 """Orbax checkpoints of a run: parameters, optimizer and a JSON record, committed whole or not there.
 
-Parameters are an item of their own, so that evaluation and warm starts read nothing else.
+Parameters are an item of their own, so that evaluation and warm starts read nothing else. This module writes;
+`ctllm_jax.restore` reads, and judges what it reads.
 """
 
+import contextlib
+import math
 import os
 import pathlib
+import sys
+import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, read_json
+
+PAUSES = (5, 10, 20, 40, 80, 160)  # seconds before a save that failed is tried again; after the last one it is given up
+TIMEOUT = 600  # seconds that a save may take; a process that failed is waited for as long
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; saving returns at once, the writing goes on in the background."""
+    """Saves the checkpoints of one run directory; saving returns at once, the writing goes on in the background.
 
-    def __init__(self, run_dir: str | os.PathLike, keep: int | None = None):
-        self.folder = as_path(run_dir) / "checkpoints"
-        location = self.folder.absolute() if isinstance(self.folder, pathlib.Path) else self.folder
-        self._manager = ocp.CheckpointManager(
-            location,
+    A save that fails is tried again after a pause with what the state is by then: training goes on meanwhile, and no
+    copy of the old state takes up memory. All processes must make the same calls in the same order.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        *,
+        every: int,
+        minutes: float,
+        ask_every: int,
+        kept: int,
+        keep_every: int,
+        keep_best: int,
+    ):
+        """`ask_every`: steps between looks at the clock (of process 0) in a job of several processes; the others are as
+        in TrainConfig."""
+        self.folder = checkpoints_folder(run_dir)
+        self._every, self._seconds, self._ask_every = every, 60 * minutes or math.inf, ask_every
+        self._saving: int | None = None  # the step under way in the background
+        self._error: Exception | None = None  # what kept that save from starting
+        self._failures = 0  # since the last save that was committed
+        self._lost = 0  # saves that failed in all
+        self._saved_at, self._retry_at = time.monotonic(), 0.0
+        policies = ocp.checkpoint_managers
+        keep = [policies.LatestN(kept)]
+        if keep_every:
+            keep.append(policies.EveryNSteps(keep_every))
+        if keep_best:
+            keep.append(
+                policies.BestN(
+                    get_metric_fn=_held_out_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+                )
+            )
+        self._keep, self._by_loss = policies.AnyPreservationPolicy(keep), keep_best > 0
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+                preservation_policy=self._keep,
+                best_fn=_held_out_loss if self._by_loss else None,  # without it no loss is written
+                best_mode="min",
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    barrier_sync_key_prefix=f"after-{self._lost}" if self._lost else None
+                ),
             ),
         )
 
-    def latest(self) -> int | None:
-        """Newest committed step, or None."""
-        return self._manager.latest_step()
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint of this step is wanted, by steps or by the clock; the same in all processes.
 
-    def save(self, step: int, params: Any, optimizer: Any, record: dict) -> None:
-        """Starts to save a step; raises what an earlier background save ran into."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
-                record=ocp.args.JsonSave(record),
-            ),
-        )
+        Raises:
+          UserError: an earlier save failed for the last time.
+        """
+        scheduled = step % self._every == 0
+        if not scheduled and jax.process_count() > 1 and step % self._ask_every:
+            return False
+        now = time.monotonic()
+        by_clock = now - self._saved_at >= self._seconds
+        said = votes(self._manager.is_saving_in_progress(), by_clock, now >= self._retry_at)
+        busy, by_clock, calm = said[:, 0].any(), said[0, 1], said[0, 2]
+        known = self._failures
+        if not busy:
+            self._settle()
+        if self._failures:
+            return self._failures == known and bool(calm)
+        return bool(scheduled or (by_clock and not busy))
 
-    def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict]:
-        """(params, optimizer, record) of a step, laid out like the given abstract trees (with shardings)."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                optimizer=ocp.args.StandardRestore(optimizer),
-                record=ocp.args.JsonRestore(),
-            ),
+    def save(
+        self,
+        step: int,
+        params: Any,
+        optimizer: Any,
+        record: dict,
+        held_out_loss: float | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Starts to save a step, after the save before it has ended.
+
+        Args:
+          step: names the checkpoint.
+          params, optimizer: trees of arrays, which may be used up as soon as this returns.
+          record: JSON-able; checksums of the arrays are added to it.
+          held_out_loss: by which the best are kept; None where the step was not evaluated.
+          wait: returns only when the checkpoint is committed, trying again with the same state if need be.
+
+        Raises:
+          UserError: the save failed for the last time (with `wait`), or an earlier one did.
+        """
+        self._settle()
+        record = {**record, "checksums": checksums({"params": params, "optimizer": optimizer})}
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(optimizer),
+            record=ocp.args.JsonSave(record),
         )
-        return restored.params, restored.optimizer, restored.record
+        metrics = None if held_out_loss is None else {"loss": held_out_loss}
+        self._start(step, items, metrics)
+        while wait:
+            self._settle()
+            if not self._failures:
+                return
+            time.sleep(max(0.0, self._retry_at - time.monotonic()))
+            self._start(step, items, metrics)
 
     def close(self) -> None:
         """Waits until everything saved is committed, then frees the manager's threads."""
-        self._manager.wait_until_finished()
+        self._settle()
         self._manager.close()
+
+    def _start(self, step: int, items: ocp.args.Composite, metrics: dict | None) -> None:
+        self._saving, self._saved_at = step, time.monotonic()
+        try:
+            self._manager.save(step, args=items, metrics=metrics)
+        except OSError as error:
+            self._error = error
+
+    def _settle(self) -> None:
+        """Waits for the save under way and takes note of how it ended, in any process.
+
+        Raises:
+          UserError: it failed, and so did all before it that may.
+        """
+        if self._saving is None:
+            return
+        step, self._saving = self._saving, None
+        error, self._error = self._error, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as failure:  # TensorStore has no type of its own for what a disk says
+            error = failure
+        failed = votes(error is not None)[:, 0]
+        if not failed.any():
+            self._failures = 0
+            return
+        if jax.process_index() == 0:  # what it has written takes up the room that the next attempt needs
+            for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                leftover.rmtree(missing_ok=True)
+        self._failures, self._lost = self._failures + 1, self._lost + 1
+        self._reopen()
+        cause = message(error) if error else f"process {int(failed.argmax())} says why"
+        what = f"{self.folder}: the checkpoint of step {step} could not be written ({cause})"
+        if self._failures > len(PAUSES):
+            raise UserError(
+                f"{what}, nor could the {len(PAUSES)} attempts before it. Checkpoints there: "
+                f"{list(self._manager.all_steps()) or 'none'}. Make room or mend the disk; the same command goes on "
+                "from the newest"
+            ) from error
+        pause = PAUSES[self._failures - 1]
+        self._retry_at = time.monotonic() + pause
+        print(f"train: {what}; attempt {self._failures + 1} in {pause} s", file=sys.stderr)
+
+    def _reopen(self) -> None:
+        """A manager that knows nothing of the save that failed: what that one was to replace is there as before, and no
+        barrier has the name of one where a process is missing."""
+        with contextlib.suppress(Exception):  # of the save that failed, once more
+            self._manager.close()
+        self._manager = self._open()
+
+
+def checkpoints_folder(run_dir: str | os.PathLike) -> epath.Path:
+    """Where a run's checkpoints lie, as Orbax wants it: absolute."""
+    folder = epath.Path(run_dir) / "checkpoints"
+    return epath.Path(os.path.abspath(folder)) if "://" not in str(run_dir) else folder
+
+
+def _held_out_loss(metrics: dict) -> float:
+    """What the best checkpoints are told by: lower is better, and no number is worst."""
+    return metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf
+
+
+def message(error: BaseException) -> str:
+    """What an error comes from, in a line: TensorStore's go on for pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).partition(" [tensorstore_spec=")[0].splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 400 else f"{lines[0][:195]} ... {lines[0][-200:]}"  # the reason comes last
+
+
+def votes(*own: bool) -> np.ndarray:
+    """What every process says [processes, questions]; all must ask at the same point."""
+    if jax.process_count() == 1:
+        return np.array([own], bool)
+    return np.asarray(multihost_utils.process_allgather(np.array(own, bool)))
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Sum of each leaf's bits, by 32 (modulo 2^32), by the leaf's name: the same however the leaf is laid out."""
+    leaves = ocp.tree.to_flat_dict(tree, sep="/")
+    everywhere = NamedSharding(next(iter(leaves.values())).sharding.mesh, PartitionSpec())
+    sums = jax.device_get(jax.jit(_bit_sums, out_shardings=everywhere)(leaves))
+    return {name: int(value) for name, value in sums.items()}
+
+
+def _bit_sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def sum_of(leaf: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)  # 8 bytes give two of four
+        return jnp.sum(jax.lax.bitcast_convert_type(leaf, unsigned), dtype=jnp.uint32)
+
+    return {name: sum_of(leaf) for name, leaf in leaves.items()}
 
 
 def save_params(run_dir: str | os.PathLike, params: dict, step: int) -> None:
@@ -66,33 +242,3 @@ def save_params(run_dir: str | os.PathLike, params: dict, step: int) -> None:
     manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
     manager.wait_until_finished()
     manager.close()
-
-
-def load_params(run_dir: str | os.PathLike, abstract: Any, step: int | None = None) -> tuple[dict, int, str]:
-    """Reads the parameters of a run.
-
-    Args:
-      run_dir: a run directory.
-      abstract: tree of ShapeDtypeStructs to read into; their shardings, where set, are honoured.
-      step: which checkpoint; None takes the newest.
-
-    Returns:
-      (params, step, digest that names the run and step).
-
-    Raises:
-      UserError: no such checkpoint.
-    """
-    folder = pathlib.Path(run_dir) / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(f"{run_dir}: holds no checkpoints")
-    steps = sorted(ocp.utils.checkpoint_steps(folder.absolute()))  # committed ones only
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{run_dir}: no checkpoint of step {step}; there are: {steps or 'none'}")
-    step = steps[-1] if step is None else step
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default), abstract
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(folder.absolute() / str(step) / "params", abstract)
-    return params, step, f"{read_json(pathlib.Path(run_dir) / 'run.json')['fingerprint']}@{step}"

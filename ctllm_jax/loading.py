@@ -6,13 +6,13 @@ import pathlib
 from collections.abc import Iterable, Sequence
 
 from ctllm_jax import hf
-from ctllm_jax.checkpoint import load_params
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import identity, read_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.model import ModelConfig, abstract_params
+from ctllm_jax.restore import load_params
 
 
 @dataclasses.dataclass(frozen=True)

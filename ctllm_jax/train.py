@@ -36,6 +36,7 @@ from ctllm_jax.metrics import Meter, MetricsLog
 from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
 from ctllm_jax.objectives import STORE_KINDS, ObjectiveConfig, make_objective
 from ctllm_jax.optim import OptimizerConfig, make_optimizer, schedule
+from ctllm_jax.restore import restore_newest
 from ctllm_jax.sharding import RULES, MeshConfig, make_mesh
 from ctllm_jax.step import TrainState, jit_step, state_shardings
 
@@ -60,8 +61,11 @@ class TrainConfig:
     log_every: int  # steps between lines of metrics.jsonl
     eval_every: int  # steps between looks at the held-out split
     eval_batches: int  # most batches of each source at such a look
-    checkpoint_every: int
-    checkpoints_kept: int
+    checkpoint_every: int  # steps between checkpoints; the last step is always saved
+    checkpoint_minutes: float  # one is also due when the last is so many minutes old (0: never for that reason)
+    checkpoints_kept: int  # newest checkpoints that stay; so do those that the next two say
+    keep_every: int  # checkpoints of the multiples of so many steps stay for ever (0: none)
+    keep_best: int  # so many with the lowest held-out loss stay (0: none), of the steps that were evaluated
     xla_options: dict[str, str]  # options of the step's compiler, by the names that XLA gives them
 
     def __post_init__(self):
@@ -69,6 +73,18 @@ class TrainConfig:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches")
         if (self.model is None) == (self.init_from is None):
             raise ValueError("give either model (a fresh start) or init_from (its architecture is taken over)")
+        if self.checkpoint_every < 1 or self.checkpoints_kept < 1:
+            raise ValueError("checkpoint_every and checkpoints_kept must be at least 1")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}: most of "
+                "those steps would not be saved"
+            )
+        if self.keep_best and self.checkpoint_every % self.eval_every:
+            raise ValueError(
+                f"keep_best compares held-out losses, but not every step of checkpoint_every {self.checkpoint_every} "
+                f"is evaluated (eval_every {self.eval_every}); make it a multiple"
+            )
 
 
 def evaluate(eval_fn, state: TrainState, reference: dict | None, job: "Job") -> dict[str, float]:
@@ -141,17 +157,23 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
     if jax.process_index() == 0:
         _write_run(job)
     optimizer = make_optimizer(config.optimizer, job.model, config.steps)
-    checkpoints = Checkpoints(job.stage.folder, config.checkpoints_kept)
     state, reference = _start_state(job, optimizer, origin)
-    ledger = dict.fromkeys(sources, 0)
-    first = checkpoints.latest() or 0
-    if first:
-        params, rest, record = checkpoints.restore(
-            first, _like(state.params), _like((state.optimizer, state.step, state.skipped))
-        )
-        _check_past_rates(config, record["rates"], first)
-        state, ledger = TrainState(params, *rest), record["ledger"]
+    first, ledger = 0, dict.fromkeys(sources, 0)
+    saved = restore_newest(job.stage.folder, _like(state.params), _like((state.optimizer, state.step, state.skipped)))
+    if saved:
+        first, ledger = saved.step, saved.record["ledger"]
+        _check_past_rates(config, saved.record["rates"], first)
+        state = TrainState(saved.params, *saved.optimizer)
         print(f"train: resumed at step {first}", file=sys.stderr)
+    checkpoints = Checkpoints(
+        job.stage.folder,
+        every=config.checkpoint_every,
+        minutes=config.checkpoint_minutes,
+        ask_every=config.log_every,
+        kept=config.checkpoints_kept,
+        keep_every=config.keep_every,
+        keep_best=config.keep_best,
+    )
 
     # ---- Compiled steps, the stream of batches, the books
     objective = make_objective(config.objective, job.model, len(sources))
@@ -173,12 +195,13 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
             state, metrics = step_fn(state, reference, batch)
             meter.dispatched(step, metrics, progress)
             last, stop = step == config.steps, stopping.requested
-            if last or step % config.eval_every == 0:
+            evaluated = last or step % config.eval_every == 0
+            if evaluated:
                 meter.catch_up(progress)
                 held = evaluate(eval_fn, state, reference, job)
                 log.write("eval", step, held)
                 meter.restart_clock()
-            if last or stop or step % config.checkpoint_every == 0:
+            if last or stop or checkpoints.due(step):
                 meter.catch_up(progress)  # the ledger up to this very step goes into the checkpoint
                 record = {
                     "step": step,
@@ -186,7 +209,9 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
                     "store": store.fingerprint,
                     "rates": _rates(config, step),
                 }
-                checkpoints.save(step, state.params, (state.optimizer, state.step, state.skipped), record)
+                rest = (state.optimizer, state.step, state.skipped)
+                loss = held.get("loss") if evaluated else None
+                checkpoints.save(step, state.params, rest, record, loss, wait=last or stop)
                 meter.restart_clock()
             if stop and not last:
                 break
@@ -232,7 +257,14 @@ def _decisive(config: TrainConfig, model: ModelConfig) -> dict:
     settings = dataclasses.asdict(config)
     for name in ("mesh", "distributed", "microbatches", "log_every", "eval_every", "eval_batches"):
         settings.pop(name)
-    for name in ("checkpoint_every", "checkpoints_kept", "xla_options"):
+    for name in (
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "checkpoints_kept",
+        "keep_every",
+        "keep_best",
+        "xla_options",
+    ):
         settings.pop(name)
     settings.pop("init_from")  # by its digest
     settings["objective"].pop("cross_entropy")  # a matter of memory

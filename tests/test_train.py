@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from test_checkpoint import cut, largest
 from tiny_stores import tiny_store, train_values
 
 from ctllm_jax import train
@@ -177,7 +178,13 @@ def test_a_finished_run_returns_at_once(finished, stores, monkeypatch):
     assert train.run(config_of(stores["pretrain"]), str(workdir)) == result
     # What does not decide the result may differ.
     other = config_of(
-        stores["pretrain"], mesh__data=8, log_every=7, microbatches=2, checkpoints_kept=1, model__remat="full"
+        stores["pretrain"],
+        mesh__data=8,
+        log_every=7,
+        microbatches=2,
+        checkpoints_kept=1,
+        keep_every=5,
+        model__remat="full",
     )
     assert train.run(other, str(workdir)) == result
 
@@ -228,6 +235,29 @@ def test_a_killed_run_ends_in_the_same_bits(finished, stores, tmp_path, capsys):
     train.run(config_of(stores["pretrain"]), str(workdir))
     assert "train: resumed at step 5" in capsys.readouterr().err
     assert_same_run(workdir, finished[0])
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_not_bits(finished, stores, tmp_path, capsys):
+    """metrics.jsonl and the ledger follow the step that was really restored."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").unlink()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    cut(largest(checkpoints / "12" / "optimizer"))
+    (checkpoints / "10" / "commit_success.txt").unlink()
+    train.run(config_of(stores["pretrain"]), str(tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert said.count("IS DAMAGED") == 2 and "train: resumed at step 5" in said
+    assert_same_run(tmp_path / "run", finished[0])
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["10", "10.damaged", "12", "12.damaged", "5"]
+
+
+def test_checkpoints_by_the_clock_and_by_held_out_loss_leave_no_trace_in_the_result(finished, stores, tmp_path):
+    change = {"checkpoint_every": 4, "checkpoint_minutes": 1e-5, "checkpoints_kept": 1, "keep_best": 1, "keep_every": 8}
+    train.run(config_of(stores["pretrain"], **change), str(tmp_path / "run"))
+    assert_same_run(tmp_path / "run", finished[0])
+    losses = {entry["step"]: entry["loss"] for entry in entries(tmp_path / "run", "eval") if entry["step"]}
+    kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == sorted({8, 12, min(losses, key=losses.get)})
 
 
 def stopped(monkeypatch, step: int, config: TrainConfig, workdir) -> None:
@@ -413,6 +443,9 @@ def test_a_layout_that_does_not_divide_is_refused_by_name(stores, tmp_path, chan
         ({"model": None}, "give either model .* or init_from"),
         ({"objective__name": "ppo"}, "objective 'ppo' is unknown; there are: lm, dpo"),
         ({"model__remat": "some"}, "remat 'some' is unknown"),
+        ({"checkpoints_kept": 0}, "checkpoint_every and checkpoints_kept must be at least 1"),
+        ({"keep_every": 7}, "keep_every 7 is no multiple of checkpoint_every 5"),
+        ({"keep_best": 1}, "not every step of checkpoint_every 5 is evaluated"),
     ],
 )
 def test_contradictions_in_a_config_are_refused(change, message):

@@ -116,6 +116,9 @@ def train_values(store: pathlib.Path) -> dict:
         "eval_every": 4,
         "eval_batches": 1,
         "checkpoint_every": 5,
+        "checkpoint_minutes": 0.0,
         "checkpoints_kept": 5,
+        "keep_every": 0,
+        "keep_best": 0,
         "xla_options": {},
     }

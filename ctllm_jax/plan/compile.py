@@ -96,6 +96,7 @@ def _decisive(config: TrainConfig) -> dict:
     values = dataclasses.asdict(config)
     values["data"].update(store="", rate_changes=())
     values.update(seed=0, log_every=1, eval_every=1, eval_batches=1, checkpoint_every=1, checkpoints_kept=1)
+    values.update(checkpoint_minutes=0.0, keep_every=0, keep_best=0)
     return values | {"distributed": False}
 
 

@@ -1,0 +1,202 @@
+"""Twenty steps are ten, a SIGKILL somewhere in a save, and the rest: to the last bit, in one process and in two."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+from kill_points import POINTS, arm
+from test_checkpoint import cut, largest
+from test_processes import OPTIONS
+from test_train import compiled_once, config_of, entries  # noqa: F401 (a fixture that applies here too)
+from tiny_stores import tiny_store
+
+from ctllm_jax import train
+from ctllm_jax.common.files import read_json
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SETTINGS = {"steps": 20, "checkpoint_every": 5, "checkpoints_kept": 1}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tiny_store(tmp_path_factory.mktemp("stores") / "store").folder
+
+
+def with_batches(monkeypatch, workdir, store) -> dict[int, str]:
+    """Trains; returns what was learned from at each step, as hashes."""
+    seen, prefetched = {}, train.prefetched
+
+    def watched(stream, start, stop, mesh):
+        for step, batch in enumerate(prefetched(stream, start, stop, mesh), start + 1):
+            seen[step] = hashlib.sha256(
+                b"".join(np.asarray(batch[name]).tobytes() for name in sorted(batch))
+            ).hexdigest()
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "prefetched", watched)
+        train.run(config_of(store, **SETTINGS), str(workdir))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store, tmp_path_factory):
+    """(run directory, batches) of twenty steps in one go."""
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:
+        return workdir, with_batches(patch, workdir, store)
+
+
+def saved(workdir, step: int = 20) -> dict:
+    """Everything in a checkpoint, whatever devices it was saved from."""
+    folder = epath.Path(workdir).absolute() / "checkpoints" / str(step)
+    arrays = {}
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        for item in ("params", "optimizer"):
+            names = handler.metadata(folder / item).tree
+            host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
+            arrays[item] = handler.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=host))
+    return {**arrays, "record": read_json(folder / "record" / "metadata")}
+
+
+def assert_same_bits(workdir, other) -> None:
+    ours, theirs = saved(workdir), saved(other)
+    assert ours.pop("record") == theirs.pop("record")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert entries(workdir) == entries(other)
+    assert [entry["step"] for entry in entries(workdir, "train")] == list(range(1, 21))
+    assert read_json(workdir / "manifest.json")["result"] == read_json(other / "manifest.json")["result"]
+
+
+def killed_run(store: str, workdir: str, point: str) -> None:
+    arm(point)
+    train.run(config_of(store, **SETTINGS), workdir)
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS if "its" not in point.split()])
+def test_a_run_killed_in_a_save_ends_in_the_same_bits(undisturbed, store, tmp_path, monkeypatch, capsys, point):
+    workdir = tmp_path / "run"
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); import conftest, test_kills; "
+        f"test_kills.killed_run({str(store)!r}, {str(workdir)!r}, {point!r})"
+    )
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False, timeout=600)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()[-3000:]
+    assert not (workdir / "manifest.json").exists()
+    batches = with_batches(monkeypatch, workdir, store)
+    first = 10 if POINTS[point][2] else 5
+    assert f"train: resumed at step {first}" in capsys.readouterr().err
+    assert batches == {step: batch for step, batch in undisturbed[1].items() if step > first}
+    assert_same_bits(workdir, undisturbed[0])
+    assert [path.name for path in (workdir / "checkpoints").iterdir() if ".damaged" not in path.name] == ["20"]
+
+
+# ---- Two processes
+
+
+def start(workdir: pathlib.Path, store: pathlib.Path, traps: dict[int, str], processes: int = 2) -> list:
+    """Processes that train twenty steps on four devices in all; `traps` is Python that one of them runs before."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for index in range(processes):
+        trap = f"import kill_points; {traps[index]}" if index in traps else ""
+        program = f"import sys\nsys.path.insert(0, 'tests')\n{trap}\nfrom ctllm_jax.cli import main\nmain()"
+        environment = {
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": str(4 // processes),
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(index),
+        }
+        command = [sys.executable, "-c", program, "train", *OPTIONS, "--config.distributed=True"]
+        command += ["--config.steps=20", "--config.checkpoint_every=5", "--config.checkpoints_kept=2"]
+        command += [f"--config.data.store={store}", f"--workdir={workdir}"]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    return running
+
+
+def finish(running: list[subprocess.Popen]) -> list[str]:
+    logs = [process.communicate(timeout=600)[1] for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(log[-3000:] for log in logs)
+    return logs
+
+
+@pytest.fixture(scope="module")
+def undisturbed_pair(store, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "pair"
+    finish(start(workdir, store, {}))
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("index", "point"),
+    [(1, "before its arrays' sizes"), (0, "before the step's renaming"), (0, "before the last item's renaming")],
+)
+def test_a_job_of_two_killed_in_a_save_ends_in_the_same_bits(undisturbed_pair, store, tmp_path, index, point):
+    workdir = tmp_path / "run"
+    running = start(workdir, store, {index: f"kill_points.arm({point!r})"})
+    assert running[index].wait(timeout=600) == -signal.SIGKILL
+    running[1 - index].kill()
+    for process in running:
+        process.communicate()
+    logs = finish(start(workdir, store, {}))
+    assert all("train: resumed at step 5" in log for log in logs)
+    assert_same_bits(workdir, undisturbed_pair)
+
+
+def test_a_job_of_two_takes_the_same_step_though_only_one_of_them_meets_the_damage(undisturbed_pair, store, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed_pair, workdir)
+    (workdir / "manifest.json").unlink()
+    cut(largest(workdir / "checkpoints" / "20" / "params" / "ocdbt.process_1"))
+    logs = finish(start(workdir, store, {}))
+    assert all("train: resumed at step 15" in log for log in logs)
+    assert sum(log.count("THE CHECKPOINT OF STEP 20 IS DAMAGED") for log in logs) == 1
+    assert_same_bits(workdir, undisturbed_pair)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["15", "20", "20.damaged"]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(10, [15, 20]), (20, [15, 20])])
+def test_a_disk_that_is_full_for_one_of_two_is_waited_for_by_both(undisturbed_pair, store, tmp_path, step, kept):
+    """Opening a file of process 1 raises ENOSPC once; steps 10 and 20: made up for later, and at the end of the run."""
+    ending = f"/{step}.orbax-checkpoint-tmp/params.orbax-checkpoint-tmp/array_metadatas/process_1"
+    impatient = "from ctllm_jax import checkpoint; checkpoint.TIMEOUT = 15; checkpoint.PAUSES = (1, 1)"
+    full = f"kill_points.fill_disk_once({ending!r}); {impatient}"
+    logs = finish(start(tmp_path / "run", store, {0: impatient, 1: full}))
+    assert all(log.count(f"the checkpoint of step {step} could not be written (") == 1 for log in logs)
+    assert "(process 1 says why)" in logs[0] or "Timed out" in logs[0] or "DEADLINE" in logs[0]
+    assert "No space left on device" in logs[1]
+    assert_same_bits(tmp_path / "run", undisturbed_pair)
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == kept
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_other_numbers_of_processes_take_up_what_two_left(undisturbed_pair, store, tmp_path, processes):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed_pair, workdir)
+    (workdir / "manifest.json").unlink()
+    shutil.rmtree(workdir / "checkpoints" / "20")
+    logs = finish(start(workdir, store, {}, processes))
+    assert all("train: resumed at step 15" in log for log in logs)
+    ours, theirs = entries(workdir), entries(undisturbed_pair)
+    exact = ("kind", "step", "count", "skipped")
+    assert [[e.get(name) for name in exact] for e in ours] == [[e.get(name) for name in exact] for e in theirs]
+    for our, their in zip(ours, theirs, strict=True):
+        values, expected = ({n: v for n, v in entry.items() if n not in exact} for entry in (our, their))
+        assert values == pytest.approx(expected, rel=1e-5)
+    assert saved(workdir)["record"]["ledger"] == saved(undisturbed_pair)["record"]["ledger"]
