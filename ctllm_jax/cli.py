@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.quiet import quiet_libraries
+from ctllm_jax.common.status import EXIT_MISTAKE
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXIT_CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE ended
@@ -40,7 +41,7 @@ class Option:
 
     form: str  # as the help writes it
     help: str
-    default: str | float | bool
+    default: str | float | int | bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +132,14 @@ VERBS = {
 }
 
 
+LAUNCH = "any of these as a job of one or several processes: ctllm launch TARGET -- VERB ..."
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `ctllm` script.
 
-    Exit status: 0 done, 2 the user's to mend, 75 stopped and saved, 130 interrupted, 141 nobody read the output on.
+    Exit status: 0 done, 1 an error of ours, 2 the user's to mend, 69 another process of the job is gone (134 where JAX
+    noticed first), 75 stopped and saved, 130 interrupted, 141 nobody read the output on.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -142,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.flush()  # here, where a closed pipe can still be dealt with
     except UserError as error:
         print(f"ctllm: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)
     except KeyboardInterrupt:
         print("ctllm: interrupted; run the same command to go on", file=sys.stderr)
         sys.exit(130)
@@ -164,10 +169,13 @@ def _dispatch(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return
+    if argv[0] == "launch":
+        importlib.import_module("launch.run").main(argv[1:])
+        return
     if argv[0] not in VERBS:
-        raise UserError(f"unknown verb {argv[0]!r}; there are: {', '.join(VERBS)}")
+        raise UserError(f"unknown verb {argv[0]!r}; there are: {', '.join(VERBS)}, launch")
     verb = VERBS[argv[0]]
-    values = _parse(argv[0], verb, argv[1:])
+    values = parse(argv[0], verb, argv[1:])
     if values is None:
         return
     data_side = verb.module.startswith("data_pipeline")
@@ -191,8 +199,19 @@ def _execute(name: str, verb: Verb, values: dict, workdir: str | None, show: boo
     module.run(config, workdir)
 
 
-def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None, bool] | None:
-    """(config, workdir, print only?) from the command line, or None after --help."""
+def define(options: Mapping[str, Option], values: flags.FlagValues) -> None:
+    """Adds options to the flags that `values` parses."""
+    makers = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, float: flags.DEFINE_float, str: flags.DEFINE_string}
+    for key, option in options.items():
+        makers[type(option.default)](key, option.default, "", flag_values=values)
+
+
+def parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None, bool] | None:
+    """(config, workdir, print only?) from the command line, or None after --help.
+
+    Raises:
+      UserError: an unknown flag or key, a value of the wrong kind, a config file that cannot be loaded.
+    """
     values = flags.FlagValues()
     default = str(ROOT / verb.default) if verb.default else None
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -204,11 +223,7 @@ def _parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | Non
         config_flags.DEFINE_config_file("config", default, "", flag_values=values)
         flags.DEFINE_string("workdir", None, "", flag_values=values)
         flags.DEFINE_bool("print_config", False, "", flag_values=values)
-        for key, option in verb.options.items():
-            define = {bool: flags.DEFINE_bool, float: flags.DEFINE_float, str: flags.DEFINE_string}[
-                type(option.default)
-            ]
-            define(key, option.default, "", flag_values=values)
+        define(verb.options, values)
         rest = values([name, *arguments])[1:]
         config = values.config
         if config is not None:
@@ -290,6 +305,7 @@ def _overview() -> str:
             "ctllm VERB --config=FILE.py[:arg] [--config.key=value ...] --workdir=DIR [--print_config]",
             "",
             *lines,
+            f"  {'launch':<11} {LAUNCH}",
             "",
             "ctllm VERB --help lists a verb's flags; configs/ holds the configs.",
         ]

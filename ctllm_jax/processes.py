@@ -1,15 +1,34 @@
-"""Jobs of several processes: joining them, and letting one go first."""
+"""Jobs of several processes: joining them, noticing when one is gone, deciding together, letting one go first.
+
+JAX's coordination service, which runs in process 0, is what they talk over. It ends the others by itself when one is
+silent for `_JAX_SILENCE` seconds, with an abort (status 134). `job` is quicker, says who it was, and ends with a status
+of its own, on every kind of device: a collective that waits for a dead process may fail, but may also wait for ever.
+"""
 
 import contextlib
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import jax
+import numpy as np
+from jax._src import distributed  # the only way to the coordination service's client
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_BEAT = 5.0  # seconds between two signs of life
+_SILENCE = 20.0  # seconds without one after which a process counts as gone
+_JAX_SILENCE = 60  # JAX notices after half of it at the earliest: later than _SILENCE + 2 * _BEAT
+_VERDICT = _SILENCE + 3 * _BEAT  # by then it is known whether one is gone
+_PARTING = 3.0  # seconds that a failed process has to print its error
+_SIGNS, _NEWS = "ctllm/signs/", "ctllm/news/"  # keys at the coordination service, one a process each
 
 
 def join() -> None:
@@ -20,17 +39,148 @@ def join() -> None:
 
     Raises:
       UserError: only some of the variables are set, or there is no such job.
+      SystemExit: with EXIT_LOST, the others did not come.
     """
     given = [name for name in (_ADDRESS, _COUNT, _INDEX) if name in os.environ]
     if given and len(given) < 3:
         raise UserError(f"{', '.join(given)} set, but a job needs {_ADDRESS}, {_COUNT} and {_INDEX}")
     try:
-        if given:
-            jax.distributed.initialize(os.environ[_ADDRESS], int(os.environ[_COUNT]), int(os.environ[_INDEX]))
-        else:
-            jax.distributed.initialize()
-    except (RuntimeError, ValueError) as error:
+        place = (os.environ[_ADDRESS], int(os.environ[_COUNT]), int(os.environ[_INDEX])) if given else ()
+        jax.distributed.initialize(*place, heartbeat_timeout_seconds=_JAX_SILENCE)
+    except ValueError as error:
         raise UserError(f"could not join a job of several processes: {error}") from None
+    except RuntimeError as error:
+        print(f"ctllm: error: could not join a job of several processes: {error}", file=sys.stderr)
+        sys.exit(EXIT_LOST)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has put a handler of its own there
+
+
+@contextlib.contextmanager
+def job() -> Iterator[None]:
+    """Joins the job and, inside the block, keeps watch over it.
+
+    When a process is gone (killed, its host lost), every other one says which and ends with EXIT_LOST within a minute.
+    A process that leaves the block by an error tells the others, and ends without waiting for them.
+
+    Raises:
+      UserError, SystemExit: as `join`.
+    """
+    join()
+    watch = _Watch(distributed.global_state.client, jax.process_index())
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        watch.failed(error)
+        raise
+    finally:
+        watch.close()
+
+
+class _Watch:
+    """A thread that gives signs of life and hears what has become of the others; process 0's also counts the signs."""
+
+    def __init__(self, client, index: int):
+        self._client, self._index = client, index
+        self._seen: dict[str, tuple[str, float]] = {}  # {key: (sign, when it was new)}
+        self._leaving, self._signing = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="job watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the watch; no sign of this process is waited for from now on."""
+        with self._signing, contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._leaving.set()
+            self._client.key_value_delete(f"{_SIGNS}{self._index}")
+            self._client.key_value_set(f"{_NEWS}{self._index}", "it leaves", allow_overwrite=True)
+        self._thread.join()  # a thread that is inside JAX when Python ends aborts the process
+
+    def failed(self, error: BaseException) -> None:
+        """Tells the others of an error here, and makes sure that this process ends in spite of them."""
+        summary = f"{type(error).__name__}: {_first_line(error)}"
+        if isinstance(error, jax.errors.JaxRuntimeError):  # maybe but the echo of a death elsewhere
+            print(f"process {self._index}: {summary}; waiting to hear of the others", file=sys.stderr, flush=True)
+            self._thread.join(_VERDICT)  # it ends this process where another one is gone
+        self._leaving.set()
+        self._tell(f"process {self._index} failed ({summary})")
+        # As Python ends, JAX and Orbax wait for the others, who are not coming.
+        status = {UserError: EXIT_MISTAKE, KeyboardInterrupt: 130}.get(type(error), 1)  # as cli.main has it
+        parting = threading.Timer(_PARTING * (2 if self._index == 0 else 1), os._exit, (status,))
+        parting.daemon = True
+        parting.start()
+
+    def _tell(self, news: str) -> None:
+        for index in range(jax.process_count()):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one told it first, or process 0 is gone
+                self._client.key_value_set(f"{_NEWS}{index}", news)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._sign()
+                if self._index == 0:
+                    self._count_signs()
+                news = self._client.blocking_key_value_get(f"{_NEWS}{self._index}", int(_BEAT * 1000))
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" in str(error):  # no news
+                    continue
+                news = f"process 0 is gone ({_first_line(error)})"
+            else:  # who fails by itself says more than we can; process 0 ends last, so that all hear it
+                self._leaving.wait(2 * _PARTING if self._index == 0 else _PARTING + 1)
+            if not self._leaving.is_set():
+                _leave(self._index, news)
+            return
+
+    def _sign(self) -> None:
+        with self._signing:
+            if not self._leaving.is_set():
+                sign = str(time.monotonic())  # any that differs from the one before
+                self._client.key_value_set(f"{_SIGNS}{self._index}", sign, allow_overwrite=True)
+
+    def _count_signs(self) -> None:
+        now = time.monotonic()
+        signs = dict(self._client.key_value_dir_get(_SIGNS))  # without those who have left
+        for key, sign in signs.items():
+            if self._seen.get(key, ("", 0.0))[0] != sign:
+                self._seen[key] = (sign, now)
+        gone = sorted(int(key.rpartition("/")[2]) for key in signs if now - self._seen[key][1] > _SILENCE)
+        if gone:
+            who = f"process {gone[0]} is" if len(gone) == 1 else f"processes {', '.join(map(str, gone))} are"
+            self._tell(f"{who} gone (no sign of life for {_SILENCE:.0f} s)")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _leave(index: int, news: str) -> None:
+    """Ends this process at once, whatever its other threads are waiting for."""
+    text = f"ctllm: error: {news}; process {index} ends: start the job again and it goes on from its last checkpoint\n"
+    os.write(sys.stderr.fileno(), text.encode())  # not through sys.stderr: another thread may hold it
+    os._exit(EXIT_LOST)
+
+
+class Vote:
+    """Whether any process of the job wants something: all get the same answer at the same call."""
+
+    def __init__(self, mesh: Mesh):
+        self._pending = None
+        if jax.process_count() > 1:
+            spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            self._ballots = [
+                jax.make_array_from_callback((mesh.size,), spread, lambda _, wish=wish: np.array([wish], np.int32))
+                for wish in (0, 1)
+            ]
+            self._count = jax.jit(lambda ballots: ballots.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def cast(self, wish: bool) -> bool:
+        """Casts this process's vote and returns the outcome of the call before, so that no device is waited for.
+
+        A job of one process gets its own wish back at once.
+        """
+        if jax.process_count() == 1:
+            return wish
+        before, self._pending = self._pending, self._count(self._ballots[wish])
+        return before is not None and bool(before)
 
 
 @contextlib.contextmanager

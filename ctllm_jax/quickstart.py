@@ -5,16 +5,15 @@ again: finished stages say so, the one that was cut short goes on. At the end th
 become summary.json and report.html.
 """
 
-import ctypes
 import dataclasses
 import os
 import pathlib
 import shlex
-import signal
 import subprocess
 import sys
 
 from ctllm_jax import __version__
+from ctllm_jax.common.children import die_with_parent
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import expand, identity, read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import fingerprint
@@ -136,7 +135,7 @@ def run(config: QuickstartConfig, workdir: str) -> dict:
             print(f"already finished in {out}/{folder}", file=sys.stderr)
             continue
         process = subprocess.run(
-            [sys.executable, "-m", "ctllm_jax.cli", *shown[1:]], preexec_fn=_die_with_parent, check=False
+            [sys.executable, "-m", "ctllm_jax.cli", *shown[1:]], preexec_fn=die_with_parent(), check=False
         )
         if process.returncode:
             raise UserError(
@@ -151,12 +150,6 @@ def run(config: QuickstartConfig, workdir: str) -> dict:
     print(table(summary))
     print(f"\nreport: {out}/report.html\nnumbers: {out}/summary.json")
     return summary
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to kill a stage when the quickstart that started it is killed, so that no orphan goes on writing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _found(patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import write_json
 from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.common.progress import Progress
+from ctllm_jax.common.status import EXIT_RESUME
 from ctllm_jax.data.batches import DataConfig, Stream, held_out, make_stream, prefetched
 from ctllm_jax.data.store import TokenStore, open_store
 from ctllm_jax.loading import LoadedModel, load_model
@@ -39,8 +40,6 @@ from ctllm_jax.optim import OptimizerConfig, make_optimizer, schedule
 from ctllm_jax.restore import restore_newest
 from ctllm_jax.sharding import RULES, MeshConfig, make_mesh
 from ctllm_jax.step import TrainState, jit_step, state_shardings
-
-EXIT_RESUME = 75  # stopped by a signal after saving: start the same command again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +129,11 @@ def run(config: TrainConfig, workdir: str) -> dict:
     Raises:
       UserError: store, model and objective do not go together; the folder holds another run.
     """
-    if config.distributed:
-        processes.join()
+    with processes.job() if config.distributed else contextlib.nullcontext():
+        return _run(config, workdir)
+
+
+def _run(config: TrainConfig, workdir: str) -> dict:
     store = open_store(config.data.store)
     origin = load_model(config.init_from) if config.init_from else None
     model = origin.config if origin else config.model
@@ -186,6 +188,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
     meter.measure(job.model, store, config.batch_size, job.mesh)
 
     # ---- The loop: dispatch a step, then read the metrics of the one before
+    vote = processes.Vote(job.mesh)
     held = evaluate(eval_fn, state, reference, job)
     if first == 0:
         log.write("eval", 0, held)
@@ -194,7 +197,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
         for step, batch in enumerate(prefetched(job.stream, first, config.steps, job.mesh), first + 1):
             state, metrics = step_fn(state, reference, batch)
             meter.dispatched(step, metrics, progress)
-            last, stop = step == config.steps, stopping.requested
+            last, stop = step == config.steps, vote.cast(stopping.requested)  # all processes stop at the same step
             evaluated = last or step % config.eval_every == 0
             if evaluated:
                 meter.catch_up(progress)

@@ -94,6 +94,12 @@ def test_configs_hold_values_only(path):
     assert all(within(name, {"ml_collections", "configs"}) for name in imports(path))
 
 
+@pytest.mark.parametrize("path", sources("launch"), ids=lambda path: path.name)
+def test_the_launcher_needs_neither_side(path):
+    allowed = set(sys.stdlib_module_names) | {"absl", "launch", "ctllm_jax.cli", "ctllm_jax.common"}
+    assert all(within(name, allowed) for name in imports(path))
+
+
 PYTHON_FILES = [path for name in ("ctllm_jax", "data_pipeline", "configs", "launch") for path in sources(name)]
 
 

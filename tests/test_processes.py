@@ -1,16 +1,21 @@
 """Jobs of several processes: the same run, and a checkpoint that any number of processes can take up."""
 
+import contextlib
 import os
 import pathlib
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from tiny_stores import tiny_store
 
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.status import EXIT_LOST, EXIT_RESUME
 from ctllm_jax.metrics import read_metrics
 from ctllm_jax.processes import join
 
@@ -33,8 +38,10 @@ OPTIONS = (
 )
 
 
-def job(processes: int, devices: int, store: pathlib.Path, workdir: pathlib.Path, *options: str) -> None:
-    """Runs `ctllm train` in so many processes of so many devices each; all must succeed."""
+def started(
+    processes: int, devices: int, store: pathlib.Path, workdir: pathlib.Path, *options: str, program: str = ""
+) -> list[subprocess.Popen]:
+    """`ctllm train`, or a program that calls it, in so many processes of so many devices each."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -49,11 +56,34 @@ def job(processes: int, devices: int, store: pathlib.Path, workdir: pathlib.Path
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(index),
             }
-        command = [sys.executable, "-m", "ctllm_jax.cli", "train", *OPTIONS, *several, *options]
+        command = [
+            sys.executable,
+            *(["-c", program] if program else ["-m", "ctllm_jax.cli"]),
+            "train",
+            *OPTIONS,
+            *several,
+            *options,
+        ]
         command += [f"--config.data.store={store}", f"--workdir={workdir}"]
         running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    return running
+
+
+def job(processes: int, devices: int, store: pathlib.Path, workdir: pathlib.Path, *options: str) -> None:
+    """Runs a job to its end; all must succeed."""
+    running = started(processes, devices, store, workdir, *options)
     logs = [process.communicate(timeout=240)[1] for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(log[-2000:] for log in logs)
+
+
+def wait_for_step(workdir: pathlib.Path, step: int) -> None:
+    """Until a run has written down a step."""
+    for _ in range(240 * 20):
+        with contextlib.suppress(FileNotFoundError):
+            if f'"step": {step},' in (workdir / "metrics.jsonl").read_text():
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came")
 
 
 def losses(workdir: pathlib.Path) -> list[float]:
@@ -81,6 +111,72 @@ def test_one_process_takes_up_what_two_left(tmp_path):
     shutil.rmtree(tmp_path / "moved" / "checkpoints" / "6")
     job(1, 4, store, tmp_path / "moved")
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+LONG = ("--config.steps=100000", "--config.eval_every=100000", "--config.checkpoint_every=100000")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_loses_another_process_ends_within_a_minute_and_says_whom(tmp_path, victim):
+    running = started(2, 2, tiny_store(tmp_path / "store").folder, tmp_path / "run", *LONG)
+    wait_for_step(tmp_path / "run", 5)
+    running[victim].kill()
+    since = time.monotonic()
+    _, log = running[1 - victim].communicate(timeout=240)
+    running[victim].communicate()
+    assert time.monotonic() - since < 60
+    # The coordinator is missed by JAX as well, which may be quicker to abort than we are to say so.
+    if victim == 0 and running[1].returncode == -signal.SIGABRT:
+        assert "Either the leader task was preempted/died" in log
+    else:
+        assert running[1 - victim].returncode == EXIT_LOST, log[-2000:]
+        assert f"ctllm: error: process {victim} is gone (" in log and "start the job again" in log
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+    running = started(2, 2, tiny_store(tmp_path / "store").folder, tmp_path / "run", *LONG)
+    wait_for_step(tmp_path / "run", 5)
+    running[1].send_signal(signal.SIGTERM)
+    logs = [process.communicate(timeout=240)[1] for process in running]
+    assert [process.returncode for process in running] == [EXIT_RESUME] * 2
+    first, second = (re.findall(r"step (\d+) is saved; the same command goes on", log) for log in logs)
+    assert first == second and len(first) == 1
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == first
+
+
+FAILS_IN_ONE = """
+import sys
+import jax
+from ctllm_jax import cli, train
+
+def batches(stream, start, stop, mesh, prefetched=train.prefetched):
+    for step, batch in enumerate(prefetched(stream, start, stop, mesh)):
+        if step == 3 and jax.process_index() == 1:
+            raise {error}
+        yield batch
+
+train.prefetched = batches
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        ("ValueError('a bad row')", 1, "process 1 failed (ValueError: a bad row)"),
+        ("train.UserError('mend it')", 2, "process 1 failed (UserError: mend it)"),
+    ],
+)
+def test_an_error_in_one_process_ends_the_others_and_its_reason_reaches_them(tmp_path, error, status, said):
+    program = FAILS_IN_ONE.format(error=error)
+    running = started(2, 2, tiny_store(tmp_path / "store").folder, tmp_path / "run", *LONG, program=program)
+    logs = [process.communicate(timeout=240)[1] for process in running]
+    assert [process.returncode for process in running] == [EXIT_LOST, status], "\n".join(logs)
+    assert said in logs[0] and error.partition("'")[2].rstrip("')") in logs[1]
+    assert ("Traceback" in logs[1]) == (status == 1)
 
 
 def test_half_an_address_is_refused(monkeypatch):

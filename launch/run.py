@@ -1,0 +1,78 @@
+"""The command line of `ctllm launch`: finds the target, checks what it is to run, hands over."""
+
+import importlib
+import sys
+
+from absl import flags
+
+from ctllm_jax import cli
+from ctllm_jax.cli import Option
+from ctllm_jax.common.errors import UserError
+from launch.target import Payload, Target
+
+TARGETS = {"local": "launch.local"}  # {name: the module whose TARGET it is}
+USAGE = "ctllm launch TARGET [--flag=value ...] -- VERB --config=FILE.py[:arg] ... --workdir=DIR"
+COMMON = {"dry_run": Option("--dry_run", "print the commands and their environment, start nothing", False)}
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `ctllm launch` with the given arguments; exits with the job's status.
+
+    Raises:
+      UserError: no such target, verb or flag; the verb's command line is wrong; it cannot run as asked.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    name, *rest = arguments
+    if name not in TARGETS:
+        raise UserError(f"launch: unknown target {name!r}; there are: {', '.join(TARGETS)}")
+    target = _target(name)
+    own, command = (rest[: rest.index("--")], rest[rest.index("--") + 1 :]) if "--" in rest else (rest, None)
+    if "-h" in own or "--help" in own:
+        print(_help(name, target))
+        return
+    options = _options(name, target, own)
+    if not command:
+        raise UserError(f"launch {name}: give the verb to run after `--`: {USAGE}")
+    payload = _payload(name, command)
+    if payload is not None:
+        status = target.run(payload, options, options.pop("dry_run"))
+        sys.stdout.flush()
+        sys.exit(status)
+
+
+def _target(name: str) -> Target:
+    return importlib.import_module(TARGETS[name]).TARGET
+
+
+def _options(name: str, target: Target, arguments: list[str]) -> dict:
+    values = flags.FlagValues()
+    options = {**target.options, **COMMON}
+    cli.define(options, values)
+    try:
+        rest = values([name, *arguments])[1:]
+    except flags.Error as error:
+        raise UserError(f"launch {name}: {error}") from None
+    if rest:
+        raise UserError(f"launch {name}: unexpected argument {rest[0]!r} (the verb comes after `--`)")
+    return {key: values[key].value for key in options}
+
+
+def _payload(name: str, command: list[str]) -> Payload | None:
+    """The verb and its arguments; None where they only ask for help, which is then given."""
+    verb, *arguments = command
+    if verb not in cli.VERBS:
+        raise UserError(f"launch {name}: unknown verb {verb!r}; there are: {', '.join(cli.VERBS)}")
+    parsed = cli.parse(verb, cli.VERBS[verb], arguments)
+    return None if parsed is None else Payload(verb, tuple(arguments), "distributed" in parsed[0])
+
+
+def _help(name: str, target: Target) -> str:
+    lines = [f"  {option.form:<23} {option.help}" for option in (*target.options.values(), *COMMON.values())]
+    return "\n".join([f"ctllm launch {name}: {target.help}", "", USAGE.replace("TARGET", name), "", *lines])
+
+
+def _overview() -> str:
+    lines = [f"  {name:<11} {_target(name).help}" for name in TARGETS]
+    return "\n".join([USAGE, "", *lines, "", "ctllm launch TARGET --help lists a target's flags."])
