@@ -68,8 +68,8 @@ def steps(names: list[str]) -> dict:
                 plan.memory / GIB,
                 plan.compiler_seconds,
                 plan.kernel_seconds if plan.kernel_seconds is not None else "n/a",
-                share(plan, plan.compiler_seconds),
-                share(plan, plan.seconds) if plan.kernel_seconds is not None else "n/a",
+                plan.share_of_peak(plan.compiler_seconds),
+                plan.share_of_peak(plan.seconds) if plan.estimated else "n/a",
             ]
             for plan in plans
         ],
@@ -79,19 +79,14 @@ def steps(names: list[str]) -> dict:
         ["slice", "all-gather", "all-reduce", "all-to-all", "others"],
         [[plan.slice, *_traffic(plan)] for plan in plans],
     )
-    return {
-        f"{plan.slice} share of peak": share(plan, plan.seconds) for plan in plans if plan.kernel_seconds is not None
-    } | {f"{plan.slice} share of peak without kernels": share(plan, plan.compiler_seconds) for plan in plans}
+    return {f"{plan.slice} share of peak": plan.share_of_peak(plan.seconds) for plan in plans if plan.estimated} | {
+        f"{plan.slice} share of peak without kernels": plan.share_of_peak(plan.compiler_seconds) for plan in plans
+    }
 
 
 def shipped(name: str) -> Plan:
     """The plan of the config that is shipped for a slice."""
     return make_plan(case_config({"slice": name}), parse_slice(name), tokens=0.0, compiling=True)
-
-
-def share(plan: Plan, seconds: float) -> float:
-    """Of the chip's peak: FLOPs of the model, the causal half of attention."""
-    return plan.work.model_flops / seconds / parse_slice(plan.slice).chip.peak_flops
 
 
 def _traffic(plan: Plan) -> list[float]:

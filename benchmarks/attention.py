@@ -23,10 +23,10 @@ from common import finish, table
 
 from ctllm_jax.attention import BACKENDS
 from ctllm_jax.hardware import CHIPS
+from ctllm_jax.plan.estimate import PRODUCTS
 from ctllm_jax.plan.kernel_cycles import CORES, KERNELS, by_kernel, static_cycles
 
 HEADS, LENGTH, HEAD_DIM = 16, 4096, 128
-PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products over every tile of a kernel
 SCORES = LENGTH * LENGTH  # of a head
 # Queries; keys of a grid cell; keys of a step. For dkv, which holds keys: keys; queries of a cell; queries of a step.
 # With all 4,096 of the other side in a cell, jax's kernels have no loop left for the square, but skip little causally.

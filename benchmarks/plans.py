@@ -39,9 +39,8 @@ def main() -> None:
         target = parse_slice(name)
         plan = make_plan(case_config({"slice": name}), target, tokens=1254.68, compiling=missing(target) is None)
         mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-        estimated, whole = plan.compiler_seconds is not None, plan.kernel_seconds is not None
-        share = plan.work.model_flops / plan.seconds / target.chip.peak_flops
-        most, least = ("", "") if whole else ("at most ", "at least ")
+        compiled = plan.compiler_seconds is not None
+        most, least = ("", "") if plan.estimated else ("at most ", "at least ")
         cells = [
             name,
             plan.devices,
@@ -51,9 +50,9 @@ def main() -> None:
             f"{plan.memory / GIB:.2f}",
             "compiler" if plan.compiled else "arithmetic",
             f"{max(plan.floor_seconds.values()):.3f}",
-            f"{least}{plan.seconds:.3f}" if estimated else "n/a",
+            f"{least}{plan.seconds:.3f}" if compiled else "n/a",
             f"{most}{plan.tokens_per_second:,.0f}",
-            f"{most}{share:.1%}" if estimated else "n/a",
+            f"{most}{plan.share_of_peak(plan.seconds):.1%}" if compiled else "n/a",
             f"{least}{plan.days:,.1f}",
             f"{least}{plan.days * 24 * plan.devices:,.0f}",
         ]

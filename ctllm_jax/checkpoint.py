@@ -14,13 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.processes import votes
 
 PAUSES = (5, 10, 20, 40, 80, 160)  # seconds before a save that failed is tried again; after the last one it is given up
 TIMEOUT = 600  # seconds that a save may take; a process that failed is waited for as long
@@ -211,13 +210,6 @@ def message(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).partition(" [tensorstore_spec=")[0].splitlines() or [type(error).__name__]
     return lines[0] if len(lines[0]) <= 400 else f"{lines[0][:195]} ... {lines[0][-200:]}"  # the reason comes last
-
-
-def votes(*own: bool) -> np.ndarray:
-    """What every process says [processes, questions]; all must ask at the same point."""
-    if jax.process_count() == 1:
-        return np.array([own], bool)
-    return np.asarray(multihost_utils.process_allgather(np.array(own, bool)))
 
 
 def checksums(tree: Any) -> dict[str, int]:

@@ -11,7 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE
+
+T = TypeVar("T")
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _BEAT = 5.0  # seconds between two signs of life
@@ -181,6 +184,28 @@ class Vote:
             return wish
         before, self._pending = self._pending, self._count(self._ballots[wish])
         return before is not None and bool(before)
+
+
+def votes(*own: bool) -> np.ndarray:
+    """What every process says [processes, questions]; all must ask at the same point."""
+    if jax.process_count() == 1:
+        return np.array([own], bool)
+    return np.asarray(multihost_utils.process_allgather(np.array(own, bool)))
+
+
+def together(action: Callable[[], T]) -> T:
+    """Does something in all processes; where it fails in one, it fails in all, so that none waits for another."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as failure:
+        error = failure
+    failed = votes(error is not None)[:, 0]
+    if error is not None:
+        raise error
+    if failed.any():
+        raise UserError(f"process {int(failed.argmax())} failed, and says why")
+    return result
 
 
 @contextlib.contextmanager

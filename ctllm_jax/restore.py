@@ -11,8 +11,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,11 +19,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ctllm_jax.checkpoint import checkpoints_folder, checksums, message, votes
+from ctllm_jax.checkpoint import checkpoints_folder, checksums, message
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
-
-T = TypeVar("T")
+from ctllm_jax.processes import together, votes
 
 # What TensorStore and the storage below it say when they cannot answer; says nothing about what is stored.
 _NO_ANSWER = (
@@ -119,21 +117,6 @@ def load_params(run_dir: str | os.PathLike, abstract: Any, step: int | None = No
             f"{others or 'none'}"
         ) from None
     return params, step, f"{read_json(epath.Path(run_dir) / 'run.json')['fingerprint']}@{step}"
-
-
-def together(action: Callable[[], T]) -> T:
-    """Does something in all processes; where it fails in one, it fails in all, so that none waits for another."""
-    result, error = None, None
-    try:
-        result = action()
-    except Exception as failure:
-        error = failure
-    failed = votes(error is not None)[:, 0]
-    if error is not None:
-        raise error
-    if failed.any():
-        raise UserError(f"process {int(failed.argmax())} failed, and says why")
-    return result
 
 
 # ---- One checkpoint

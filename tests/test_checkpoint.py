@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctllm_jax import checkpoint, restore
+from ctllm_jax import checkpoint, processes
 from ctllm_jax.checkpoint import Checkpoints, checksums
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.restore import load_params, restore_newest
@@ -381,8 +381,8 @@ def test_messages_of_the_storage_are_a_line():
 
 def test_an_error_of_one_is_an_error_of_all(monkeypatch):
     """Of two processes only this one is here; what the other says is given."""
-    monkeypatch.setattr(restore, "votes", lambda *own: np.array([own, [True]]))
+    monkeypatch.setattr(processes, "votes", lambda *own: np.array([own, [True]]))
     with pytest.raises(UserError, match="process 1 failed, and says why"):
-        restore.together(lambda: 1)
+        processes.together(lambda: 1)
     with pytest.raises(KeyError):
-        restore.together(lambda: {}["mine"])
+        processes.together(lambda: {}["mine"])

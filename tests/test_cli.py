@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from command import ctllm
 
 from ctllm_jax import cli, convert
 from ctllm_jax.cli import VERBS
@@ -28,17 +29,6 @@ NEEDED = {
 @pytest.fixture(autouse=True)
 def own_argv(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ctllm"])
-
-
-def ctllm(capsys, *arguments: str) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of a command."""
-    capsys.readouterr()
-    status = 0
-    try:
-        cli.main(list(arguments))
-    except SystemExit as end:
-        status = end.code
-    return (status, *capsys.readouterr())
 
 
 @pytest.fixture

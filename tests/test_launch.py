@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from command import ctllm
 from test_processes import OPTIONS
 from tiny_stores import tiny_store
 
@@ -254,16 +255,6 @@ def test_nothing_outlives_a_killed_launcher(tmp_path):
 
 
 # ---- The command line
-
-
-def ctllm(capsys, *arguments: str) -> tuple[int, str, str]:
-    capsys.readouterr()
-    status = 0
-    try:
-        cli.main(list(arguments))
-    except SystemExit as end:
-        status = end.code
-    return (status, *capsys.readouterr())
 
 
 @pytest.fixture(autouse=True)

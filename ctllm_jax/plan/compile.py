@@ -27,6 +27,7 @@ from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json, write_json
 from ctllm_jax.common.manifest import fingerprint
+from ctllm_jax.common.status import EXIT_MISTAKE
 from ctllm_jax.hardware import Slice, parse_slice
 from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer
@@ -135,7 +136,7 @@ def _in_process(request: dict, name: str) -> dict:
     except BaseException:
         child.kill()
         raise
-    if child.returncode == 2:
+    if child.returncode == EXIT_MISTAKE:
         raise UserError(errors.strip().splitlines()[-1])
     if child.returncode:
         raise UserError(f"compiling for {name} failed (status {child.returncode}): {_tail(errors)}")
@@ -212,13 +213,13 @@ def _refusal(error: str) -> str:
 
 
 def main() -> None:
-    """Compiles the request on standard input; the result is the last line of standard output. Status 2: a UserError."""
+    """Compiles the request on standard input; the last line of standard output is the result (EXIT_MISTAKE: none)."""
     request = json.load(sys.stdin)
     try:
         result = compile_step(build(TrainConfig, request["config"]), parse_slice(request["slice"]))
     except UserError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)
     print(json.dumps(dataclasses.asdict(result)))
 
 

@@ -61,6 +61,18 @@ class Plan:
         return max(floor, self.compiler_seconds + (self.kernel_seconds or 0.0))
 
     @property
+    def estimated(self) -> bool:
+        """Whether `seconds` is an estimate of all the work; else it is a least time, without the kernels or by floors."""
+        if self.compiler_seconds is None:
+            return False
+        return self.kernel_seconds is not None or not self.compiled.kernels
+
+    def share_of_peak(self, seconds: float) -> float:
+        """Of the chip's peak, if a step takes so long: FLOPs of the model, the causal half of attention."""
+        peak = self.work.hardware_flops / self.floor_seconds["FLOPs"]
+        return self.work.model_flops / seconds / peak
+
+    @property
     def tokens_per_second(self) -> float:
         """Of all devices, at `seconds` a step."""
         return self.tokens_per_step / self.seconds

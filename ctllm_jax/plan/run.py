@@ -61,10 +61,10 @@ def run(config: PlanConfig, workdir: str | None) -> dict:
         _say(config, render(plan, _not_compiled(config, target)))
         if not plan.fits:
             plans += _propose(config, target, compiling)
-    if config.json:
-        for plan in plans:
-            print(json.dumps(dataclasses.asdict(plan)))
     result = {"plans": [dataclasses.asdict(plan) for plan in plans]}
+    if config.json:
+        for plan in result["plans"]:
+            print(json.dumps(plan))
     if workdir:
         write_json(as_path(workdir) / "plan.json", result)
     return result

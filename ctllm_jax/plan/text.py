@@ -87,21 +87,16 @@ def _time(plan: Plan) -> str:
             "attention kernels not counted" if plan.kernel_seconds is None else f"{plan.kernel_seconds:.3f} kernels"
         )
         lines.append(f"  {plan.seconds:.3f} by the compiler's estimate: {plan.compiler_seconds:.3f} + {kernels}")
-    what = "by that estimate" if plan.compiler_seconds is not None else "at most"
-    share = plan.work.model_flops / plan.seconds / _peak(plan)
+    what = "by that estimate" if plan.estimated else "at most"
     lines.append(
         f"  {plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second / plan.devices:,.0f} a chip, "
-        f"{share:.1%} of peak (causal) {what}"
+        f"{plan.share_of_peak(plan.seconds):.1%} of peak (causal) {what}"
     )
     return "\n".join([*lines, *(["", _NOTE] if plan.compiler_seconds is not None else [])])
 
 
-def _peak(plan: Plan) -> float:
-    return plan.work.hardware_flops / plan.floor_seconds["FLOPs"]
-
-
 def _budget(plan: Plan) -> str:
-    what = "estimated" if plan.compiler_seconds is not None else "at least"
+    what = "estimated" if plan.estimated else "at least"
     return (
         f"{plan.budget_tokens / 1e9:,.2f} billion tokens: {plan.budget_tokens / plan.tokens_per_step:,.0f} steps, "
         f"{what} {plan.days:,.1f} days, {plan.days * 24 * plan.devices:,.0f} chip-hours, nothing lost to restarts"
@@ -114,7 +109,7 @@ def render_ranking(ranking: Sequence, target: Slice) -> str:
     for number, candidate in enumerate(ranking, 1):
         plan = candidate.plan
         source = "compiler" if plan.compiler_seconds is not None else "compiled" if plan.compiled else "arithmetic"
-        share = plan.work.model_flops / plan.seconds / _peak(plan)
+        share = plan.share_of_peak(plan.seconds)
         fits = "" if plan.fits else "  DOES NOT FIT"
         lines.append(
             f"{number:<5}{plan.seconds:>9.3f}{share:>9.1%}{plan.needed / GIB:>8.2f}  {source:<10}  "
