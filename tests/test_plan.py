@@ -20,8 +20,9 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.hardware import parse_slice
 from ctllm_jax.model import REMAT_POLICIES, count_params, flops_per_token
 from ctllm_jax.plan import arithmetic, search, traffic
-from ctllm_jax.plan.compile import compiled, missing
+from ctllm_jax.plan.compile import Compiled, compiled, missing
 from ctllm_jax.plan.estimate import make_plan
+from ctllm_jax.plan.text import render
 from ctllm_jax.train import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -209,6 +210,17 @@ def test_what_is_printed(capsys, tmp_path):
         assert line in text
     (plan,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
     assert (plan["devices"], plan["mesh"]["fsdp"], plan["budget_tokens"]) == (64, 64, 100e9)
+
+
+def test_a_time_without_the_kernels_is_a_least_time():
+    found = next(entry for entry in RECORDED if entry["case"]["slice"] == "v6e:16x16")
+    step = Compiled(**{name: value for name, value in found.items() if name != "case"})
+    without = dataclasses.replace(planned(config_for("v6e:16x16"), "v6e:16x16"), compiled=step, compiler_seconds=0.2)
+    whole = dataclasses.replace(without, kernel_seconds=0.1)
+    plain = dataclasses.replace(without, compiled=dataclasses.replace(step, kernels={}))
+    assert (without.estimated, whole.estimated, plain.estimated) == (False, True, True)
+    assert "not counted" in render(without, None) and "at most" in render(without, None)
+    assert "at least" in render(without, None).splitlines()[-1] and "estimated" in render(whole, None).splitlines()[-1]
 
 
 def test_a_config_that_does_not_fit_is_followed_by_one_that_does(capsys):
