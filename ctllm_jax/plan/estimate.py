@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def estimated(self) -> bool:
-        """Whether `seconds` is an estimate of all the work; else it is a least time, lacking the kernels or by floors."""
+        """Whether `seconds` estimates all the work; else it is a least time, without the kernels or by floors."""
         if self.compiler_seconds is None:
             return False
         return self.kernel_seconds is not None or not self.compiled.kernels
