@@ -6,7 +6,7 @@ from configs import hardware, pretrain
 from ctllm_jax.common.config import build
 from ctllm_jax.hardware import parse_slice
 from ctllm_jax.sharding import MeshConfig
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 SPEED_SLICES = ["v5e:4x4", "v5p:4x4x4", "v6e:4x4", "v5e:16x16", "v5p:4x8x8", "v6e:16x16"]
 

@@ -43,14 +43,9 @@ def get_config(name: str = "tiny") -> ConfigDict:
             microbatches=1,
             steps=598_278,
             seed=42,
-            log_every=10,
-            eval_every=2000,
-            eval_batches=8,
-            checkpoint_every=2000,
-            checkpoint_minutes=30.0,
-            checkpoints_kept=3,
-            keep_every=50_000,
-            keep_best=0,
+            log=dict(every=10),
+            eval=dict(every=2000, batches=8),
+            checkpoints=dict(every=2000, minutes=30.0, kept=3, keep_every=50_000, keep_best=0),
             xla_options=dict(),
         )
     )
@@ -59,6 +54,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
     if name == "tiny":
         config.data.rates = ConfigDict()
         config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=40)
-        config.update(batch_size=16, steps=600, log_every=10, eval_every=100, eval_batches=4)
-        config.update(checkpoint_every=100, keep_every=0)
+        config.update(batch_size=16, steps=600)
+        config.eval.update(every=100, batches=4)
+        config.checkpoints.update(every=100, keep_every=0)
     return config

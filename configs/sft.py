@@ -18,8 +18,11 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     config.init_from = config_dict.placeholder(str)
     config.data.rates = ConfigDict()
     config.optimizer.update(learning_rate=2e-5, final_learning_rate=0.0, warmup_steps=100)
-    config.update(batch_size=128, steps=3691, eval_every=500, checkpoint_every=500, keep_every=0)
+    config.update(batch_size=128, steps=3691)
+    config.eval.every = 500
+    config.checkpoints.update(every=500, keep_every=0)
     if name == "tiny":
         config.optimizer.update(learning_rate=3e-4, warmup_steps=5)
-        config.update(batch_size=8, steps=40, log_every=2, eval_every=10, checkpoint_every=20)
+        config.update(batch_size=8, steps=40)
+        config.log.every, config.eval.every, config.checkpoints.every = 2, 10, 20
     return config

@@ -5,6 +5,8 @@ Parameters are an item of their own, so that evaluation and warm starts read not
 """
 
 import contextlib
+import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -25,6 +27,26 @@ PAUSES = (5, 10, 20, 40, 80, 160)  # seconds before a save that failed is tried 
 TIMEOUT = 600  # seconds that a save may take; a process that failed is waited for as long
 
 
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved and which checkpoints stay: the newest, and those that the two last settings say."""
+
+    every: int  # steps between checkpoints; the last step is always saved
+    minutes: float  # one is also due when the last is so many minutes old (0: never for that reason)
+    kept: int  # newest checkpoints that stay
+    keep_every: int  # checkpoints of the multiples of so many steps stay for ever (0: none)
+    keep_best: int  # so many with the lowest held-out loss stay (0: none), of the steps that were evaluated
+
+    def __post_init__(self):
+        if self.every < 1 or self.kept < 1:
+            raise ValueError("every and kept must be at least 1")
+        if self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every {self.keep_every} is no multiple of every {self.every}: most of those steps would not be "
+                "saved"
+            )
+
+
 class Checkpoints:
     """Saves the checkpoints of one run directory; saving returns at once, the writing goes on in the background.
 
@@ -32,37 +54,23 @@ class Checkpoints:
     copy of the old state takes up memory. All processes must make the same calls in the same order.
     """
 
-    def __init__(
-        self,
-        run_dir: str | os.PathLike,
-        *,
-        every: int,
-        minutes: float,
-        ask_every: int,
-        kept: int,
-        keep_every: int,
-        keep_best: int,
-    ):
-        """`ask_every`: steps between looks at the clock (of process 0) in a job of several processes; the others are as
-        in TrainConfig."""
+    def __init__(self, run_dir: str | os.PathLike, config: CheckpointConfig, ask_every: int):
+        """`ask_every`: steps between looks at the clock (of process 0) in a job of several processes."""
         self.folder = checkpoints_folder(run_dir)
-        self._every, self._seconds, self._ask_every = every, 60 * minutes or math.inf, ask_every
+        self._every, self._seconds, self._ask_every = config.every, 60 * config.minutes or math.inf, ask_every
         self._saving: int | None = None  # the step under way in the background
         self._error: Exception | None = None  # what kept that save from starting
         self._failures = 0  # since the last save that was committed
         self._lost = 0  # saves that failed in all
         self._saved_at, self._retry_at = time.monotonic(), 0.0
         policies = ocp.checkpoint_managers
-        keep = [policies.LatestN(kept)]
-        if keep_every:
-            keep.append(policies.EveryNSteps(keep_every))
-        if keep_best:
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=_held_out_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
-                )
-            )
-        self._keep, self._by_loss = policies.AnyPreservationPolicy(keep), keep_best > 0
+        keep = [policies.LatestN(config.kept)]
+        if config.keep_every:
+            keep.append(policies.EveryNSteps(config.keep_every))
+        if config.keep_best:
+            best = functools.partial(policies.BestN, get_metric_fn=_held_out_loss, reverse=True)
+            keep.append(best(n=config.keep_best, keep_checkpoints_without_metrics=False))
+        self._keep, self._by_loss = policies.AnyPreservationPolicy(keep), config.keep_best > 0
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:

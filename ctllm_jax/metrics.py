@@ -5,6 +5,7 @@ work only. MFU is given in both conventions: causal (only the visible half of at
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,6 +21,13 @@ from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.store import TokenStore
 from ctllm_jax.hardware import chip_of
 from ctllm_jax.model import ModelConfig, flops_per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is written down while a run goes on."""
+
+    every: int  # steps between lines of metrics.jsonl
 
 
 class MetricsLog:

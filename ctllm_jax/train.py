@@ -2,18 +2,13 @@
 
 The state after step n is a pure function of the config, the token store and the seed: the same for any number of
 processes, and across kill and resume to the last bit (same devices).
-
-Legend: S sources of the store.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import io
-import math
 import shutil
-import signal
 import sys
 from typing import Any
 
@@ -25,90 +20,23 @@ from jax.sharding import Mesh
 
 from ctllm_jax import __version__, processes
 from ctllm_jax.checkpoint import Checkpoints
-from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import write_json
 from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.common.status import EXIT_RESUME
-from ctllm_jax.data.batches import DataConfig, Stream, held_out, make_stream, prefetched
+from ctllm_jax.data.batches import Stream, make_stream, prefetched
 from ctllm_jax.data.store import TokenStore, open_store
+from ctllm_jax.evaluate.in_loop import HeldOut
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.metrics import Meter, MetricsLog
 from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
-from ctllm_jax.objectives import STORE_KINDS, ObjectiveConfig, make_objective
-from ctllm_jax.optim import OptimizerConfig, make_optimizer, schedule
+from ctllm_jax.objectives import make_objective
+from ctllm_jax.optim import make_optimizer, schedule
 from ctllm_jax.restore import restore_newest
-from ctllm_jax.sharding import RULES, MeshConfig, make_mesh
+from ctllm_jax.sharding import make_mesh
 from ctllm_jax.step import TrainState, jit_step, state_shardings
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a run."""
-
-    objective: ObjectiveConfig
-    model: ModelConfig | None  # None: as in init_from
-    init_from: str | None  # run or Hugging Face folder whose parameters start the run (and are DPO's reference)
-    data: DataConfig
-    optimizer: OptimizerConfig
-    mesh: MeshConfig
-    distributed: bool  # this process is one of a job of several (see ctllm_jax.processes)
-    batch_size: int  # sequences (pairs for DPO) of a step, over all devices
-    microbatches: int  # parts that a step's batch is gone through in
-    steps: int
-    seed: int
-    log_every: int  # steps between lines of metrics.jsonl
-    eval_every: int  # steps between looks at the held-out split
-    eval_batches: int  # most batches of each source at such a look
-    checkpoint_every: int  # steps between checkpoints; the last step is always saved
-    checkpoint_minutes: float  # one is also due when the last is so many minutes old (0: never for that reason)
-    checkpoints_kept: int  # newest checkpoints that stay; so do those that the next two say
-    keep_every: int  # checkpoints of the multiples of so many steps stay for ever (0: none)
-    keep_best: int  # so many with the lowest held-out loss stay (0: none), of the steps that were evaluated
-    xla_options: dict[str, str]  # options of the step's compiler, by the names that XLA gives them
-
-    def __post_init__(self):
-        if self.batch_size % self.microbatches:
-            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches")
-        if (self.model is None) == (self.init_from is None):
-            raise ValueError("give either model (a fresh start) or init_from (its architecture is taken over)")
-        if self.checkpoint_every < 1 or self.checkpoints_kept < 1:
-            raise ValueError("checkpoint_every and checkpoints_kept must be at least 1")
-        if self.keep_every % self.checkpoint_every:
-            raise ValueError(
-                f"keep_every {self.keep_every} is no multiple of checkpoint_every {self.checkpoint_every}: most of "
-                "those steps would not be saved"
-            )
-        if self.keep_best and self.checkpoint_every % self.eval_every:
-            raise ValueError(
-                f"keep_best compares held-out losses, but not every step of checkpoint_every {self.checkpoint_every} "
-                f"is evaluated (eval_every {self.eval_every}); make it a multiple"
-            )
-
-
-def evaluate(eval_fn, state: TrainState, reference: dict | None, job: "Job") -> dict[str, float]:
-    """Means over the held-out split: loss over all and by source; bits per byte for documents, rewards for pairs."""
-    config, store = job.config, job.store
-    totals: dict[str, collections.Counter] = {}
-    for source, text_bytes, batch in held_out(
-        store, "validation", config.batch_size, config.eval_batches, config.data.mask_documents, job.mesh
-    ):
-        sums = jax.device_get(eval_fn(state.params, reference, batch))
-        scalars = {name: float(value) for name, value in sums.items() if np.ndim(value) == 0}
-        totals.setdefault(source, collections.Counter()).update({"bytes": text_bytes, **scalars})
-    if not totals:
-        return {}
-    names = {name for total in totals.values() for name in total}
-    whole = {name: sum(total[name] for total in totals.values()) for name in names}
-    result = {"count": whole["count"], "loss": whole["loss"] / whole["count"]}
-    result |= {f"loss/{source}": total["loss"] / total["count"] for source, total in totals.items()}
-    if store.kind == "pretrain":
-        bits = {"": whole, **{f"/{source}": total for source, total in totals.items()}}
-        result |= {f"bits_per_byte{name}": t["loss"] / np.log(2) / t["bytes"] for name, t in bits.items()}
-    for name in ("accuracy", "margin", "reward_chosen", "reward_rejected"):
-        if name in whole:
-            result[name] = whole[name] / whole["count"]
-    return result
+from ctllm_jax.stopping import Stopping, stop_on_signal
+from ctllm_jax.train_config import TrainConfig, check_fit, check_layout, check_past_rates, decisive, rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,23 +65,23 @@ def _run(config: TrainConfig, workdir: str) -> dict:
     store = open_store(config.data.store)
     origin = load_model(config.init_from) if config.init_from else None
     model = origin.config if origin else config.model
-    _check_fit(config, model, origin, store)
+    check_fit(config, model, origin, store)
     inputs = {"store": store.fingerprint, "init": origin.digest if origin else None}
     stream = make_stream(config.data, store, config.batch_size, config.seed)
     with processes.first_process_first():
         first = jax.process_index() == 0
-        stage = open_stage("train", 2, workdir, _decisive(config, model), inputs, exclusive=first)
+        stage = open_stage("train", 2, workdir, decisive(config, model), inputs, exclusive=first)
     if stage.done:
-        _check_past_rates(config, stage.result["rates"], config.steps)
+        check_past_rates(config, stage.result["rates"], config.steps)
         return stage.result
     job = Job(config, model, store, stream, make_mesh(config.mesh), stage)
-    _check_layout(job)
-    with jax.set_mesh(job.mesh), _stop_on_signal() as stopping:
+    check_layout(config, store, job.mesh)
+    with jax.set_mesh(job.mesh), stop_on_signal() as stopping:
         result = _train(job, origin, stopping)
     return stage.finish(result) if jax.process_index() == 0 else result
 
 
-def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
+def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
     # ---- State: this run's newest checkpoint, or init_from, or drawn from the seed
     config, store, sources = job.config, job.store, job.store.sources("train")
     if jax.process_index() == 0:
@@ -164,32 +92,23 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
     saved = restore_newest(job.stage.folder, _like(state.params), _like((state.optimizer, state.step, state.skipped)))
     if saved:
         first, ledger = saved.step, saved.record["ledger"]
-        _check_past_rates(config, saved.record["rates"], first)
+        check_past_rates(config, saved.record["rates"], first)
         state = TrainState(saved.params, *saved.optimizer)
         print(f"train: resumed at step {first}", file=sys.stderr)
-    checkpoints = Checkpoints(
-        job.stage.folder,
-        every=config.checkpoint_every,
-        minutes=config.checkpoint_minutes,
-        ask_every=config.log_every,
-        kept=config.checkpoints_kept,
-        keep_every=config.keep_every,
-        keep_best=config.keep_best,
-    )
+    checkpoints = Checkpoints(job.stage.folder, config.checkpoints, ask_every=config.log.every)
 
     # ---- Compiled steps, the stream of batches, the books
     objective = make_objective(config.objective, job.model, len(sources))
     layout = state_shardings(job.model, optimizer, job.mesh)
     step_fn = jit_step(objective, optimizer, config.microbatches, layout, config.xla_options)
-    everywhere = state.step.sharding
-    eval_fn = jax.jit(lambda params, reference, batch: objective(params, reference, batch)[1], out_shardings=everywhere)
+    held_out = HeldOut(config.eval, store, config.batch_size, config.data.mask_documents, job.mesh, objective)
     log = MetricsLog(job.stage.folder, first)
-    meter = Meter(log, config.log_every, schedule(config.optimizer, config.steps), sources, ledger)
+    meter = Meter(log, config.log.every, schedule(config.optimizer, config.steps), sources, ledger)
     meter.measure(job.model, store, config.batch_size, job.mesh)
 
     # ---- The loop: dispatch a step, then read the metrics of the one before
     vote = processes.Vote(job.mesh)
-    held = evaluate(eval_fn, state, reference, job)
+    held = held_out.look(state.params, reference)
     if first == 0:
         log.write("eval", 0, held)
     stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
@@ -198,10 +117,10 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
             state, metrics = step_fn(state, reference, batch)
             meter.dispatched(step, metrics, progress)
             last, stop = step == config.steps, vote.cast(stopping.requested)  # all processes stop at the same step
-            evaluated = last or step % config.eval_every == 0
+            evaluated = last or step % config.eval.every == 0
             if evaluated:
                 meter.catch_up(progress)
-                held = evaluate(eval_fn, state, reference, job)
+                held = held_out.look(state.params, reference)
                 log.write("eval", step, held)
                 meter.restart_clock()
             if last or stop or checkpoints.due(step):
@@ -210,7 +129,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
                     "step": step,
                     "ledger": meter.ledger,
                     "store": store.fingerprint,
-                    "rates": _rates(config, step),
+                    "rates": rates(config, step),
                 }
                 rest = (state.optimizer, state.step, state.skipped)
                 loss = held.get("loss") if evaluated else None
@@ -231,7 +150,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: "_Stopping") -> dict:
         "step": config.steps,
         "validation": held,
         "ledger": meter.ledger,
-        "rates": _rates(config, config.steps),
+        "rates": rates(config, config.steps),
         "skipped": int(state.skipped),
         "parameters": count_params(job.model),
     }
@@ -255,75 +174,6 @@ def _like(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def _decisive(config: TrainConfig, model: ModelConfig) -> dict:
-    """The settings that decide the result: where the run's folder must agree. The others may change on resume."""
-    settings = dataclasses.asdict(config)
-    for name in ("mesh", "distributed", "microbatches", "log_every", "eval_every", "eval_batches"):
-        settings.pop(name)
-    for name in (
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "checkpoints_kept",
-        "keep_every",
-        "keep_best",
-        "xla_options",
-    ):
-        settings.pop(name)
-    settings.pop("init_from")  # by its digest
-    settings["objective"].pop("cross_entropy")  # a matter of memory
-    settings["data"].pop("store")  # by its fingerprint
-    settings["data"].pop("rates"), settings["data"].pop("rate_changes")  # may change ahead: see _check_past_rates
-    settings["model"] = dataclasses.asdict(model)
-    for name in ("remat", "attention"):  # a matter of memory and of the chip
-        settings["model"].pop(name)
-    return settings
-
-
-def _rates(config: TrainConfig, step: int) -> list[dict]:
-    """The rates that the first `step` steps were drawn at."""
-    phases = config.data.phases(config.batch_size)
-    return [dataclasses.asdict(phase) for phase in phases if phase.start < step * config.batch_size]
-
-
-def _check_past_rates(config: TrainConfig, seen: list[dict], step: int) -> None:
-    """Rates may change ahead of a run, never behind it: what it has learned from would be another stream."""
-    if seen != _rates(config, step):
-        raise UserError(
-            f"data.rates or data.rate_changes differ for the steps up to {step}, which this run has made with {seen}; "
-            f"give those, and changes from step {step + 1} on as data.rate_changes"
-        )
-
-
-def _check_fit(config: TrainConfig, model: ModelConfig, origin: LoadedModel | None, store: TokenStore) -> None:
-    """Store, model and objective go together."""
-    if store.kind not in STORE_KINDS[config.objective.name]:
-        wanted = " or ".join(STORE_KINDS[config.objective.name])
-        raise UserError(f"{store.folder} is a {store.kind} store; objective {config.objective.name} reads {wanted}")
-    if store.tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{store.folder}: its tokenizer has {store.tokenizer.vocab_size} ids, the model only {model.vocab_size}"
-        )
-    if origin and origin.tokenizer.digest != store.tokenizer.digest:
-        raise UserError(
-            f"{store.folder} was made with another tokenizer than {config.init_from}; "
-            f"build it with `ctllm tokenize --config.tokenizer={origin.tokenizer.file}`"
-        )
-    if store.sequence_length > model.max_length:
-        raise UserError(f"{store.folder}: rows of {store.sequence_length} tokens, the model takes {model.max_length}")
-
-
-def _check_layout(job: Job) -> None:
-    """A batch divides over the mesh."""
-    shape = job.mesh.shape
-    for what, size, axes in (
-        ("batch_size", job.config.batch_size, RULES["batch"]),
-        ("the rows' length", job.store.sequence_length, RULES["length"]),
-    ):
-        ways = math.prod(shape[axis] for axis in axes)
-        if size % ways:
-            raise UserError(f"{what} {size} does not divide over {ways} devices (mesh: {' x '.join(axes)})")
-
-
 def _write_run(job: Job) -> None:
     """run.json and the tokenizer: the run directory is complete in itself."""
     length = job.store.sequence_length
@@ -344,24 +194,3 @@ def _write_run(job: Job) -> None:
         },
     )
     shutil.copytree(job.store.tokenizer_folder, job.stage.folder / "tokenizer", dirs_exist_ok=True)
-
-
-class _Stopping:
-    requested = False
-
-
-@contextlib.contextmanager
-def _stop_on_signal():
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours after the step at hand; a second one kills."""
-    stopping = _Stopping()
-
-    def request(number, _):
-        stopping.requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """Checkpoints on their own, without a training run: what is kept, what is damaged, what a full disk does."""
 
 import builtins
+import dataclasses
 import errno
 import itertools
 import pathlib
@@ -17,11 +18,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax import checkpoint, processes
-from ctllm_jax.checkpoint import Checkpoints, checksums
+from ctllm_jax.checkpoint import CheckpointConfig, Checkpoints, checksums
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.restore import load_params, restore_newest
 
-POLICY = {"every": 1, "minutes": 0.0, "ask_every": 1, "kept": 100, "keep_every": 0, "keep_best": 0}
+POLICY = CheckpointConfig(every=1, minutes=0.0, kept=100, keep_every=0, keep_best=0)
 RECORD = {"ledger": {"zh": 7}, "rates": []}
 
 
@@ -49,7 +50,7 @@ def like(tree):
 
 def save(run, steps, losses=None, **policy) -> None:
     layout = mesh(4, 2)
-    checkpoints = Checkpoints(run, **POLICY | policy)
+    checkpoints = Checkpoints(run, dataclasses.replace(POLICY, **policy), ask_every=1)
     for step in steps:
         checkpoints.save(step, *state(step, layout), {**RECORD, "step": step}, (losses or {}).get(step))
     checkpoints.close()
@@ -116,7 +117,7 @@ def test_a_step_that_was_not_evaluated_is_not_among_the_best(tmp_path):
 def test_a_checkpoint_is_due_by_steps_or_by_the_clock(tmp_path, monkeypatch):
     clock = itertools.count(0, 25)  # seconds; one look at the clock a step, one at each save
     monkeypatch.setattr(checkpoint, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    checkpoints = Checkpoints(tmp_path, **POLICY | {"every": 4, "minutes": 1.0})
+    checkpoints = Checkpoints(tmp_path, dataclasses.replace(POLICY, every=4, minutes=1.0), ask_every=1)
     saved = []
     for step in range(1, 13):
         if checkpoints.due(step):
@@ -129,7 +130,7 @@ def test_a_checkpoint_is_due_by_steps_or_by_the_clock(tmp_path, monkeypatch):
 
 def test_the_clock_is_process_0s(tmp_path, monkeypatch):
     """Of two processes only this one is here; what the other says is given."""
-    checkpoints = Checkpoints(tmp_path, **POLICY | {"every": 100, "minutes": 1e-9})
+    checkpoints = Checkpoints(tmp_path, dataclasses.replace(POLICY, every=100, minutes=1e-9), ask_every=1)
     others = {"late": [False, False, True], "due": [False, True, True], "writing": [True, True, True]}
     for other, (first, second) in {"late": (False, True), "due": (True, True), "writing": (False, False)}.items():
         monkeypatch.setattr(checkpoint, "votes", lambda *own, said=others[other]: np.array([said, own]))
@@ -312,7 +313,7 @@ def fill(disk: pathlib.Path) -> pathlib.Path:
 def test_a_full_disk_is_waited_for_and_what_is_there_stays(small_disk, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "PAUSES", (0, 0, 0, 0))
     layout = mesh(4, 2)
-    checkpoints = Checkpoints(small_disk, **POLICY | {"kept": 1})
+    checkpoints = Checkpoints(small_disk, dataclasses.replace(POLICY, kept=1), ask_every=1)
     checkpoints.save(1, *state(1, layout), {**RECORD, "step": 1}, wait=True)
     ballast = fill(small_disk)
     monkeypatch.setattr(checkpoint.time, "sleep", lambda _: ballast.unlink() if failures() == 2 else None)
@@ -332,7 +333,7 @@ def test_a_full_disk_is_waited_for_and_what_is_there_stays(small_disk, monkeypat
 def test_a_disk_that_stays_full_ends_the_run_with_its_checkpoints(small_disk, monkeypatch):
     monkeypatch.setattr(checkpoint, "PAUSES", (0, 0))
     layout = mesh(4, 2)
-    checkpoints = Checkpoints(small_disk, **POLICY | {"kept": 1})
+    checkpoints = Checkpoints(small_disk, dataclasses.replace(POLICY, kept=1), ask_every=1)
     checkpoints.save(1, *state(1, layout), {**RECORD, "step": 1}, wait=True)
     fill(small_disk)
     with pytest.raises(UserError, match=r"the checkpoint of step 2 .*No space left.*there: \[1\]\. Make room"):
@@ -354,7 +355,7 @@ def test_a_save_that_failed_in_the_background_is_made_up_for_at_a_later_step(tmp
 
     monkeypatch.setattr(builtins, "open", open_unless_full)
     layout, saved = mesh(4, 2), []
-    checkpoints = Checkpoints(tmp_path, **POLICY | {"every": 4})
+    checkpoints = Checkpoints(tmp_path, dataclasses.replace(POLICY, every=4), ask_every=1)
     for step in range(1, 8):
         if checkpoints.due(step):
             saved.append(step)

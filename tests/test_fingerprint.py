@@ -24,7 +24,7 @@ from ctllm_jax.common.config import build
 from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer
 from ctllm_jax.step import abstract_batch, abstract_state, train_step
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 RECORD = pathlib.Path(__file__).with_name("step_fingerprint.json")
 STEPS = ["ct_llm_2b", "ct_llm_2b@v5e:4x4", "ct_llm_2b@h200x8"]

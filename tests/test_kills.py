@@ -26,7 +26,7 @@ from ctllm_jax.common.files import read_json
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SETTINGS = {"steps": 20, "checkpoint_every": 5, "checkpoints_kept": 1}
+SETTINGS = {"steps": 20, "checkpoints__every": 5, "checkpoints__kept": 1}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def start(workdir: pathlib.Path, store: pathlib.Path, traps: dict[int, str], pro
             "JAX_PROCESS_ID": str(index),
         }
         command = [sys.executable, "-c", program, "train", *OPTIONS, "--config.distributed=True"]
-        command += ["--config.steps=20", "--config.checkpoint_every=5", "--config.checkpoints_kept=2"]
+        command += ["--config.steps=20", "--config.checkpoints.every=5", "--config.checkpoints.kept=2"]
         command += [f"--config.data.store={store}", f"--workdir={workdir}"]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))

@@ -19,7 +19,7 @@ from ctllm_jax.common.config import build
 from ctllm_jax.hardware import parse_slice
 from ctllm_jax.model import abstract_params, logical_axes
 from ctllm_jax.sharding import mesh_sizes, shardings
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 FILE = pathlib.Path(__file__).with_name("placements.txt")
 

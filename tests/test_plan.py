@@ -23,7 +23,7 @@ from ctllm_jax.plan import arithmetic, search, traffic
 from ctllm_jax.plan.compile import Compiled, compiled, missing
 from ctllm_jax.plan.estimate import make_plan
 from ctllm_jax.plan.text import render
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What compilers said: python benchmarks/aot.py --part memory --record tests/compiled_steps.jsonl

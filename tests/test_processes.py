@@ -32,9 +32,9 @@ OPTIONS = (
     "--config.optimizer.warmup_steps=2",
     "--config.batch_size=8",
     "--config.steps=6",
-    "--config.log_every=1",
-    "--config.eval_every=3",
-    "--config.checkpoint_every=3",
+    "--config.log.every=1",
+    "--config.eval.every=3",
+    "--config.checkpoints.every=3",
 )
 
 
@@ -113,7 +113,7 @@ def test_one_process_takes_up_what_two_left(tmp_path):
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
-LONG = ("--config.steps=100000", "--config.eval_every=100000", "--config.checkpoint_every=100000")
+LONG = ("--config.steps=100000", "--config.eval.every=100000", "--config.checkpoints.every=100000")
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from ctllm_jax.common.files import read_json
 from ctllm_jax.data.batches import DataConfig, make_stream
 from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import open_store
+from ctllm_jax.train_config import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "sample"
@@ -80,7 +81,8 @@ def ran(texts, tmp_path_factory) -> tuple[pathlib.Path, dict[int, np.ndarray]]:
     folder, taken = tmp_path_factory.mktemp("trace"), {}
     rows = {split: {source: packed(own) for source, own in sources.items()} for split, sources in texts.items()}
     store = write_store(folder / "store", rows, "pretrain", LENGTH)
-    values = train_values(store.folder) | {"eval_every": STEPS, "checkpoint_every": 10}
+    values = train_values(store.folder)
+    values["eval"]["every"], values["checkpoints"]["every"] = STEPS, 10
     values["data"]["rate_changes"] = [CHANGE]
 
     def recording(stream, start, stop, mesh, prefetched=train.prefetched):
@@ -90,7 +92,7 @@ def ran(texts, tmp_path_factory) -> tuple[pathlib.Path, dict[int, np.ndarray]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "prefetched", recording)
-        train.run(build(train.TrainConfig, values), str(folder / "run"))
+        train.run(build(TrainConfig, values), str(folder / "run"))
     assert taken.keys() == set(range(1, STEPS + 1))
     return folder / "run", taken
 
@@ -359,7 +361,7 @@ def stages(tmp_path_factory) -> pathlib.Path:
     values["data"]["rates"] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_train", lambda job, *_: train._write_run(job) or {})
-        train.run(build(train.TrainConfig, values), str(folder / "run"))
+        train.run(build(TrainConfig, values), str(folder / "run"))
     return folder
 
 

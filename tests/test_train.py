@@ -26,7 +26,7 @@ from ctllm_jax.data.order import Mixture, Phase
 from ctllm_jax.data.store import open_store
 from ctllm_jax.loading import load_model
 from ctllm_jax.metrics import read_metrics
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
@@ -180,10 +180,10 @@ def test_a_finished_run_returns_at_once(finished, stores, monkeypatch):
     other = config_of(
         stores["pretrain"],
         mesh__data=8,
-        log_every=7,
+        log__every=7,
         microbatches=2,
-        checkpoints_kept=1,
-        keep_every=5,
+        checkpoints__kept=1,
+        checkpoints__keep_every=5,
         model__remat="full",
     )
     assert train.run(other, str(workdir)) == result
@@ -252,7 +252,13 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_not_bits(finished, stores, 
 
 
 def test_checkpoints_by_the_clock_and_by_held_out_loss_leave_no_trace_in_the_result(finished, stores, tmp_path):
-    change = {"checkpoint_every": 4, "checkpoint_minutes": 1e-5, "checkpoints_kept": 1, "keep_best": 1, "keep_every": 8}
+    change = {
+        "checkpoints__every": 4,
+        "checkpoints__minutes": 1e-5,
+        "checkpoints__kept": 1,
+        "checkpoints__keep_best": 1,
+        "checkpoints__keep_every": 8,
+    }
     train.run(config_of(stores["pretrain"], **change), str(tmp_path / "run"))
     assert_same_run(tmp_path / "run", finished[0])
     losses = {entry["step"]: entry["loss"] for entry in entries(tmp_path / "run", "eval") if entry["step"]}
@@ -366,8 +372,8 @@ def test_dpo_starts_level_with_its_reference_and_a_stop_does_not_move_the_refere
         objective__name="dpo",
         optimizer__learning_rate=1e-3,
         steps=6,
-        checkpoint_every=100,
-        eval_every=3,
+        checkpoints__every=100,
+        eval__every=3,
     )
     result = train.run(config, str(tmp_path / "whole"))
     first, *_, last = entries(tmp_path / "whole", "eval")
@@ -443,9 +449,9 @@ def test_a_layout_that_does_not_divide_is_refused_by_name(stores, tmp_path, chan
         ({"model": None}, "give either model .* or init_from"),
         ({"objective__name": "ppo"}, "objective 'ppo' is unknown; there are: lm, dpo"),
         ({"model__remat": "some"}, "remat 'some' is unknown"),
-        ({"checkpoints_kept": 0}, "checkpoint_every and checkpoints_kept must be at least 1"),
-        ({"keep_every": 7}, "keep_every 7 is no multiple of checkpoint_every 5"),
-        ({"keep_best": 1}, "not every step of checkpoint_every 5 is evaluated"),
+        ({"checkpoints__kept": 0}, "every and kept must be at least 1"),
+        ({"checkpoints__keep_every": 7}, "keep_every 7 is no multiple of every 5"),
+        ({"checkpoints__keep_best": 1}, "not every step of checkpoints.every 5 is evaluated"),
     ],
 )
 def test_contradictions_in_a_config_are_refused(change, message):

@@ -22,7 +22,7 @@ from ctllm_jax.model import REMAT_POLICIES, ModelConfig, count_params, flops_per
 from ctllm_jax.optim import OptimizerConfig, make_optimizer
 from ctllm_jax.sharding import RULES, mesh_sizes
 from ctllm_jax.step import abstract_batch, abstract_state
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 FP32 = 4
 

@@ -34,9 +34,11 @@ from ctllm_jax.optim import make_optimizer
 from ctllm_jax.plan import gpu_target, hlo
 from ctllm_jax.sharding import make_mesh
 from ctllm_jax.step import abstract_batch, abstract_state, jit_step
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ctllm-jax" / "plan"
+# Settings that do not touch the step's program: how often it is looked at, what happens beside it.
+_BESIDE = ("seed", "distributed", "log", "eval", "checkpoints")
 _SOURCES = ("model.py", "attention/*.py", "cross_entropy.py", "losses.py", "objectives.py", "optim.py", "sharding.py")
 _SOURCES += ("step.py", "plan/compile.py", "plan/hlo.py", "plan/gpu_target.py")
 ENVIRONMENT = {
@@ -85,20 +87,14 @@ def compiled(config: TrainConfig, target: Slice) -> Compiled:
     """
     if reason := missing(target):
         raise UserError(f"cannot compile for {target.name}: {reason}")
-    request = {"config": _decisive(config), "slice": target.name}
-    file = CACHE / f"{fingerprint({**request, 'with': _versions(target), 'sources': _sources()})}.json"
+    request = {"config": dataclasses.asdict(config), "slice": target.name}
+    step = {name: value for name, value in request["config"].items() if name not in _BESIDE}
+    step["data"] = {**step["data"], "store": "", "rate_changes": ()}
+    key = fingerprint({"config": step, "slice": target.name, "with": _versions(target), "sources": _sources()})
+    file = CACHE / f"{key}.json"
     if not file.exists():
         write_json(file, _in_process(request, target.name))
     return Compiled(**read_json(file))
-
-
-def _decisive(config: TrainConfig) -> dict:
-    """The config without what does not touch the step's program: where data lie, how often it is looked at."""
-    values = dataclasses.asdict(config)
-    values["data"].update(store="", rate_changes=())
-    values.update(seed=0, log_every=1, eval_every=1, eval_batches=1, checkpoint_every=1, checkpoints_kept=1)
-    values.update(checkpoint_minutes=0.0, keep_every=0, keep_best=0)
-    return values | {"distributed": False}
 
 
 def _versions(target: Slice) -> dict[str, str]:

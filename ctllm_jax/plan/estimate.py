@@ -6,7 +6,7 @@ from ctllm_jax.hardware import Slice
 from ctllm_jax.plan import arithmetic, traffic
 from ctllm_jax.plan.compile import Compiled, compiled
 from ctllm_jax.plan.kernel_cycles import kernel_seconds
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products of each attention kernel
 

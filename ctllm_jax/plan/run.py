@@ -12,7 +12,7 @@ from ctllm_jax.plan import arithmetic, search
 from ctllm_jax.plan.compile import missing
 from ctllm_jax.plan.estimate import Plan, make_plan
 from ctllm_jax.plan.text import render, render_ranking
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

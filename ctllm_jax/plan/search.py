@@ -14,7 +14,7 @@ from ctllm_jax.hardware import Slice
 from ctllm_jax.model import REMAT_POLICIES
 from ctllm_jax.plan.estimate import Plan, make_plan
 from ctllm_jax.sharding import MeshConfig, mesh_sizes
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 MARGIN = 0.95  # of a chip's memory: what the arithmetic may fill, as it is off by a few percent
 SHOWN = 12  # candidates of a ranking

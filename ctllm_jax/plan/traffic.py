@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ctllm_jax.hardware import Slice
 from ctllm_jax.plan.arithmetic import FP32, parameter_bytes, share
-from ctllm_jax.train import TrainConfig
+from ctllm_jax.train_config import TrainConfig
 
 AXES = ("slice", "data", "fsdp", "tensor", "context")  # outermost first, as `sharding.make_mesh` lays them out
 AWAITED = ("tensor", "context")

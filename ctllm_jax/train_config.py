@@ -1,0 +1,116 @@
+"""What decides a training run, what may change while it runs, and what does not go together."""
+
+import dataclasses
+import math
+
+from jax.sharding import Mesh
+
+from ctllm_jax.checkpoint import CheckpointConfig
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.data.batches import DataConfig
+from ctllm_jax.data.store import TokenStore
+from ctllm_jax.evaluate.in_loop import InLoopConfig
+from ctllm_jax.loading import LoadedModel
+from ctllm_jax.metrics import LogConfig
+from ctllm_jax.model import ModelConfig
+from ctllm_jax.objectives import STORE_KINDS, ObjectiveConfig
+from ctllm_jax.optim import OptimizerConfig
+from ctllm_jax.sharding import RULES, MeshConfig
+
+# Settings that do not decide the result, so that a run may go on with others.
+_FREE = ("mesh", "distributed", "microbatches", "log", "eval", "checkpoints", "xla_options")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run."""
+
+    objective: ObjectiveConfig
+    model: ModelConfig | None  # None: as in init_from
+    init_from: str | None  # run or Hugging Face folder whose parameters start the run (and are DPO's reference)
+    data: DataConfig
+    optimizer: OptimizerConfig
+    mesh: MeshConfig
+    distributed: bool  # this process is one of a job of several (see ctllm_jax.processes)
+    batch_size: int  # sequences (pairs for DPO) of a step, over all devices
+    microbatches: int  # parts that a step's batch is gone through in
+    steps: int
+    seed: int
+    log: LogConfig
+    eval: InLoopConfig
+    checkpoints: CheckpointConfig
+    xla_options: dict[str, str]  # options of the step's compiler, by the names that XLA gives them
+
+    def __post_init__(self):
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches")
+        if (self.model is None) == (self.init_from is None):
+            raise ValueError("give either model (a fresh start) or init_from (its architecture is taken over)")
+        if self.checkpoints.keep_best and self.checkpoints.every % self.eval.every:
+            raise ValueError(
+                "checkpoints.keep_best compares held-out losses, but not every step of checkpoints.every "
+                f"{self.checkpoints.every} is evaluated (eval.every {self.eval.every}); make it a multiple"
+            )
+
+
+def decisive(config: TrainConfig, model: ModelConfig) -> dict:
+    """The settings that decide the result: where the run's folder must agree. The others may change on resume."""
+    settings = dataclasses.asdict(config)
+    for name in _FREE:
+        settings.pop(name)
+    settings.pop("init_from")  # by its digest
+    settings["objective"].pop("cross_entropy")  # a matter of memory
+    settings["data"].pop("store")  # by its fingerprint
+    settings["data"].pop("rates"), settings["data"].pop("rate_changes")  # may change ahead: see check_past_rates
+    settings["model"] = dataclasses.asdict(model)
+    for name in ("remat", "attention"):  # a matter of memory and of the chip
+        settings["model"].pop(name)
+    return settings
+
+
+def rates(config: TrainConfig, step: int) -> list[dict]:
+    """The rates that the first `step` steps were drawn at."""
+    phases = config.data.phases(config.batch_size)
+    return [dataclasses.asdict(phase) for phase in phases if phase.start < step * config.batch_size]
+
+
+def check_past_rates(config: TrainConfig, seen: list[dict], step: int) -> None:
+    """Rates may change ahead of a run, never behind it: what it has learned from would be another stream.
+
+    Raises:
+      UserError: the first `step` steps, made with rates `seen`, would have other ones.
+    """
+    if seen != rates(config, step):
+        raise UserError(
+            f"data.rates or data.rate_changes differ for the steps up to {step}, which this run has made with {seen}; "
+            f"give those, and changes from step {step + 1} on as data.rate_changes"
+        )
+
+
+def check_fit(config: TrainConfig, model: ModelConfig, origin: LoadedModel | None, store: TokenStore) -> None:
+    """Store, model and objective go together, or UserError."""
+    if store.kind not in STORE_KINDS[config.objective.name]:
+        wanted = " or ".join(STORE_KINDS[config.objective.name])
+        raise UserError(f"{store.folder} is a {store.kind} store; objective {config.objective.name} reads {wanted}")
+    if store.tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{store.folder}: its tokenizer has {store.tokenizer.vocab_size} ids, the model only {model.vocab_size}"
+        )
+    if origin and origin.tokenizer.digest != store.tokenizer.digest:
+        raise UserError(
+            f"{store.folder} was made with another tokenizer than {config.init_from}; "
+            f"build it with `ctllm tokenize --config.tokenizer={origin.tokenizer.file}`"
+        )
+    if store.sequence_length > model.max_length:
+        raise UserError(f"{store.folder}: rows of {store.sequence_length} tokens, the model takes {model.max_length}")
+
+
+def check_layout(config: TrainConfig, store: TokenStore, mesh: Mesh) -> None:
+    """A batch divides over the mesh, or UserError."""
+    for what, size, axes in (
+        ("batch_size", config.batch_size, RULES["batch"]),
+        ("the rows' length", store.sequence_length, RULES["length"]),
+    ):
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        if size % ways:
+            raise UserError(f"{what} {size} does not divide over {ways} devices (mesh: {' x '.join(axes)})")
