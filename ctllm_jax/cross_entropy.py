@@ -136,6 +136,7 @@ def _backward(vocab_size, chunk, residuals, cotangents):
             head_DC, logits_TC, ids_C = _chunk_logits(x_TD, head_DV, start, size, first, vocab_size)
             dlogits_TC = jnp.exp(logits_TC - lse_T1) * (dlse_T1 - dlogprob_T1)
             dlogits_TC += jnp.where(ids_C == labels_T1, dlogprob_T1, 0)
+            dlogits_TC = dlogits_TC.astype(x_TD.dtype)  # as `model` does in the dense form
             dx_TD += jnp.einsum("TC,DC->TD", dlogits_TC, head_DC, preferred_element_type=jnp.float32)
             dhead_DC = jnp.einsum("TD,TC->DC", x_TD, dlogits_TC, preferred_element_type=jnp.float32)
             dhead_DC = _reduce_head(dhead_DC, layout).astype(like.dtype)

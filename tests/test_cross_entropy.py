@@ -17,7 +17,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.cross_entropy import DENSE_SHARE, UNKNOWN_MEMORY, choose_form, dense_bytes, label_logprobs
 from ctllm_jax.hardware import CHIPS
 from ctllm_jax.losses import lm_loss, token_logprobs
-from ctllm_jax.model import abstract_params, logical_axes
+from ctllm_jax.model import abstract_params, head_logits, logical_axes
 from ctllm_jax.objectives import ObjectiveConfig, make_objective
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings, spec
 
@@ -27,7 +27,7 @@ IDS = 41  # over eight devices, the last one's part of the vocabulary is padding
 
 def dense_logprobs(x_BLD, head_DV, labels_BL, ids, chunk=None):
     """As the model computes logits."""
-    logits_BLV = jnp.einsum("BLD,DV->BLV", x_BLD, head_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+    logits_BLV = head_logits(x_BLD, head_DV)
     return token_logprobs(jnp.where(jnp.arange(head_DV.shape[1]) < ids, logits_BLV, -jnp.inf), labels_BL)
 
 
@@ -96,7 +96,7 @@ def test_large_logits_overflow_nothing():
 
 @pytest.mark.parametrize("seed", range(2))
 def test_bfloat16_rounds_no_worse_than_the_dense_form(seed):
-    """Distances from float64 of the unrounded head. The dense form rounds the head's gradient, the chunks do not."""
+    """Distances from float64 of the unrounded head."""
     arguments = inputs(seed, "bfloat16")
     expected = exact(*arguments, 1e-2)
 
@@ -109,7 +109,7 @@ def test_bfloat16_rounds_no_worse_than_the_dense_form(seed):
     chunked, dense = errors(functools.partial(label_logprobs, chunk=7)), errors(dense_logprobs)
     (loss, dx, dhead), (dense_loss, dense_dx, dense_dhead) = chunked, dense
     assert abs(loss - dense_loss) < 1e-6 * expected[0]  # the same rounding of the same logits
-    assert dx < 1.001 * dense_dx and dhead < dense_dhead
+    assert dx < 1.001 * dense_dx and dhead < 1.001 * dense_dhead
 
 
 @pytest.mark.parametrize("part", [0, 1])
