@@ -1,7 +1,8 @@
 """One loop for pretraining, SFT and DPO: the config says which.
 
 The state after step n is a pure function of the config, the token store and the seed: the same for any number of
-processes, and across kill and resume to the last bit (same devices).
+processes, and across kill and resume to the last bit on CPUs. On a GPU XLA adds up some sums in no fixed order, so
+there two runs agree in what they see, not in the last bits of what they learn.
 """
 
 import contextlib
