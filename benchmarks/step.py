@@ -26,7 +26,7 @@ from ctllm_jax.model import flops_per_token, init_params
 from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer
 from ctllm_jax.sharding import make_mesh
-from ctllm_jax.step import TrainState, abstract_batch, jit_step, state_shardings
+from ctllm_jax.step import TrainState, abstract_batch, jit_step, start_state, state_shardings
 from ctllm_jax.train_config import TrainConfig
 
 WARM, TIMED = 3, 10
@@ -73,11 +73,7 @@ def measure(config: TrainConfig, profile: str | None) -> dict[str, float]:
         layout = state_shardings(model, optimizer, mesh)
         step = jit_step(make_objective(config.objective, model, 1), optimizer, 1, layout, config.xla_options)
         draw = jax.jit(lambda key: init_params(model, key), out_shardings=layout.params)
-        params = draw(jax.random.key(0))
-        moments = jax.jit(optimizer.init, out_shardings=layout.optimizer)(params)
-        counters = (jax.device_put(np.int32(0), layout.step) for _ in range(2))
-        state = TrainState(params, moments, *counters)
-        del params, moments
+        state = start_state(draw(jax.random.key(0)), optimizer, layout)
         batch = random_batch(config, mesh)
         begun = time.perf_counter()
         state, metrics = jax.block_until_ready(step(state, None, batch))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -86,6 +87,13 @@ def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation,
         transform_non_params=lambda _: everywhere,
     )
     return TrainState(layout, moments, everywhere, everywhere)
+
+
+def start_state(params: dict, optimizer: optax.GradientTransformation, layout: TrainState) -> TrainState:
+    """The state before the first step, of parameters that lie as `layout` says."""
+    moments = jax.jit(optimizer.init, out_shardings=layout.optimizer)(params)
+    step, skipped = (jax.device_put(np.int32(0), layout.step) for _ in range(2))
+    return TrainState(params, moments, step, skipped)
 
 
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -16,7 +16,6 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from ctllm_jax import __version__, processes
@@ -35,7 +34,7 @@ from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer, schedule
 from ctllm_jax.restore import restore_newest
 from ctllm_jax.sharding import make_mesh
-from ctllm_jax.step import TrainState, jit_step, state_shardings
+from ctllm_jax.step import TrainState, jit_step, start_state, state_shardings
 from ctllm_jax.stopping import Stopping, stop_on_signal
 from ctllm_jax.train_config import TrainConfig, check_fit, check_layout, check_past_rates, decisive, rates
 
@@ -166,9 +165,7 @@ def _start_state(job: Job, optimizer, origin: LoadedModel | None) -> tuple[Train
     else:
         params = jax.device_put(jax.device_get(origin.params), layout.params)  # every process has read all of them
     reference = jax.tree.map(jnp.copy, params) if job.config.objective.name == "dpo" else None
-    moments = jax.jit(optimizer.init, out_shardings=layout.optimizer)(params)
-    step, skipped = (jax.device_put(np.int32(0), layout.step) for _ in range(2))
-    return TrainState(params, moments, step, skipped), reference
+    return start_state(params, optimizer, layout), reference
 
 
 def _like(tree: Any) -> Any:

@@ -5,10 +5,11 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.data.batches import held_out
 from ctllm_jax.data.store import TokenStore
+from ctllm_jax.objectives import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +24,17 @@ class HeldOut:
     """The held-out split of a run's store, scored by the run's own objective."""
 
     def __init__(
-        self, config: InLoopConfig, store: TokenStore, batch_size: int, mask_documents: bool, mesh: Mesh, objective
+        self,
+        config: InLoopConfig,
+        store: TokenStore,
+        batch_size: int,
+        mask_documents: bool,
+        mesh: Mesh,
+        objective: Objective,
     ):
-        self._store, self._mesh = store, mesh
+        self._kind = store.kind
         self._reading = (store, "validation", batch_size, config.batches, mask_documents, mesh)
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        everywhere = NamedSharding(mesh, PartitionSpec())
         self._sums = jax.jit(lambda *arguments: objective(*arguments)[1], out_shardings=everywhere)
 
     def look(self, params: dict, reference: dict | None) -> dict[str, float]:
@@ -40,7 +47,7 @@ class HeldOut:
             sums = jax.device_get(self._sums(params, reference, batch))
             scalars = {name: float(value) for name, value in sums.items() if np.ndim(value) == 0}
             totals.setdefault(source, collections.Counter()).update({"bytes": text_bytes, **scalars})
-        return _means(totals, self._store.kind) if totals else {}
+        return _means(totals, self._kind) if totals else {}
 
 
 def _means(totals: dict[str, collections.Counter], kind: str) -> dict[str, float]:
