@@ -150,6 +150,7 @@ FAILS_IN_ONE = """
 import sys
 import jax
 from ctllm_jax import cli, train
+from ctllm_jax.common.errors import UserError
 
 def batches(stream, start, stop, mesh, prefetched=train.prefetched):
     for step, batch in enumerate(prefetched(stream, start, stop, mesh)):
@@ -167,7 +168,7 @@ cli.main(sys.argv[1:])
     ("error", "status", "said"),
     [
         ("ValueError('a bad row')", 1, "process 1 failed (ValueError: a bad row)"),
-        ("train.UserError('mend it')", 2, "process 1 failed (UserError: mend it)"),
+        ("UserError('mend it')", 2, "process 1 failed (UserError: mend it)"),
     ],
 )
 def test_an_error_in_one_process_ends_the_others_and_its_reason_reaches_them(tmp_path, error, status, said):
