@@ -69,7 +69,7 @@ def measure(config: TrainConfig, profile: str | None) -> dict[str, float]:
     """Median seconds of a step, and what follows from it."""
     model, mesh = config.model, make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        optimizer = make_optimizer(config.optimizer, model, config.steps)
+        optimizer = make_optimizer(config.optimizer, model, config.clock(model.max_length))
         layout = state_shardings(model, optimizer, mesh)
         step = jit_step(make_objective(config.objective, model, 1), optimizer, 1, layout, config.xla_options)
         draw = jax.jit(lambda key: init_params(model, key), out_shardings=layout.params)

@@ -15,9 +15,9 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     """`name` is "ct_llm_2b" or "tiny"."""
     config = sft.get_config(name)
     config.objective.update(name="dpo", dpo_beta=0.5)
-    config.optimizer.update(learning_rate=1e-6, warmup_steps=107)
-    config.update(steps=3578)
+    config.optimizer.update(learning_rate=1e-6, warmup="3%")
+    config.update(duration="2 epochs")
     if name == "tiny":
-        config.optimizer.update(learning_rate=5e-5, warmup_steps=5)
-        config.update(steps=40)
+        config.optimizer.update(learning_rate=5e-5, warmup="5 steps")
+        config.update(duration="40 steps")
     return config

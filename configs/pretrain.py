@@ -29,19 +29,21 @@ def get_config(name: str = "tiny") -> ConfigDict:
                 learning_rate=2e-4,
                 final_learning_rate=2e-5,
                 schedule="cosine",
-                warmup_steps=2000,
-                decay_fraction=0.0,
+                warmup="2000 steps",
+                decay="",
                 beta1=0.9,
                 beta2=0.95,
                 epsilon=1e-8,
                 weight_decay=0.1,
                 clip_norm=1.0,
+                spike_window=128,
+                spike_deviations=6.0,
             ),
             mesh=dict(slice=1, data=1, fsdp=-1, tensor=1, context=1),
             distributed=False,
             batch_size=512,
             microbatches=1,
-            steps=598_278,
+            duration="1254.68e9 tokens",
             seed=42,
             log=dict(every=10),
             eval=dict(every=2000, batches=8),
@@ -53,8 +55,8 @@ def get_config(name: str = "tiny") -> ConfigDict:
         hardware.lay_out(config, slice_name)
     if name == "tiny":
         config.data.rates = ConfigDict()
-        config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=40)
-        config.update(batch_size=16, steps=600)
+        config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup="40 steps")
+        config.update(batch_size=16, duration="600 steps")
         config.eval.update(every=100, batches=4)
         config.checkpoints.update(every=100, keep_every=0)
     return config

@@ -2,8 +2,8 @@
 
     ctllm train --config=configs/sft.py --config.init_from=RUN --config.data.store=STORE --workdir=RUN-SFT
 
-CT-LLM's values as far as they are known (3 epochs, batch 128, peak 2e-5, decay 0.1): set `steps` to epochs x rows /
-batch. `:tiny` fits the quickstart's model and data.
+CT-LLM's values as far as they are known (3 epochs, batch 128, peak 2e-5, decay 0.1). `:tiny` fits
+the quickstart's model and data.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -17,12 +17,12 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     config.model = config_dict.placeholder(object)
     config.init_from = config_dict.placeholder(str)
     config.data.rates = ConfigDict()
-    config.optimizer.update(learning_rate=2e-5, final_learning_rate=0.0, warmup_steps=100)
-    config.update(batch_size=128, steps=3691)
+    config.optimizer.update(learning_rate=2e-5, final_learning_rate=0.0, warmup="100 steps")
+    config.update(batch_size=128, duration="3 epochs")
     config.eval.every = 500
     config.checkpoints.update(every=500, keep_every=0)
     if name == "tiny":
-        config.optimizer.update(learning_rate=3e-4, warmup_steps=5)
-        config.update(batch_size=8, steps=40)
+        config.optimizer.update(learning_rate=3e-4, warmup="5 steps")
+        config.update(batch_size=8, duration="40 steps")
         config.log.every, config.eval.every, config.checkpoints.every = 2, 10, 20
     return config

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.store import TokenStore
 from ctllm_jax.hardware import chip_of
 from ctllm_jax.model import ModelConfig, flops_per_token
+from ctllm_jax.step import UPDATE_METRICS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +73,9 @@ class Meter:
       ledger: tokens learned so far from each source, up to the last step that was read.
     """
 
-    def __init__(
-        self, log: MetricsLog, every: int, rate: optax.Schedule, sources: Sequence[str], ledger: dict[str, int]
-    ):
+    def __init__(self, log: MetricsLog, every: int, sources: Sequence[str], ledger: dict[str, int]):
         self.ledger = ledger
-        self._log, self._every, self._rate, self._sources = log, every, rate, sources
+        self._log, self._every, self._sources = log, every, sources
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._tokens_per_step, self._flops, self._peak = 0, (0.0, 0.0), None
         self.restart_clock()
@@ -117,13 +115,13 @@ class Meter:
         count = max(float(sums["count"]), 1.0)
         progress.at(step, f"loss {sums['loss'] / count:.4f}")
         if step == 1 or step % self._every == 0:
-            entry = {name: float(sums.pop(name)) for name in ("count", "grad_norm", "skipped")}
+            entry = {name: sums.pop(name).tolist() for name in ("count", *UPDATE_METRICS)}
             entry |= {name: float(value) / count for name, value in sums.items()}
             if by_source:
                 seen = np.flatnonzero(by_source["source_tokens"])
                 means = by_source["source_loss"][seen] / by_source["source_tokens"][seen]
                 entry |= {f"loss/{self._sources[i]}": float(mean) for i, mean in zip(seen, means, strict=True)}
-            self._log.write("train", step, {**entry, "learning_rate": float(self._rate(step - 1)), **self._speed(now)})
+            self._log.write("train", step, {**entry, **self._speed(now)})
 
     def _speed(self, now: float) -> dict[str, float]:
         """Tokens per second (padding included) since the last line, and MFU where the device's peak is known."""

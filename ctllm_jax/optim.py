@@ -3,45 +3,87 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from ctllm_jax.duration import Clock, parse
 from ctllm_jax.model import ModelConfig, logical_axes
 
-SCHEDULES = ("constant", "cosine", "wsd")
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule; steps count optimizer updates."""
+    """AdamW, its learning-rate schedule, and which gradients are not used."""
 
     learning_rate: float  # peak
     final_learning_rate: float
     schedule: str  # one of SCHEDULES
-    warmup_steps: int
-    decay_fraction: float  # wsd only: share of the steps, at the end, over which the rate falls linearly
+    warmup: str  # duration of the rise from 0 to the peak
+    decay: str  # wsd: duration of the fall at the end; the others: "", cosine and linear fall from warm-up to end
     beta1: float
     beta2: float
     epsilon: float
     weight_decay: float
     clip_norm: float
+    spike_window: int  # gradient norms that a new one is compared with
+    spike_deviations: (
+        float  # a norm so many standard deviations above their mean is a spike: its step is skipped (0: none)
+    )
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is unknown; there are: {', '.join(SCHEDULES)}")
+        if (self.schedule == "wsd") != bool(self.decay):
+            raise ValueError("decay is for schedule wsd, which needs it; for the others leave it empty")
+        if self.spike_window < 1:
+            raise ValueError("spike_window must be at least 1; spike_deviations of 0 calls no gradient a spike")
+        for text in filter(None, (self.warmup, self.decay)):
+            parse(text)
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate as a function of the update number, over `steps` updates in all."""
-    peak, final, warmup = config.learning_rate, config.final_learning_rate, config.warmup_steps
-    rise = optax.linear_schedule(0.0, peak, warmup)
-    rest = max(steps - warmup, 1)
-    if config.schedule == "constant":
-        return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """What becomes of a gradient.
+
+    Attributes:
+      direction: from gradients to what the learning rate multiplies, before its minus sign.
+      rate: learning rate of a step, which counts from 0.
+      spike_window, spike_deviations: see `is_spike`.
+    """
+
+    direction: optax.GradientTransformation
+    rate: optax.Schedule
+    spike_window: int
+    spike_deviations: float
+
+
+def make_optimizer(config: OptimizerConfig, model: ModelConfig, clock: Clock) -> Optimizer:
+    """Clip by global norm, then AdamW (arXiv 1711.05101) with decoupled decay on matrices only."""
+    direction = optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, decay_mask(model)),
+    )
+    return Optimizer(direction, schedule(config, clock), config.spike_window, config.spike_deviations)
+
+
+def schedule(config: OptimizerConfig, clock: Clock) -> optax.Schedule:
+    """Learning rate as a function of the step, over `clock.run` steps in all."""
+    peak, final, warmup = config.learning_rate, config.final_learning_rate, clock.steps(config.warmup)
+    parts, starts = [optax.linear_schedule(0.0, peak, warmup)], [warmup]
+    rest = max(clock.run - warmup, 1)
     if config.schedule == "cosine":
-        return optax.join_schedules([rise, optax.cosine_decay_schedule(peak, rest, alpha=final / peak)], [warmup])
-    decay = max(int(steps * config.decay_fraction), 1)
-    fall = optax.linear_schedule(peak, final, decay)
-    return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, steps - decay])
+        parts.append(optax.cosine_decay_schedule(peak, rest, alpha=final / peak))
+    elif config.schedule == "linear":
+        parts.append(optax.linear_schedule(peak, final, rest))
+    else:
+        parts.append(optax.constant_schedule(peak))
+    if config.schedule == "wsd":
+        fall = max(clock.steps(config.decay), 1)
+        parts.append(optax.linear_schedule(peak, final, fall))
+        starts.append(clock.run - fall)
+    return optax.join_schedules(parts, starts)
 
 
 def decay_mask(model: ModelConfig) -> dict:
@@ -53,16 +95,11 @@ def decay_mask(model: ModelConfig) -> dict:
     )
 
 
-def make_optimizer(config: OptimizerConfig, model: ModelConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decoupled decay on matrices only."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=decay_mask(model),
-        ),
-    )
+def is_spike(norm: jax.Array, recent_W: jax.Array, deviations: float) -> jax.Array:
+    """Whether a gradient's norm lies out of what its W predecessors' let expect, as OLMo's optimizer judges it.
+
+    Nothing is a spike as long as one of `recent_W` is NaN, where fewer than W norms are known, or if `deviations` is 0.
+    """
+    if not deviations:
+        return jnp.bool_(False)
+    return norm > jnp.mean(recent_W) + deviations * jnp.std(recent_W)

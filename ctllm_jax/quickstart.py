@@ -65,7 +65,7 @@ def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
             "train",
             f"--config=configs/{name}.py:tiny",
             f"--config.data.store={out}/store/{store}",
-            f"--config.steps={steps}",
+            f"--config.duration={steps} steps",
             *([f"--config.init_from={out}/train/{origin}"] if origin else []),
         ]
 

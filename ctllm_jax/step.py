@@ -3,7 +3,7 @@
 Needs no data: `abstract_state` and `abstract_batch` describe the arguments for any mesh, be its devices at hand or only
 described.
 
-Legend: B sequences or pairs of the global batch, L positions.
+Legend: B sequences or pairs of the global batch, L positions, Y layers, W gradient norms that are remembered.
 """
 
 import dataclasses
@@ -19,18 +19,43 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.model import ModelConfig, abstract_params, logical_axes
 from ctllm_jax.objectives import BATCH_FIELDS, Batch, Objective
+from ctllm_jax.optim import Optimizer, is_spike
 from ctllm_jax.sharding import shardings, spec
+
+UPDATE_METRICS = (  # what a step tells of its update; everything else that it tells is a sum over what was predicted
+    "grad_norm",
+    "update_norm",
+    "param_norm",
+    "layers/grad_norm",  # [Y]
+    "layers/update_ratio",  # [Y], norm of the update over that of the parameters
+    "learning_rate",
+    "skipped",
+)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What training changes. `skipped` counts steps whose gradient was not finite: they change nothing else."""
+    """What training changes.
+
+    Attributes:
+      params: fp32 parameters.
+      moments: the optimizer's, laid out as the parameters.
+      step: updates so far, those that were skipped among them.
+      skipped: updates that were skipped: the gradient was not finite, or a spike.
+      norms_W: norms of the last finite gradients, by step modulo W; NaN where there has been none.
+    """
 
     params: dict
-    optimizer: Any
+    moments: Any
     step: jax.Array
     skipped: jax.Array
+    norms_W: jax.Array
+
+    @property
+    def rest(self) -> tuple:
+        """All but the parameters, in the order of the fields."""
+        return self.moments, self.step, self.skipped, self.norms_W
 
 
 def train_step(
@@ -39,67 +64,103 @@ def train_step(
     batch: Batch,
     *,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     microbatches: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update. Gradients are sums over microbatches divided once by the global count of what was predicted."""
+    """One update, and its metrics. A skipped one leaves parameters and moments as they are, to the last bit.
+
+    A spike's norm is remembered as any other: where norms rise for good, they are taken for normal before long.
+    """
+    grads, sums = _gradient(state.params, reference, batch, objective, microbatches)
+    norm = optax.tree.norm(grads)
+    rate = optimizer.rate(state.step)
+    direction, moments = optimizer.direction.update(grads, state.moments, state.params)
+    updates = jax.tree.map(lambda x: -rate * x, direction)
+    finite = jnp.isfinite(norm)
+    accepted = finite & ~is_spike(norm, state.norms_W, optimizer.spike_deviations)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(accepted, new, old))
+    after = TrainState(
+        params=keep(optax.apply_updates(state.params, updates), state.params),
+        moments=keep(moments, state.moments),
+        step=state.step + 1,
+        skipped=state.skipped + ~accepted,
+        norms_W=_remember(state.norms_W, norm, finite, state.step),
+    )
+    values = (
+        norm,
+        optax.tree.norm(updates),
+        optax.tree.norm(state.params),
+        _by_layer(grads),
+        _by_layer(updates) / _by_layer(state.params),
+        rate,
+        after.skipped,
+    )
+    return after, {**sums, **dict(zip(UPDATE_METRICS, values, strict=True))}
+
+
+def _gradient(params: dict, reference: dict | None, batch: Batch, objective: Objective, microbatches: int):
+    """(gradient of the mean objective, sums of the objective's diagnostics) over a batch, gone through in parts.
+
+    Parts add up sums, which are divided once by the global count of what was predicted.
+    """
 
     def part(sums, piece):
-        grads, metrics = jax.grad(objective, has_aux=True)(state.params, reference, piece)
-        return jax.tree.map(jnp.add, sums, (grads, metrics)), None
+        found = jax.grad(objective, has_aux=True)(params, reference, piece)
+        return jax.tree.map(jnp.add, sums, found), None
 
     # Every part takes rows from every device: part j has the rows i * microbatches + j.
     pieces = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
     first = jax.tree.map(lambda x: x[0], pieces)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(jax.grad(objective, has_aux=True), state.params, reference, first),
+        jax.eval_shape(jax.grad(objective, has_aux=True), params, reference, first),
     )
     if microbatches == 1:
-        (grads, metrics), _ = part(zeros, first)
+        (grads, sums), _ = part(zeros, first)
     else:
-        (grads, metrics), _ = jax.lax.scan(part, zeros, pieces)
-    count = jnp.maximum(metrics["count"], 1.0)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    norm = optax.tree.norm(grads)
-    updates, moments = optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(norm)
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
-    state = TrainState(
-        params=keep(params, state.params),
-        optimizer=keep(moments, state.optimizer),
-        step=state.step + 1,
-        skipped=state.skipped + ~finite,
-    )
-    return state, {**metrics, "grad_norm": norm, "skipped": state.skipped}
+        (grads, sums), _ = jax.lax.scan(part, zeros, pieces)
+    count = jnp.maximum(sums["count"], 1.0)
+    return jax.tree.map(lambda g: g / count, grads), sums
 
 
-def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def _by_layer(tree: dict) -> jax.Array:
+    """Euclidean norm of each layer's part of a tree like the parameters [Y]."""
+    squares = jax.tree.map(lambda x: jnp.sum(x * x, axis=range(1, x.ndim)), tree["layers"])
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+
+
+def _remember(norms_W: jax.Array, norm: jax.Array, finite: jax.Array, step: jax.Array) -> jax.Array:
+    place = step % norms_W.size
+    return norms_W.at[place].set(jnp.where(finite, norm, norms_W[place]))
+
+
+def state_shardings(model: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """Where a state lies: moments with their parameters, counters everywhere."""
     params, layout = abstract_params(model), shardings(mesh, abstract_params(model), logical_axes(model))
     everywhere = NamedSharding(mesh, PartitionSpec())
     moments = optax.tree_utils.tree_map_params(
-        optimizer,
+        optimizer.direction,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, params),
+        jax.eval_shape(optimizer.direction.init, params),
         layout,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(layout, moments, everywhere, everywhere)
+    return TrainState(layout, moments, everywhere, everywhere, everywhere)
 
 
-def start_state(params: dict, optimizer: optax.GradientTransformation, layout: TrainState) -> TrainState:
+def start_state(params: dict, optimizer: Optimizer, layout: TrainState) -> TrainState:
     """The state before the first step, of parameters that lie as `layout` says."""
-    moments = jax.jit(optimizer.init, out_shardings=layout.optimizer)(params)
+    moments = jax.jit(optimizer.direction.init, out_shardings=layout.moments)(params)
     step, skipped = (jax.device_put(np.int32(0), layout.step) for _ in range(2))
-    return TrainState(params, moments, step, skipped)
+    norms_W = jax.device_put(np.full(optimizer.spike_window, np.nan, np.float32), layout.norms_W)
+    return TrainState(params, moments, step, skipped, norms_W)
 
 
-def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(model: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state."""
     params, counter = abstract_params(model), jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(params, jax.eval_shape(optimizer.init, params), counter, counter)
+    norms_W = jax.ShapeDtypeStruct((optimizer.spike_window,), jnp.float32)
+    state = TrainState(params, jax.eval_shape(optimizer.direction.init, params), counter, counter, norms_W)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
@@ -124,7 +185,7 @@ def abstract_batch(batch_size: int, length: int, sides: tuple[int, ...], mesh: M
 
 def jit_step(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     microbatches: int,
     layout: TrainState,
     xla_options: dict[str, str] | None = None,

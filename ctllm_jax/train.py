@@ -26,12 +26,13 @@ from ctllm_jax.common.progress import Progress
 from ctllm_jax.common.status import EXIT_RESUME
 from ctllm_jax.data.batches import Stream, make_stream, prefetched
 from ctllm_jax.data.store import TokenStore, open_store
+from ctllm_jax.duration import Clock
 from ctllm_jax.evaluate.in_loop import HeldOut
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.metrics import Meter, MetricsLog
 from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
 from ctllm_jax.objectives import make_objective
-from ctllm_jax.optim import make_optimizer, schedule
+from ctllm_jax.optim import make_optimizer
 from ctllm_jax.restore import restore_newest
 from ctllm_jax.sharding import make_mesh
 from ctllm_jax.step import TrainState, jit_step, start_state, state_shardings
@@ -45,6 +46,7 @@ class Job:
 
     config: TrainConfig
     model: ModelConfig
+    clock: Clock
     store: TokenStore
     stream: Stream
     mesh: Mesh
@@ -68,13 +70,14 @@ def _run(config: TrainConfig, workdir: str) -> dict:
     check_fit(config, model, origin, store)
     inputs = {"store": store.fingerprint, "init": origin.digest if origin else None}
     stream = make_stream(config.data, store, config.batch_size, config.seed)
+    clock = config.clock(store.sequence_length, sum(store.size("train", source) for source in store.sources("train")))
     with processes.first_process_first():
         first = jax.process_index() == 0
-        stage = open_stage("train", 2, workdir, decisive(config, model), inputs, exclusive=first)
+        stage = open_stage("train", 3, workdir, decisive(config, model, clock), inputs, exclusive=first)
     if stage.done:
-        check_past_rates(config, stage.result["rates"], config.steps)
+        check_past_rates(config, stage.result["rates"], clock.run)
         return stage.result
-    job = Job(config, model, store, stream, make_mesh(config.mesh), stage)
+    job = Job(config, model, clock, store, stream, make_mesh(config.mesh), stage)
     check_layout(config, store, job.mesh)
     with jax.set_mesh(job.mesh), stop_on_signal() as stopping:
         result = _train(job, origin, stopping)
@@ -83,13 +86,13 @@ def _run(config: TrainConfig, workdir: str) -> dict:
 
 def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
     # ---- State: this run's newest checkpoint, or init_from, or drawn from the seed
-    config, store, sources = job.config, job.store, job.store.sources("train")
+    config, store, sources, steps = job.config, job.store, job.store.sources("train"), job.clock.run
     if jax.process_index() == 0:
         _write_run(job)
-    optimizer = make_optimizer(config.optimizer, job.model, config.steps)
+    optimizer = make_optimizer(config.optimizer, job.model, job.clock)
     state, reference = _start_state(job, optimizer, origin)
     first, ledger = 0, dict.fromkeys(sources, 0)
-    saved = restore_newest(job.stage.folder, _like(state.params), _like((state.optimizer, state.step, state.skipped)))
+    saved = restore_newest(job.stage.folder, _like(state.params), _like(state.rest))
     if saved:
         first, ledger = saved.step, saved.record["ledger"]
         check_past_rates(config, saved.record["rates"], first)
@@ -103,7 +106,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
     step_fn = jit_step(objective, optimizer, config.microbatches, layout, config.xla_options)
     held_out = HeldOut(config.eval, store, config.batch_size, config.data.mask_documents, job.mesh, objective)
     log = MetricsLog(job.stage.folder, first)
-    meter = Meter(log, config.log.every, schedule(config.optimizer, config.steps), sources, ledger)
+    meter = Meter(log, config.log.every, sources, ledger)
     meter.measure(job.model, store, config.batch_size, job.mesh)
 
     # ---- The loop: dispatch a step, then read the metrics of the one before
@@ -112,11 +115,11 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
     if first == 0:
         log.write("eval", 0, held)
     stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
-    with Progress(f"train {config.objective.name}", config.steps, "steps", stream_out) as progress:
-        for step, batch in enumerate(prefetched(job.stream, first, config.steps, job.mesh), first + 1):
+    with Progress(f"train {config.objective.name}", steps, "steps", stream_out) as progress:
+        for step, batch in enumerate(prefetched(job.stream, first, steps, job.mesh), first + 1):
             state, metrics = step_fn(state, reference, batch)
             meter.dispatched(step, metrics, progress)
-            last, stop = step == config.steps, vote.cast(stopping.requested)  # all processes stop at the same step
+            last, stop = step == steps, vote.cast(stopping.requested)  # all processes stop at the same step
             evaluated = last or step % config.eval.every == 0
             if evaluated:
                 meter.catch_up(progress)
@@ -131,9 +134,8 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
                     "store": store.fingerprint,
                     "rates": rates(config, step),
                 }
-                rest = (state.optimizer, state.step, state.skipped)
                 loss = held.get("loss") if evaluated else None
-                checkpoints.save(step, state.params, rest, record, loss, wait=last or stop)
+                checkpoints.save(step, state.params, state.rest, record, loss, wait=last or stop)
                 meter.restart_clock()
             if stop and not last:
                 break
@@ -147,10 +149,10 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
         print(f"train: stopped by a signal, step {step} is saved; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_RESUME)
     return {
-        "step": config.steps,
+        "step": steps,
         "validation": held,
         "ledger": meter.ledger,
-        "rates": rates(config, config.steps),
+        "rates": rates(config, steps),
         "skipped": int(state.skipped),
         "parameters": count_params(job.model),
     }

@@ -9,6 +9,7 @@ from ctllm_jax.checkpoint import CheckpointConfig
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.batches import DataConfig
 from ctllm_jax.data.store import TokenStore
+from ctllm_jax.duration import Clock, parse
 from ctllm_jax.evaluate.in_loop import InLoopConfig
 from ctllm_jax.loading import LoadedModel
 from ctllm_jax.metrics import LogConfig
@@ -34,7 +35,7 @@ class TrainConfig:
     distributed: bool  # this process is one of a job of several (see ctllm_jax.processes)
     batch_size: int  # sequences (pairs for DPO) of a step, over all devices
     microbatches: int  # parts that a step's batch is gone through in
-    steps: int
+    duration: str  # such as "1254.68e9 tokens": see ctllm_jax.duration
     seed: int
     log: LogConfig
     eval: InLoopConfig
@@ -42,6 +43,7 @@ class TrainConfig:
     xla_options: dict[str, str]  # options of the step's compiler, by the names that XLA gives them
 
     def __post_init__(self):
+        parse(self.duration)
         if self.batch_size % self.microbatches:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches")
         if (self.model is None) == (self.init_from is None):
@@ -52,9 +54,33 @@ class TrainConfig:
                 f"{self.checkpoints.every} is evaluated (eval.every {self.eval.every}); make it a multiple"
             )
 
+    @property
+    def sides(self) -> int:
+        """Sequences of an example: two for preference pairs."""
+        return 2 if self.objective.name == "dpo" else 1
 
-def decisive(config: TrainConfig, model: ModelConfig) -> dict:
-    """The settings that decide the result: where the run's folder must agree. The others may change on resume."""
+    def clock(self, length: int, rows: int | None = None) -> Clock:
+        """What the run's durations are measured by, over rows of `length` tokens.
+
+        Args:
+          rows: rows (pairs) of one pass over the data; None where they are not known.
+
+        Raises:
+          UserError: the run's own duration has no meaning here, or is less than a step.
+        """
+        has_epochs = rows is not None and not self.data.rates and not self.data.rate_changes
+        clock = Clock(self.sides * self.batch_size * length, rows / self.batch_size if has_epochs else None)
+        steps = clock.steps(self.duration)
+        if steps < 1:
+            raise UserError(f"duration {self.duration!r} is less than a step of {self.batch_size} examples")
+        return dataclasses.replace(clock, run=steps)
+
+
+def decisive(config: TrainConfig, model: ModelConfig, clock: Clock) -> dict:
+    """The settings that decide the result: where the run's folder must agree. The others may change on resume.
+
+    Durations are told in steps: the same one in other units is no other run.
+    """
     settings = dataclasses.asdict(config)
     for name in _FREE:
         settings.pop(name)
@@ -62,6 +88,9 @@ def decisive(config: TrainConfig, model: ModelConfig) -> dict:
     settings["objective"].pop("cross_entropy")  # a matter of memory
     settings["data"].pop("store")  # by its fingerprint
     settings["data"].pop("rates"), settings["data"].pop("rate_changes")  # may change ahead: see check_past_rates
+    settings["duration"] = clock.run
+    for name in ("warmup", "decay"):
+        settings["optimizer"][name] = clock.steps(settings["optimizer"][name] or "0 steps")
     settings["model"] = dataclasses.asdict(model)
     for name in ("remat", "attention"):  # a matter of memory and of the chip
         settings["model"].pop(name)

@@ -175,13 +175,15 @@ sys.meta_path.insert(0, Refuse())
 import jax, numpy as np
 from ctllm_jax.model import ModelConfig, init_params
 from ctllm_jax.objectives import ObjectiveConfig, make_objective
+from ctllm_jax.duration import Clock
 from ctllm_jax.optim import OptimizerConfig, make_optimizer
 from ctllm_jax.sharding import MeshConfig, make_mesh
-from ctllm_jax.step import TrainState, abstract_batch, jit_step, state_shardings
+from ctllm_jax.step import abstract_batch, jit_step, start_state, state_shardings
 
 model = ModelConfig(2, 32, 4, 2, 8, 48, 100, 128, 16, 1e-5, 1e4, None, False, False, 0.2, "float32", "float32", "full",
                     "xla")
-optimizer = make_optimizer(OptimizerConfig(1e-2, 0.0, "constant", 0, 0.0, 0.9, 0.95, 1e-8, 0.1, 1.0), model, 3)
+config = OptimizerConfig(1e-2, 0.0, "constant", "0 steps", "", 0.9, 0.95, 1e-8, 0.1, 1.0, 2, 6.0)
+optimizer = make_optimizer(config, model, Clock(tokens=128, run=3))
 mesh = make_mesh(MeshConfig(2, -1, 2, 1))
 layout = state_shardings(model, optimizer, mesh)
 random = np.random.default_rng(0)
@@ -192,8 +194,7 @@ values = {"tokens": random.integers(0, 100, (8, 16)), "positions": np.tile(np.ar
 batch = {name: jax.device_put(values[name].astype(like.dtype), like.sharding) for name, like in shapes.items()}
 with jax.set_mesh(mesh):
     params = jax.jit(lambda key: init_params(model, key), out_shardings=layout.params)(jax.random.key(0))
-    zero = jax.device_put(np.int32(0), layout.step)
-    state = TrainState(params, jax.jit(optimizer.init, out_shardings=layout.optimizer)(params), zero, zero.copy())
+    state = start_state(params, optimizer, layout)
     step = jit_step(make_objective(ObjectiveConfig("lm", 0.0, 0.0, "auto"), model, 1), optimizer, 2, layout)
     losses = []
     for _ in range(3):

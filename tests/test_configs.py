@@ -161,10 +161,11 @@ def test_ct_llm_2b_has_the_published_hyper_parameters():
     model, optimizer = config.model, config.optimizer
     assert (model.num_layers, model.d_model, model.num_heads, model.d_ff) == (32, 2048, 16, 5504)
     assert (model.vocab_size, model.padded_vocab_size, model.max_length) == (125_696, 125_824, 4096)
-    assert (optimizer.learning_rate, optimizer.final_learning_rate, optimizer.warmup_steps) == (2e-4, 2e-5, 2000)
+    assert (optimizer.learning_rate, optimizer.final_learning_rate, optimizer.warmup) == (2e-4, 2e-5, "2000 steps")
     assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.95, 0.1, 1.0)
-    tokens = config.steps * config.batch_size * model.max_length
-    assert tokens == pytest.approx(1_254.68e9, rel=1e-3)
+    clock = config.clock(model.max_length)
+    assert clock.tokens == 512 * 4096
+    assert clock.run * clock.tokens == pytest.approx(1_254.68e9, rel=1e-6)
 
 
 def write() -> None:

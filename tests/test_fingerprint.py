@@ -42,7 +42,7 @@ def program(name: str) -> str:
     mesh = AbstractMesh(
         tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), abstract_device=DEVICES[name]
     )
-    optimizer = make_optimizer(config.optimizer, config.model, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.model, config.clock(4096))
     objective = make_objective(config.objective, config.model, len(config.data.rates))
     arguments = abstract_state(config.model, optimizer, mesh), abstract_batch(512, 4096, (), mesh)
     with jax.sharding.use_abstract_mesh(mesh):

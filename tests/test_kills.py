@@ -18,7 +18,12 @@ from etils import epath
 from kill_points import POINTS, arm
 from test_checkpoint import cut, largest
 from test_processes import OPTIONS
-from test_train import compiled_once, config_of, entries  # noqa: F401 (a fixture that applies here too)
+from test_train import (  # noqa: F401 (a fixture that applies here too)
+    assert_close_entries,
+    compiled_once,
+    config_of,
+    entries,
+)
 from tiny_stores import tiny_store
 
 from ctllm_jax import train
@@ -26,7 +31,7 @@ from ctllm_jax.common.files import read_json
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SETTINGS = {"steps": 20, "checkpoints__every": 5, "checkpoints__kept": 1}
+SETTINGS = {"duration": "20 steps", "checkpoints__every": 5, "checkpoints__kept": 1}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +128,7 @@ def start(workdir: pathlib.Path, store: pathlib.Path, traps: dict[int, str], pro
             "JAX_PROCESS_ID": str(index),
         }
         command = [sys.executable, "-c", program, "train", *OPTIONS, "--config.distributed=True"]
-        command += ["--config.steps=20", "--config.checkpoints.every=5", "--config.checkpoints.kept=2"]
+        command += ["--config.duration=20 steps", "--config.checkpoints.every=5", "--config.checkpoints.kept=2"]
         command += [f"--config.data.store={store}", f"--workdir={workdir}"]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
@@ -193,10 +198,5 @@ def test_other_numbers_of_processes_take_up_what_two_left(undisturbed_pair, stor
     shutil.rmtree(workdir / "checkpoints" / "20")
     logs = finish(start(workdir, store, {}, processes))
     assert all("train: resumed at step 15" in log for log in logs)
-    ours, theirs = entries(workdir), entries(undisturbed_pair)
-    exact = ("kind", "step", "count", "skipped")
-    assert [[e.get(name) for name in exact] for e in ours] == [[e.get(name) for name in exact] for e in theirs]
-    for our, their in zip(ours, theirs, strict=True):
-        values, expected = ({n: v for n, v in entry.items() if n not in exact} for entry in (our, their))
-        assert values == pytest.approx(expected, rel=1e-5)
+    assert_close_entries(workdir, undisturbed_pair, rtol=1e-5)
     assert saved(workdir)["record"]["ledger"] == saved(undisturbed_pair)["record"]["ledger"]

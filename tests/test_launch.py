@@ -387,7 +387,7 @@ def test_a_job_that_lost_a_process_and_one_that_was_stopped_end_in_the_undisturb
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     store = tiny_store(tmp_path / "store").folder
-    long = ("--config.steps=32", "--config.checkpoints.every=8", "--config.eval.every=16")
+    long = ("--config.duration=32 steps", "--config.checkpoints.every=8", "--config.eval.every=16")
     log = tmp_path / "log"
 
     whole = launch(store, tmp_path / "whole", *long, log=log)

@@ -16,6 +16,7 @@ from ctllm_jax.data.record import Row
 from ctllm_jax.loading import load_model
 from ctllm_jax.losses import dpo_loss, lm_loss, token_logprobs
 from ctllm_jax.objectives import ObjectiveConfig, make_objective
+from ctllm_jax.optim import Optimizer
 from ctllm_jax.step import TrainState, train_step
 
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
@@ -228,10 +229,10 @@ def test_microbatches_change_neither_the_step_nor_its_metrics(model, reference, 
     batch = batch_of(rows, LENGTH, "chat" if config is LM else "preference")
     (_, sums), (grads, _) = compiled(config)(model.params, frozen, batch)
 
-    optimizer = optax.sgd(1.0)
+    optimizer = Optimizer(optax.identity(), optax.constant_schedule(1.0), 1, 0.0)
     objective = make_objective(config, model.config, 2)
     step = functools.partial(train_step, objective=objective, optimizer=optimizer, microbatches=microbatches)
-    before = TrainState(model.params, optimizer.init(model.params), jnp.int32(4), jnp.int32(0))
+    before = TrainState(model.params, optimizer.direction.init(model.params), jnp.int32(4), jnp.int32(0), jnp.zeros(1))
     after, metrics = jax.device_get(jax.jit(step)(before, frozen, batch))
     assert (int(after.step), int(after.skipped)) == (5, 0)
     updates = jax.tree.map(np.subtract, after.params, jax.device_get(model.params))

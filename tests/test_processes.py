@@ -29,9 +29,9 @@ OPTIONS = (
     "--config.model.vocab_size=400",
     "--config.model.padded_vocab_size=400",
     "--config.model.max_length=32",
-    "--config.optimizer.warmup_steps=2",
+    "--config.optimizer.warmup=2 steps",
     "--config.batch_size=8",
-    "--config.steps=6",
+    "--config.duration=6 steps",
     "--config.log.every=1",
     "--config.eval.every=3",
     "--config.checkpoints.every=3",
@@ -113,7 +113,7 @@ def test_one_process_takes_up_what_two_left(tmp_path):
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
-LONG = ("--config.steps=100000", "--config.eval.every=100000", "--config.checkpoints.every=100000")
+LONG = ("--config.duration=100000 steps", "--config.eval.every=100000", "--config.checkpoints.every=100000")
 
 
 @pytest.mark.slow

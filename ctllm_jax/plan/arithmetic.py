@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from ctllm_jax.cross_entropy import CHUNK, choose_form
+from ctllm_jax.duration import Clock
 from ctllm_jax.hardware import Slice
 from ctllm_jax.model import REMAT_POLICIES, ModelConfig, count_params, flops_per_token
 from ctllm_jax.optim import OptimizerConfig, make_optimizer
@@ -25,6 +26,7 @@ from ctllm_jax.step import abstract_batch, abstract_state
 from ctllm_jax.train_config import TrainConfig
 
 FP32 = 4
+_ANY_CLOCK = Clock(tokens=1, epoch=1.0, run=1)  # shapes do not depend on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ def share(config: TrainConfig, target: Slice) -> Share:
       ValueError: the batch does not divide over it.
     """
     mesh = mesh_sizes(config.mesh, target.devices)
-    rows, row_ways = sides(config) * config.batch_size, math.prod(mesh[name] for name in RULES["batch"])
+    rows, row_ways = config.sides * config.batch_size, math.prod(mesh[name] for name in RULES["batch"])
     length_ways = math.prod(mesh[name] for name in RULES["length"])
     if config.batch_size % (row_ways * config.microbatches) or config.model.max_length % length_ways:
         raise ValueError(
@@ -71,11 +73,6 @@ def count(model: ModelConfig) -> int:
     return count_params(model)
 
 
-def sides(config: TrainConfig) -> int:
-    """Sequences of an example: two for preference pairs."""
-    return 2 if config.objective.name == "dpo" else 1
-
-
 # ---- Memory
 
 
@@ -84,9 +81,9 @@ def arguments(config: TrainConfig, target: Slice) -> dict[str, int]:
     padded = target.chip.platform == "tpu"
     model, optimizer, mesh = _laid_out(config, target)
     state = _state_bytes(model, optimizer, mesh, padded)
-    batch = _batch_bytes(config.batch_size, model.max_length, sides(config), mesh, padded)
+    batch = _batch_bytes(config.batch_size, model.max_length, config.sides, mesh, padded)
     counted = {"parameters": state["all"], "moments": state["moments"], "batch": batch}
-    return counted if sides(config) == 1 else {**counted, "reference": counted["parameters"]}
+    return counted if config.sides == 1 else {**counted, "reference": counted["parameters"]}
 
 
 def parameter_bytes(config: TrainConfig, target: Slice) -> dict[str, int]:
@@ -104,13 +101,13 @@ def _laid_out(config: TrainConfig, target: Slice) -> tuple:
 def _state_bytes(
     model: ModelConfig, optimizer: OptimizerConfig, mesh: tuple[tuple[str, int], ...], padded: bool
 ) -> dict[str, int]:
-    state = abstract_state(model, make_optimizer(optimizer, model, steps=1), _abstract_mesh(dict(mesh)))
+    state = abstract_state(model, make_optimizer(optimizer, model, _ANY_CLOCK), _abstract_mesh(dict(mesh)))
     head = state.params["embed" if model.tie_embeddings else "head"]
     return {
         "all": _bytes(state.params, padded),
         "layers": _bytes(state.params["layers"], padded),
         "head": _bytes(head, padded),
-        "moments": _bytes((state.optimizer, state.step, state.skipped), padded),
+        "moments": _bytes(state.rest, padded),
     }
 
 
@@ -234,7 +231,7 @@ def work(config: TrainConfig, target: Slice) -> Work:
     gathered = parameters["layers"] * item // FP32 * part.ways("embed")
     activations = model.num_layers * part.tokens * kept_per_token(model, part.mesh["tensor"])
     traffic = 7 * parameters["all"] + part.microbatches * (5 * gathered + 2 * activations)
-    reference = 4 / 3 if sides(config) == 2 else 1.0  # DPO's reference goes forward only: a third of the work more
+    reference = 4 / 3 if config.sides == 2 else 1.0  # DPO's reference goes forward only: a third of the work more
     return Work(tokens * causal * reference, tokens * full * reference, tokens * (causal * reference + again), traffic)
 
 

@@ -164,7 +164,7 @@ def lower(config: TrainConfig, target: Slice) -> jax.stages.Lowered:
     """The step of a config, lowered for a slice; config.model is set."""
     model, sides = config.model, (2,) if config.objective.name == "dpo" else ()
     mesh = make_mesh(config.mesh, devices(target))
-    optimizer = make_optimizer(config.optimizer, model, config.steps)
+    optimizer = make_optimizer(config.optimizer, model, config.clock(model.max_length))
     objective = make_objective(config.objective, model, num_sources=max(len(config.data.rates), 1))
     state = abstract_state(model, optimizer, mesh)
     batch = abstract_batch(config.batch_size, model.max_length, sides, mesh)

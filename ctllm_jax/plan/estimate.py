@@ -97,7 +97,7 @@ def make_plan(config: TrainConfig, target: Slice, *, tokens: float, compiling: b
       ValueError: the batch does not divide over it.
     """
     part = arithmetic.share(config, target)
-    per_step = arithmetic.sides(config) * config.batch_size * config.model.max_length
+    per_step = config.sides * config.batch_size * config.model.max_length
     work, exchanged = arithmetic.work(config, target), traffic.collectives(config, target)
     found = compiled(config, target) if compiling else None
     clock = target.chip.clock
@@ -131,7 +131,7 @@ def make_plan(config: TrainConfig, target: Slice, *, tokens: float, compiling: b
         },
         compiler_seconds=found.cycles / clock if found and found.cycles and clock else None,
         kernel_seconds=attention_seconds(config, target, found) if found else None,
-        budget_tokens=tokens * 1e9 or float(config.steps * per_step),
+        budget_tokens=tokens * 1e9 or float(config.clock(config.model.max_length).run * per_step),
     )
 
 
