@@ -18,6 +18,7 @@ from jax import lax
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.hardware import Chip
+from ctllm_jax.precision import wide
 from ctllm_jax.sharding import RULES, spec
 
 FORMS = ("dense", "chunked", "auto")
@@ -100,9 +101,9 @@ def _forward(x_BLD, head_DV, labels_BL, vocab_size, chunk):
             label_T += jnp.sum(jnp.where(ids_C == labels_T[:, None], logits_TC, 0), axis=-1)
             return new_T, sum_T, label_T
 
-        zeros_T = jnp.zeros(labels_T.shape, jnp.float32)
+        zeros_T = jnp.zeros(labels_T.shape, wide(x_TD.dtype))
         # The lowest finite number: a chunk of padding alone must not give -inf - -inf.
-        start = (zeros_T + jnp.finfo(jnp.float32).min, zeros_T, zeros_T)
+        start = (zeros_T + jnp.finfo(zeros_T.dtype).min, zeros_T, zeros_T)
         own_T, sum_T, label_T = _over_chunks(step, start, head_DV.shape[1], chunk)
         top_T = lax.pmax(own_T, layout.vocab) if layout.vocab else own_T
         sum_T, label_T = (_psum(value, layout.vocab) for value in (sum_T * jnp.exp(own_T - top_T), label_T))
@@ -137,13 +138,13 @@ def _backward(vocab_size, chunk, residuals, cotangents):
             dlogits_TC = jnp.exp(logits_TC - lse_T1) * (dlse_T1 - dlogprob_T1)
             dlogits_TC += jnp.where(ids_C == labels_T1, dlogprob_T1, 0)
             dlogits_TC = dlogits_TC.astype(x_TD.dtype)  # as `model` does in the dense form
-            dx_TD += jnp.einsum("TC,DC->TD", dlogits_TC, head_DC, preferred_element_type=jnp.float32)
-            dhead_DC = jnp.einsum("TD,TC->DC", x_TD, dlogits_TC, preferred_element_type=jnp.float32)
+            dx_TD += jnp.einsum("TC,DC->TD", dlogits_TC, head_DC, preferred_element_type=wide(x_TD.dtype))
+            dhead_DC = jnp.einsum("TD,TC->DC", x_TD, dlogits_TC, preferred_element_type=wide(x_TD.dtype))
             dhead_DC = _reduce_head(dhead_DC, layout).astype(like.dtype)
             return dx_TD, lax.dynamic_update_slice_in_dim(dhead_DV, dhead_DC, start, axis=1)
 
         ways = math.prod(layout.sizes[axis] for axis in layout.embed)
-        dx_TD = jnp.zeros(x_TD.shape, jnp.float32)
+        dx_TD = jnp.zeros(x_TD.shape, wide(x_TD.dtype))
         dhead_DV = lax.empty((head_DV.shape[0] // ways, head_DV.shape[1]), like.dtype)  # every chunk writes its part
         dx_TD, dhead_DV = _over_chunks(step, (dx_TD, dhead_DV), head_DV.shape[1], chunk)
         return _psum(dx_TD, layout.vocab).astype(x_BLD.dtype).reshape(x_BLD.shape), dhead_DV
@@ -163,7 +164,7 @@ label_logprobs.defvjp(_forward, _backward)
 def _chunk_logits(x_TD, head_DV, start, size, first, vocab_size):
     """(the chunk of the head as the matmul takes it, its fp32 logits, its ids); the device's first id is `first`."""
     head_DC = lax.dynamic_slice_in_dim(head_DV, start, size, axis=1).astype(x_TD.dtype)
-    logits_TC = jnp.einsum("TD,DC->TC", x_TD, head_DC, preferred_element_type=jnp.float32)
+    logits_TC = jnp.einsum("TD,DC->TC", x_TD, head_DC, preferred_element_type=wide(x_TD.dtype))
     ids_C = first + start + jnp.arange(size)
     return head_DC, jnp.where(ids_C < vocab_size, logits_TC, -jnp.inf), ids_C
 

@@ -6,11 +6,14 @@ Legend: B sequences, L positions, V vocabulary, P preference pairs.
 import jax
 import jax.numpy as jnp
 
+from ctllm_jax.precision import wide
+
 
 def token_logprobs(logits_BLV: jax.Array, labels_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(log-probability of each label, log-sum-exp of each position), both fp32 [B, L]."""
-    lse_BL = jax.nn.logsumexp(logits_BLV.astype(jnp.float32), axis=-1)
-    label_BL = jnp.take_along_axis(logits_BLV, labels_BL[..., None], axis=-1)[..., 0].astype(jnp.float32)
+    logits_BLV = logits_BLV.astype(wide(logits_BLV.dtype))
+    lse_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    label_BL = jnp.take_along_axis(logits_BLV, labels_BL[..., None], axis=-1)[..., 0]
     return label_BL - lse_BL, lse_BL
 
 

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ctllm_jax.attention import attention
 from ctllm_jax.attention.flash import LSE_NAME, OUTPUT_NAME
+from ctllm_jax.precision import wide
 from ctllm_jax.rotary import RopeScaling, frequencies, rotate
 from ctllm_jax.sharding import constrain
 
@@ -92,10 +93,10 @@ def _param(cfg: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ...
 
 
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, computed in fp32."""
-    x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    """RMSNorm over the last axis, computed in fp32 (fp64 for fp64)."""
+    x_wide = x.astype(wide(x.dtype))
+    y = x_wide * jax.lax.rsqrt(jnp.mean(x_wide * x_wide, axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(x_wide.dtype)).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -214,7 +215,7 @@ def head_logits(x_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
     In the backward pass the fp32 cotangent is rounded to x's dtype first. A TPU does that anyway; a GPU would multiply
     in TF32, at half the speed.
     """
-    return jnp.einsum("BLD,DV->BLV", x_BLD, head_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("BLD,DV->BLV", x_BLD, head_DV.astype(x_BLD.dtype), preferred_element_type=wide(x_BLD.dtype))
 
 
 def _head_logits_forward(x_BLD, head_DV):
@@ -223,7 +224,7 @@ def _head_logits_forward(x_BLD, head_DV):
 
 def _head_logits_backward(kept, dlogits_BLV):
     x_BLD, head_DV = kept
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=wide(x_BLD.dtype))
     dlogits_BLV = dlogits_BLV.astype(x_BLD.dtype)
     dx_BLD = product("BLV,DV->BLD", dlogits_BLV, head_DV.astype(x_BLD.dtype)).astype(x_BLD.dtype)
     return dx_BLD, product("BLD,BLV->DV", x_BLD, dlogits_BLV).astype(head_DV.dtype)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctllm_jax.precision import wide
+
 KINDS = ("linear", "llama3")
 
 
@@ -52,14 +54,15 @@ def frequencies(head_size: int, theta: float, scaling: RopeScaling | None) -> np
 
 
 def rotate(x_BLNH: jax.Array, positions_BL: jax.Array, frequency: np.ndarray) -> jax.Array:
-    """Turns each pair of a head by its position times its frequency, in fp32.
+    """Turns each pair of a head by its position times its frequency, in fp32 (fp64 for fp64).
 
     With x = [a, b], the result is x cos + [-b, a] sin. The exchange of halves is a product with a signed permutation,
     which is exact: moving half of a register's lanes costs a TPU more than its whole matrix unit does for this.
     """
     head_size = x_BLNH.shape[-1]
     half = head_size // 2
-    angle = positions_BL[..., None, None].astype(jnp.float32) * np.tile(frequency, 2)
+    dtype = wide(x_BLNH.dtype)
+    angle = positions_BL[..., None, None].astype(dtype) * np.tile(frequency, 2)
     exchange_HH = np.zeros((head_size, head_size), np.float32)
     exchange_HH[np.arange(half), np.arange(half) + half] = 1
     exchange_HH[np.arange(half) + half, np.arange(half)] = -1
@@ -68,6 +71,6 @@ def rotate(x_BLNH: jax.Array, positions_BL: jax.Array, frequency: np.ndarray) ->
         x_BLNH,
         exchange_HH.astype(x_BLNH.dtype),
         precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
-    return (x_BLNH.astype(jnp.float32) * jnp.cos(angle) + exchanged_BLNH * jnp.sin(angle)).astype(x_BLNH.dtype)
+    return (x_BLNH.astype(dtype) * jnp.cos(angle) + exchanged_BLNH * jnp.sin(angle)).astype(x_BLNH.dtype)

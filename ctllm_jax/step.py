@@ -71,7 +71,7 @@ def train_step(
 
     A spike's norm is remembered as any other: where norms rise for good, they are taken for normal before long.
     """
-    grads, sums = _gradient(state.params, reference, batch, objective, microbatches)
+    grads, sums = gradient(state.params, reference, batch, objective, microbatches)
     norm = optax.tree.norm(grads)
     rate = optimizer.rate(state.step)
     direction, moments = optimizer.direction.update(grads, state.moments, state.params)
@@ -98,7 +98,9 @@ def train_step(
     return after, {**sums, **dict(zip(UPDATE_METRICS, values, strict=True))}
 
 
-def _gradient(params: dict, reference: dict | None, batch: Batch, objective: Objective, microbatches: int):
+def gradient(
+    params: dict, reference: dict | None, batch: Batch, objective: Objective, microbatches: int
+) -> tuple[dict, dict[str, jax.Array]]:
     """(gradient of the mean objective, sums of the objective's diagnostics) over a batch, gone through in parts.
 
     Parts add up sums, which are divided once by the global count of what was predicted.

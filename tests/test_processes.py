@@ -11,7 +11,11 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from tiny_stores import tiny_store
 
 from ctllm_jax.common.errors import UserError
@@ -86,18 +90,39 @@ def wait_for_step(workdir: pathlib.Path, step: int) -> None:
     raise AssertionError(f"step {step} never came")
 
 
+FROM_THE_FIRST = ("--config.checkpoints.every=1", "--config.checkpoints.kept=6")
+
+
 def losses(workdir: pathlib.Path) -> list[float]:
     entries = [*read_metrics(workdir, "train"), *read_metrics(workdir, "eval")]
     return [entry["loss"] for entry in sorted(entries, key=lambda e: (e["step"], e["kind"]))]
 
 
+def first_moments(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """Adam's, after the first step: the clipped gradient, by parameter, times a constant."""
+    folder = epath.Path(workdir).absolute() / "checkpoints" / "1" / "optimizer"
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(folder).tree)
+        saved = handler.restore(folder, args=ocp.args.PyTreeRestore(restore_args=host))
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(saved)[0]}
+    return {name: np.float64(leaf) for name, leaf in named.items() if "'mu'" in name}
+
+
+def assert_same_gradient(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    found, expected = first_moments(workdir), first_moments(other)
+    assert found.keys() == expected.keys() and len(expected) > 8
+    for name, moment in expected.items():
+        assert np.linalg.norm(found[name] - moment) <= 1e-5 * np.linalg.norm(moment) > 0, name
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
     store = tiny_store(tmp_path / "store").folder
-    job(1, 4, store, tmp_path / "one")
-    job(2, 2, store, tmp_path / "two")
+    job(1, 4, store, tmp_path / "one", *FROM_THE_FIRST)
+    job(2, 2, store, tmp_path / "two", *FROM_THE_FIRST)
     assert len(losses(tmp_path / "one")) == 9
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert_same_gradient(tmp_path / "two", tmp_path / "one")
     files = {str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").glob("*.json*")}
     assert {str(path.relative_to(tmp_path / "two")) for path in (tmp_path / "two").glob("*.json*")} == files
 

@@ -6,6 +6,8 @@ Legend as in `ctllm_jax.attention`; G query heads per key/value head (N = K G).
 import jax
 import jax.numpy as jnp
 
+from ctllm_jax.precision import wide
+
 
 def attention(
     q_BLNH: jax.Array,
@@ -16,11 +18,11 @@ def attention(
     *,
     q_offset: jax.Array | int = 0,
 ) -> jax.Array:
-    """See `ctllm_jax.attention.attention`. Scores and softmax are fp32."""
+    """See `ctllm_jax.attention.attention`. Scores and softmax are fp32 (fp64 for fp64)."""
     B, L, N, H = q_BLNH.shape
     T, K = k_BTKH.shape[1:3]
     q_BLKGH = q_BLNH.reshape(B, L, K, N // K, H)
-    scores_BKGLT = jnp.einsum("BLKGH,BTKH->BKGLT", q_BLKGH, k_BTKH, preferred_element_type=jnp.float32) * H**-0.5
+    scores_BKGLT = jnp.einsum("BLKGH,BTKH->BKGLT", q_BLKGH, k_BTKH, preferred_element_type=wide(q_BLNH.dtype)) * H**-0.5
     slot_L = q_offset + jnp.arange(L)
     causal_LT = slot_L[:, None] >= jnp.arange(T)[None, :]
     same_BLT = (q_segments_BL[:, :, None] == kv_segments_BT[:, None, :]) & (kv_segments_BT[:, None, :] != 0)
