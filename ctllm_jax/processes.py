@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # the only way to the coordination service's client
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -31,7 +30,8 @@ _SILENCE = 20.0  # seconds without one after which a process counts as gone
 _JAX_SILENCE = 60  # JAX notices after half of it at the earliest: later than _SILENCE + 2 * _BEAT
 _VERDICT = _SILENCE + 3 * _BEAT  # by then it is known whether one is gone
 _PARTING = 3.0  # seconds that a failed process has to print its error
-_SIGNS, _NEWS = "ctllm/signs/", "ctllm/news/"  # keys at the coordination service, one a process each
+_SIGNS, _NEWS, _BOARDS = "ctllm/signs/", "ctllm/news/", "ctllm/boards/"  # keys at the service, one a process each
+_CALLS = ("key_value_set", "key_value_delete", "key_value_dir_get", "blocking_key_value_get")  # what its client must do
 
 
 def join() -> None:
@@ -41,12 +41,13 @@ def join() -> None:
     job itself, as it can on TPU pods and under SLURM.
 
     Raises:
-      UserError: only some of the variables are set, or there is no such job.
+      UserError: only some of the variables are set, there is no such job, or this JAX is too new for us.
       SystemExit: with EXIT_LOST, the others did not come.
     """
     given = [name for name in (_ADDRESS, _COUNT, _INDEX) if name in os.environ]
     if given and len(given) < 3:
         raise UserError(f"{', '.join(given)} set, but a job needs {_ADDRESS}, {_COUNT} and {_INDEX}")
+    _client()
     try:
         place = (os.environ[_ADDRESS], int(os.environ[_COUNT]), int(os.environ[_INDEX])) if given else ()
         jax.distributed.initialize(*place, heartbeat_timeout_seconds=_JAX_SILENCE)
@@ -56,6 +57,23 @@ def join() -> None:
         print(f"ctllm: error: could not join a job of several processes: {error}", file=sys.stderr)
         sys.exit(EXIT_LOST)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has put a handler of its own there
+
+
+def _client():
+    """The coordination service's client; None outside a job. JAX keeps it among what may change without notice."""
+    try:
+        from jax._src import distributed
+
+        client = distributed.global_state.client
+        missing = [] if client is None else [name for name in _CALLS if not hasattr(client, name)]
+    except (ImportError, AttributeError) as error:
+        missing = [str(error)]
+    if missing:
+        raise UserError(
+            f"jax {jax.__version__} does not let the processes of a job talk as this version of ctllm needs it "
+            f"({', '.join(missing)}); use jax 0.10 to 0.12, or one process"
+        )
+    return client
 
 
 @contextlib.contextmanager
@@ -69,7 +87,7 @@ def job() -> Iterator[None]:
       UserError, SystemExit: as `join`.
     """
     join()
-    watch = _Watch(distributed.global_state.client, jax.process_index())
+    watch = _Watch(_client(), jax.process_index())
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -130,7 +148,7 @@ class _Watch:
             else:  # who fails by itself says more than we can; process 0 ends last, so that all hear it
                 self._leaving.wait(2 * _PARTING if self._index == 0 else _PARTING + 1)
             if not self._leaving.is_set():
-                _leave(self._index, news)
+                leave(news)
             return
 
     def _sign(self) -> None:
@@ -155,11 +173,28 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def _leave(index: int, news: str) -> None:
-    """Ends this process at once, whatever its other threads are waiting for."""
+def leave(news: str) -> None:
+    """Ends this process at once with EXIT_LOST, whatever its threads are waiting for; `news` says why."""
+    index = jax.process_index()
     text = f"ctllm: error: {news}; process {index} ends: start the job again and it goes on from its last checkpoint\n"
-    os.write(sys.stderr.fileno(), text.encode())  # not through sys.stderr: another thread may hold it
+    os.write(sys.__stderr__.fileno(), text.encode())  # not through sys.stderr: another thread may hold it
     os._exit(EXIT_LOST)
+
+
+def post(board: str, text: str) -> None:
+    """Puts a word of this process where the others can read it, in place of its last; nothing in a job of one."""
+    if (client := _client()) is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: the job's watch says so
+            client.key_value_set(f"{_BOARDS}{board}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def posted(board: str) -> dict[int, str]:
+    """{process: its last word}; empty in a job of one."""
+    words = []
+    if (client := _client()) is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            words = client.key_value_dir_get(f"{_BOARDS}{board}/")
+    return {int(key.rpartition("/")[2]): text for key, text in words}
 
 
 class Vote:

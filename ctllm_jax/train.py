@@ -36,8 +36,9 @@ from ctllm_jax.optim import make_optimizer
 from ctllm_jax.restore import restore_newest
 from ctllm_jax.sharding import make_mesh
 from ctllm_jax.step import TrainState, jit_step, start_state, state_shardings
-from ctllm_jax.stopping import Stopping, stop_on_signal
+from ctllm_jax.stopping import Stopping, stop_on_notice, stop_on_signal
 from ctllm_jax.train_config import TrainConfig, check_fit, check_layout, check_past_rates, decisive, rates
+from ctllm_jax.watch import LoopWatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +80,17 @@ def _run(config: TrainConfig, workdir: str) -> dict:
         return stage.result
     job = Job(config, model, clock, store, stream, make_mesh(config.mesh), stage)
     check_layout(config, store, job.mesh)
-    with jax.set_mesh(job.mesh), stop_on_signal() as stopping:
-        result = _train(job, origin, stopping)
+    with (
+        jax.set_mesh(job.mesh),
+        stop_on_signal() as stopping,
+        stop_on_notice(config.watch.notices, stopping),
+        LoopWatch(stage.folder, config.watch, stopping) as watch,
+    ):
+        result = _train(job, origin, stopping, watch)
     return stage.finish(result) if jax.process_index() == 0 else result
 
 
-def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
+def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: LoopWatch) -> dict:
     # ---- State: this run's newest checkpoint, or init_from, or drawn from the seed
     config, store, sources, steps = job.config, job.store, job.store.sources("train"), job.clock.run
     if jax.process_index() == 0:
@@ -117,16 +123,21 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
     stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
     with Progress(f"train {config.objective.name}", steps, "steps", stream_out) as progress:
         for step, batch in enumerate(prefetched(job.stream, first, steps, job.mesh), first + 1):
+            watch.at("step", step)
             state, metrics = step_fn(state, reference, batch)
             meter.dispatched(step, metrics, progress)
             last, stop = step == steps, vote.cast(stopping.requested)  # all processes stop at the same step
             evaluated = last or step % config.eval.every == 0
+            if stop:
+                stopping.request("another process of the job was asked")
             if evaluated:
+                watch.at("evaluation", step)
                 meter.catch_up(progress)
                 held = held_out.look(state.params, reference)
                 log.write("eval", step, held)
                 meter.restart_clock()
             if last or stop or checkpoints.due(step):
+                watch.at("save", step)
                 meter.catch_up(progress)  # the ledger up to this very step goes into the checkpoint
                 record = {
                     "step": step,
@@ -139,6 +150,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
                 meter.restart_clock()
             if stop and not last:
                 break
+            watch.at("input", step + 1)
         else:
             stop = False
 
@@ -146,7 +158,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping) -> dict:
     checkpoints.close()
     log.close()
     if stop:
-        print(f"train: stopped by a signal, step {step} is saved; the same command goes on", file=sys.stderr)
+        print(f"train: stopped by {stopping.reason}, step {step} is saved; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_RESUME)
     return {
         "step": steps,

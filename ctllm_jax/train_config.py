@@ -17,9 +17,10 @@ from ctllm_jax.model import ModelConfig
 from ctllm_jax.objectives import STORE_KINDS, ObjectiveConfig
 from ctllm_jax.optim import OptimizerConfig
 from ctllm_jax.sharding import RULES, MeshConfig
+from ctllm_jax.watch import WatchConfig
 
 # Settings that do not decide the result, so that a run may go on with others.
-_FREE = ("mesh", "distributed", "microbatches", "log", "eval", "checkpoints", "xla_options")
+_FREE = ("mesh", "distributed", "microbatches", "log", "eval", "checkpoints", "watch", "xla_options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class TrainConfig:
     log: LogConfig
     eval: InLoopConfig
     checkpoints: CheckpointConfig
+    watch: WatchConfig
     xla_options: dict[str, str]  # options of the step's compiler, by the names that XLA gives them
 
     def __post_init__(self):

@@ -9,15 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
 from test_checkpoint import cut, largest
+from test_watch import metadata_server, until
 from tiny_stores import tiny_store, train_values
 
-from ctllm_jax import train
+from ctllm_jax import stopping, train
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
@@ -296,6 +298,24 @@ def test_a_stopped_run_saves_says_so_and_goes_on(finished, stores, tmp_path, mon
     train.run(config_of(stores["pretrain"]), str(tmp_path / "run"))
     assert "train: resumed at step 3" in capsys.readouterr().err
     assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_a_notice_stops_a_run_as_a_signal_does(finished, stores, tmp_path, monkeypatch, capsys):
+    answers = {"maintenance-event": "NONE", "preempted": "FALSE", "asked": "0"}
+
+    def notice():
+        assert until(lambda: answers["asked"] != "0")
+        answers["preempted"] = "TRUE"
+        assert until(lambda: "notices" not in {thread.name for thread in threading.enumerate()})  # it has been heard
+
+    monkeypatch.setattr(stopping, "_PAUSE", 0.01)
+    with metadata_server(answers) as server:
+        monkeypatch.setattr(train, "prefetched", at_step(3, notice))
+        with pytest.raises(SystemExit) as stop:
+            train.run(config_of(stores["pretrain"], watch__notices=server), str(tmp_path / "run"))
+    assert stop.value.code == train.EXIT_RESUME
+    assert "stopped by a notice (preempted: TRUE), step 3 is saved; the same command goes on" in capsys.readouterr().err
+    assert entries(tmp_path / "run", "train") == entries(finished[0], "train")[:3]
 
 
 def test_rates_may_change_ahead_of_a_run_and_not_behind_it(stores, tmp_path, monkeypatch):

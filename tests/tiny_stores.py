@@ -117,5 +117,6 @@ def train_values(store: pathlib.Path) -> dict:
         "log": {"every": 1},
         "eval": {"every": 4, "batches": 1},
         "checkpoints": {"every": 5, "minutes": 0.0, "kept": 5, "keep_every": 0, "keep_best": 0},
+        "watch": {"stall_minutes": 0.0, "slow_minutes": 0.0, "stop_minutes": 0.0, "notices": ""},
         "xla_options": {},
     }
