@@ -22,9 +22,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.processes import votes
+from ctllm_jax.save_barrier import SaveBarrier
 
 PAUSES = (5, 10, 20, 40, 80, 160)  # seconds before a save that failed is tried again; after the last one it is given up
-TIMEOUT = 600  # seconds that a save may take; a process that failed is waited for as long
+TIMEOUT = 600  # seconds that a save may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        name = f"after-{self._lost}"
+        self._barrier = SaveBarrier(name) if jax.process_count() > 1 else None
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -82,10 +85,8 @@ class Checkpoints:
                 best_mode="min",
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
-                multiprocessing_options=ocp.options.MultiprocessingOptions(
-                    barrier_sync_key_prefix=f"after-{self._lost}" if self._lost else None
-                ),
+                async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT, barrier_sync_fn=self._barrier),
+                multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name),
             ),
         )
 
@@ -157,6 +158,8 @@ class Checkpoints:
             self._manager.save(step, args=items, metrics=metrics)
         except OSError as error:
             self._error = error
+            if self._barrier is not None:
+                self._barrier.absent()
 
     def _settle(self) -> None:
         """Waits for the save under way and takes note of how it ended, in any process.

@@ -31,7 +31,14 @@ _JAX_SILENCE = 60  # JAX notices after half of it at the earliest: later than _S
 _VERDICT = _SILENCE + 3 * _BEAT  # by then it is known whether one is gone
 _PARTING = 3.0  # seconds that a failed process has to print its error
 _SIGNS, _NEWS, _BOARDS = "ctllm/signs/", "ctllm/news/", "ctllm/boards/"  # keys at the service, one a process each
-_CALLS = ("key_value_set", "key_value_delete", "key_value_dir_get", "blocking_key_value_get")  # what its client must do
+_CALLS = (  # what its client must know
+    "blocking_key_value_get",
+    "key_value_delete",
+    "key_value_dir_get",
+    "key_value_increment",
+    "key_value_set",
+    "key_value_try_get",
+)
 
 
 def join() -> None:
@@ -47,7 +54,7 @@ def join() -> None:
     given = [name for name in (_ADDRESS, _COUNT, _INDEX) if name in os.environ]
     if given and len(given) < 3:
         raise UserError(f"{', '.join(given)} set, but a job needs {_ADDRESS}, {_COUNT} and {_INDEX}")
-    _client()
+    client()
     try:
         place = (os.environ[_ADDRESS], int(os.environ[_COUNT]), int(os.environ[_INDEX])) if given else ()
         jax.distributed.initialize(*place, heartbeat_timeout_seconds=_JAX_SILENCE)
@@ -59,21 +66,25 @@ def join() -> None:
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has put a handler of its own there
 
 
-def _client():
-    """The coordination service's client; None outside a job. JAX keeps it among what may change without notice."""
+def client():
+    """The coordination service's client; None outside a job. JAX keeps it among what may change without notice.
+
+    Raises:
+      UserError: it has changed.
+    """
     try:
         from jax._src import distributed
 
-        client = distributed.global_state.client
-        missing = [] if client is None else [name for name in _CALLS if not hasattr(client, name)]
+        found = distributed.global_state.client
+        missing = [] if found is None else [name for name in _CALLS if not hasattr(found, name)]
     except (ImportError, AttributeError) as error:
-        missing = [str(error)]
+        missing = [_first_line(error)]
     if missing:
         raise UserError(
             f"jax {jax.__version__} does not let the processes of a job talk as this version of ctllm needs it "
             f"({', '.join(missing)}); use jax 0.10 to 0.12, or one process"
         )
-    return client
+    return found
 
 
 @contextlib.contextmanager
@@ -87,7 +98,7 @@ def job() -> Iterator[None]:
       UserError, SystemExit: as `join`.
     """
     join()
-    watch = _Watch(_client(), jax.process_index())
+    watch = _Watch(client(), jax.process_index())
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -183,17 +194,17 @@ def leave(news: str) -> None:
 
 def post(board: str, text: str) -> None:
     """Puts a word of this process where the others can read it, in place of its last; nothing in a job of one."""
-    if (client := _client()) is not None:
+    if (service := client()) is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone: the job's watch says so
-            client.key_value_set(f"{_BOARDS}{board}/{jax.process_index()}", text, allow_overwrite=True)
+            service.key_value_set(f"{_BOARDS}{board}/{jax.process_index()}", text, allow_overwrite=True)
 
 
 def posted(board: str) -> dict[int, str]:
     """{process: its last word}; empty in a job of one."""
     words = []
-    if (client := _client()) is not None:
+    if (service := client()) is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            words = client.key_value_dir_get(f"{_BOARDS}{board}/")
+            words = service.key_value_dir_get(f"{_BOARDS}{board}/")
     return {int(key.rpartition("/")[2]): text for key, text in words}
 
 

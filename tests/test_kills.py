@@ -180,11 +180,11 @@ def test_a_job_of_two_takes_the_same_step_though_only_one_of_them_meets_the_dama
 def test_a_disk_that_is_full_for_one_of_two_is_waited_for_by_both(undisturbed_pair, store, tmp_path, step, kept):
     """Opening a file of process 1 raises ENOSPC once; steps 10 and 20: made up for later, and at the end of the run."""
     ending = f"/{step}.orbax-checkpoint-tmp/params.orbax-checkpoint-tmp/array_metadatas/process_1"
-    impatient = "from ctllm_jax import checkpoint; checkpoint.TIMEOUT = 15; checkpoint.PAUSES = (1, 1)"
+    impatient = "from ctllm_jax import checkpoint; checkpoint.PAUSES = (1, 1)"
     full = f"kill_points.fill_disk_once({ending!r}); {impatient}"
     logs = finish(start(tmp_path / "run", store, {0: impatient, 1: full}))
     assert all(log.count(f"the checkpoint of step {step} could not be written (") == 1 for log in logs)
-    assert "(process 1 says why)" in logs[0] or "Timed out" in logs[0] or "DEADLINE" in logs[0]
+    assert "(another process could not write its part, and says why)" in logs[0]
     assert "No space left on device" in logs[1]
     assert_same_bits(tmp_path / "run", undisturbed_pair)
     assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == kept

@@ -383,9 +383,7 @@ def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_lost_a_process_and_one_that_was_stopped_end_in_the_undisturbed_bits(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+def test_a_job_that_lost_a_process_and_one_that_was_stopped_end_in_the_undisturbed_bits(tmp_path):
     store = tiny_store(tmp_path / "store").folder
     long = ("--config.duration=32 steps", "--config.checkpoints.every=8", "--config.eval.every=16")
     log = tmp_path / "log"

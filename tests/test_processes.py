@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -115,27 +116,35 @@ def assert_same_gradient(workdir: pathlib.Path, other: pathlib.Path) -> None:
         assert np.linalg.norm(found[name] - moment) <= 1e-5 * np.linalg.norm(moment) > 0, name
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
-    store = tiny_store(tmp_path / "store").folder
-    job(1, 4, store, tmp_path / "one", *FROM_THE_FIRST)
-    job(2, 2, store, tmp_path / "two", *FROM_THE_FIRST)
-    assert len(losses(tmp_path / "one")) == 9
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    assert_same_gradient(tmp_path / "two", tmp_path / "one")
-    files = {str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").glob("*.json*")}
-    assert {str(path.relative_to(tmp_path / "two")) for path in (tmp_path / "two").glob("*.json*")} == files
+@pytest.fixture(scope="module")
+def alike(tmp_path_factory):
+    """(store, folder of a run by one process, folder of the same run by two)."""
+    folder = tmp_path_factory.mktemp("alike")
+    store = tiny_store(folder / "store").folder
+    job(1, 4, store, folder / "one", *FROM_THE_FIRST)
+    job(2, 2, store, folder / "two", *FROM_THE_FIRST)
+    return store, folder / "one", folder / "two"
 
 
 @pytest.mark.slow
-def test_one_process_takes_up_what_two_left(tmp_path):
-    store = tiny_store(tmp_path / "store").folder
-    job(1, 4, store, tmp_path / "one")
-    job(2, 2, store, tmp_path / "moved")
+def test_two_processes_train_as_one_does(alike):
+    _, one, two = alike
+    assert len(losses(one)) == 9
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert_same_gradient(two, one)
+    files = {str(path.relative_to(one)) for path in one.glob("*.json*")}
+    assert {str(path.relative_to(two)) for path in two.glob("*.json*")} == files
+
+
+@pytest.mark.slow
+def test_one_process_takes_up_what_two_left(alike, tmp_path):
+    store, one, two = alike
+    shutil.copytree(two, tmp_path / "moved")
     (tmp_path / "moved" / "manifest.json").unlink()
-    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "6")
+    for step in ("4", "5", "6"):
+        shutil.rmtree(tmp_path / "moved" / "checkpoints" / step)
     job(1, 4, store, tmp_path / "moved")
-    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    assert losses(tmp_path / "moved") == pytest.approx(losses(one), rel=1e-5)
 
 
 LONG = ("--config.duration=100000 steps", "--config.eval.every=100000", "--config.checkpoints.every=100000")
@@ -209,3 +218,10 @@ def test_half_an_address_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
         join()
+
+
+def test_a_jax_whose_insides_have_changed_is_refused_by_name(monkeypatch):
+    for changed in (types.SimpleNamespace(client=object()), types.SimpleNamespace()):
+        monkeypatch.setattr("jax._src.distributed.global_state", changed)
+        with pytest.raises(UserError, match=f"jax {jax.__version__} does not let .* use jax 0.10 to 0.12"):
+            join()
