@@ -154,7 +154,8 @@ def start_state(params: dict, optimizer: Optimizer, layout: TrainState) -> Train
     """The state before the first step, of parameters that lie as `layout` says."""
     moments = jax.jit(optimizer.direction.init, out_shardings=layout.moments)(params)
     step, skipped = (jax.device_put(np.int32(0), layout.step) for _ in range(2))
-    norms_W = jax.device_put(np.full(optimizer.spike_window, np.nan, np.float32), layout.norms_W)
+    # Not by device_put, which has the processes compare what they put: NaN differs from itself.
+    norms_W = jnp.full(optimizer.spike_window, jnp.nan, jnp.float32, device=layout.norms_W)
     return TrainState(params, moments, step, skipped, norms_W)
 
 
