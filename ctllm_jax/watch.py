@@ -25,7 +25,7 @@ from ctllm_jax.stopping import Stopping
 
 _TICK = 1.0  # seconds between two looks
 _POST = 10.0  # seconds between two words to the others
-_WRITE = 10.0  # seconds that writing stacks may take; the disk may be what hangs
+_WRITE = 10.0  # seconds that writing stacks may take; the disk, or process 0, may be what hangs
 _COMPARE = 60.0  # seconds that the processes' waits are compared over
 _IN_A_ROW = 3  # comparisons after which a process counts as slow
 _SHARE, _FACTOR = 0.1, 2.0  # it waits for its input this share of the time, and so much longer than the median
@@ -87,7 +87,7 @@ class LoopWatch:
 
     def __exit__(self, *exc_info) -> None:
         self._leaving.set()
-        self._thread.join()  # a thread that is inside JAX when Python ends aborts the process
+        self._thread.join(_WRITE)  # a thread that is inside JAX when Python ends aborts the process
         faulthandler.unregister(signal.SIGQUIT)
 
     def at(self, name: str, step: int) -> None:

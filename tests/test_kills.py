@@ -1,12 +1,9 @@
-"""Twenty steps are ten, a SIGKILL somewhere in a save, and the rest: to the last bit, in one process and in two."""
+"""Twenty steps are ten, a SIGKILL somewhere in a save, and the rest: to the last bit."""
 
 import contextlib
 import hashlib
-import os
 import pathlib
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 
@@ -16,14 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from kill_points import POINTS, arm
-from test_checkpoint import cut, largest
-from test_processes import OPTIONS
-from test_train import (  # noqa: F401 (a fixture that applies here too)
-    assert_close_entries,
-    compiled_once,
-    config_of,
-    entries,
-)
+from test_train import compiled_once, config_of, entries  # noqa: F401 (a fixture that applies here too)
 from tiny_stores import tiny_store
 
 from ctllm_jax import train
@@ -106,97 +96,3 @@ def test_a_run_killed_in_a_save_ends_in_the_same_bits(undisturbed, store, tmp_pa
     assert batches == {step: batch for step, batch in undisturbed[1].items() if step > first}
     assert_same_bits(workdir, undisturbed[0])
     assert [path.name for path in (workdir / "checkpoints").iterdir() if ".damaged" not in path.name] == ["20"]
-
-
-# ---- Two processes
-
-
-def start(workdir: pathlib.Path, store: pathlib.Path, traps: dict[int, str], processes: int = 2) -> list:
-    """Processes that train twenty steps on four devices in all; `traps` is Python that one of them runs before."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    running = []
-    for index in range(processes):
-        trap = f"import kill_points; {traps[index]}" if index in traps else ""
-        program = f"import sys\nsys.path.insert(0, 'tests')\n{trap}\nfrom ctllm_jax.cli import main\nmain()"
-        environment = {
-            **os.environ,
-            "JAX_NUM_CPU_DEVICES": str(4 // processes),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(index),
-        }
-        command = [sys.executable, "-c", program, "train", *OPTIONS, "--config.distributed=True"]
-        command += ["--config.duration=20 steps", "--config.checkpoints.every=5", "--config.checkpoints.kept=2"]
-        command += [f"--config.data.store={store}", f"--workdir={workdir}"]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
-    return running
-
-
-def finish(running: list[subprocess.Popen]) -> list[str]:
-    logs = [process.communicate(timeout=600)[1] for process in running]
-    assert all(process.returncode == 0 for process in running), "\n".join(log[-3000:] for log in logs)
-    return logs
-
-
-@pytest.fixture(scope="module")
-def undisturbed_pair(store, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "pair"
-    finish(start(workdir, store, {}))
-    return workdir
-
-
-@pytest.mark.parametrize(
-    ("index", "point"),
-    [(1, "before its arrays' sizes"), (0, "before the step's renaming"), (0, "before the last item's renaming")],
-)
-def test_a_job_of_two_killed_in_a_save_ends_in_the_same_bits(undisturbed_pair, store, tmp_path, index, point):
-    workdir = tmp_path / "run"
-    running = start(workdir, store, {index: f"kill_points.arm({point!r})"})
-    assert running[index].wait(timeout=600) == -signal.SIGKILL
-    running[1 - index].kill()
-    for process in running:
-        process.communicate()
-    logs = finish(start(workdir, store, {}))
-    assert all("train: resumed at step 5" in log for log in logs)
-    assert_same_bits(workdir, undisturbed_pair)
-
-
-def test_a_job_of_two_takes_the_same_step_though_only_one_of_them_meets_the_damage(undisturbed_pair, store, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(undisturbed_pair, workdir)
-    (workdir / "manifest.json").unlink()
-    cut(largest(workdir / "checkpoints" / "20" / "params" / "ocdbt.process_1"))
-    logs = finish(start(workdir, store, {}))
-    assert all("train: resumed at step 15" in log for log in logs)
-    assert sum(log.count("THE CHECKPOINT OF STEP 20 IS DAMAGED") for log in logs) == 1
-    assert_same_bits(workdir, undisturbed_pair)
-    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["15", "20", "20.damaged"]
-
-
-@pytest.mark.parametrize(("step", "kept"), [(10, [15, 20]), (20, [15, 20])])
-def test_a_disk_that_is_full_for_one_of_two_is_waited_for_by_both(undisturbed_pair, store, tmp_path, step, kept):
-    """Opening a file of process 1 raises ENOSPC once; steps 10 and 20: made up for later, and at the end of the run."""
-    ending = f"/{step}.orbax-checkpoint-tmp/params.orbax-checkpoint-tmp/array_metadatas/process_1"
-    impatient = "from ctllm_jax import checkpoint; checkpoint.PAUSES = (1, 1)"
-    full = f"kill_points.fill_disk_once({ending!r}); {impatient}"
-    logs = finish(start(tmp_path / "run", store, {0: impatient, 1: full}))
-    assert all(log.count(f"the checkpoint of step {step} could not be written (") == 1 for log in logs)
-    assert "(another process could not write its part, and says why)" in logs[0]
-    assert "No space left on device" in logs[1]
-    assert_same_bits(tmp_path / "run", undisturbed_pair)
-    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == kept
-
-
-@pytest.mark.parametrize("processes", [1, 4])
-def test_other_numbers_of_processes_take_up_what_two_left(undisturbed_pair, store, tmp_path, processes):
-    workdir = tmp_path / "run"
-    shutil.copytree(undisturbed_pair, workdir)
-    (workdir / "manifest.json").unlink()
-    shutil.rmtree(workdir / "checkpoints" / "20")
-    logs = finish(start(workdir, store, {}, processes))
-    assert all("train: resumed at step 15" in log for log in logs)
-    assert_close_entries(workdir, undisturbed_pair, rtol=1e-5)
-    assert saved(workdir)["record"]["ledger"] == saved(undisturbed_pair)["record"]["ledger"]
