@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from test_checkpoint import cut, largest
@@ -14,6 +15,8 @@ from test_kills import ROOT, assert_same_bits, saved
 from test_processes import OPTIONS
 from test_train import assert_close_entries
 from tiny_stores import tiny_store
+
+from ctllm_jax.common.status import EXIT_LOST
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +71,11 @@ def test_a_job_of_two_killed_in_a_save_ends_in_the_same_bits(undisturbed_pair, s
     workdir = tmp_path / "run"
     running = start(workdir, store, {index: f"kill_points.arm({point!r})"})
     assert running[index].wait(timeout=600) == -signal.SIGKILL
-    running[1 - index].kill()
-    for process in running:
-        process.communicate()
+    since = time.monotonic()
+    _, log = running[1 - index].communicate(timeout=240)  # it waits for the other at a barrier of the save
+    assert time.monotonic() - since < 60
+    assert running[1 - index].returncode in (EXIT_LOST, -signal.SIGABRT), log[-2000:]  # ours, or the coordinator's end
+    running[index].communicate()
     logs = finish(start(workdir, store, {}))
     assert all("train: resumed at step 5" in log for log in logs)
     assert_same_bits(workdir, undisturbed_pair)
