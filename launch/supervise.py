@@ -40,6 +40,7 @@ def supervise(start: Callable[[], Sequence[Process]], restarts: int, patience: f
     it, and the job is started again while `restarts` last; never after EXIT_MISTAKE.
 
     SIGINT, SIGTERM and SIGHUP to this process ask all of them to save and end (EXIT_RESUME); a second one kills them.
+    SIGQUIT is passed on to them: `ctllm train` shows its stacks.
 
     Args:
       start: the processes of an attempt; called anew for each.
@@ -48,9 +49,9 @@ def supervise(start: Callable[[], Sequence[Process]], restarts: int, patience: f
       pause: seconds before a restart; each failure after the first doubles it, up to a minute.
     """
     failures = 0
-    with _stop_requests() as stops:
+    with _received(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as stops, _received(signal.SIGQUIT) as looks:
         while True:
-            status, reason = _Attempt(start(), stops, patience).run()
+            status, reason = _Attempt(start(), stops, looks, patience).run()
             if reason:
                 _say(reason)
             if len(stops) > 1:
@@ -77,10 +78,10 @@ def supervise(start: Callable[[], Sequence[Process]], restarts: int, patience: f
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """The signals received so far that ask to stop; those that are ignored on purpose (nohup) stay so."""
+def _received(*numbers: int) -> Iterator[list[int]]:
+    """Which of these signals have come so far; those that are ignored on purpose (nohup) stay so."""
     received: list[int] = []
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield received
@@ -134,6 +135,10 @@ class _Running:
         self.asked = True
         os.kill(self.popen.pid, signal.SIGTERM)
 
+    def show(self) -> None:
+        """Asks it, and not what it has started, to show what it is doing."""
+        os.kill(self.popen.pid, signal.SIGQUIT)
+
     def pump(self, pipe: IO[bytes]) -> bytes | None:
         """Passes on what there is to read, and returns it: b"" at the end of the stream, None when nothing came."""
         data = pipe.read(1 << 16)
@@ -161,8 +166,8 @@ class _Running:
 class _Attempt:
     """One start of all processes."""
 
-    def __init__(self, processes: Sequence[Process], stops: list[int], patience: float):
-        self._processes, self._stops, self._patience = processes, stops, patience
+    def __init__(self, processes: Sequence[Process], stops: list[int], looks: list[int], patience: float):
+        self._processes, self._stops, self._looks, self._patience = processes, stops, looks, patience
         self._running: list[_Running] = []
         self._failed: list[_Running] = []  # those that failed on their own account
         self._deadline: float | None = None  # when what is left is killed
@@ -197,6 +202,10 @@ class _Attempt:
                 continue
             if not running.killed and not (running.asked and running.status == -signal.SIGTERM):
                 self._failed.append(running)
+        if self._looks:
+            self._looks.clear()
+            for running in left:
+                running.show()
         if self._failed and self._deadline is None and left:
             self._deadline = time.monotonic() + self._patience
         if self._failed or self._stops:

@@ -1,18 +1,15 @@
 """A job of two processes that loses one in a save, or meets damage or a full disk, ends in the undisturbed bits."""
 
-import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 
 import pytest
 from test_checkpoint import cut, largest
-from test_kills import ROOT, assert_same_bits, saved
-from test_processes import OPTIONS
+from test_kills import assert_same_bits, saved
+from test_processes import started
 from test_train import assert_close_entries
 from tiny_stores import tiny_store
 
@@ -28,26 +25,10 @@ def store(tmp_path_factory):
 
 def start(workdir: pathlib.Path, store: pathlib.Path, traps: dict[int, str], processes: int = 2) -> list:
     """Processes that train twenty steps on four devices in all; `traps` is Python that one of them runs before."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    running = []
-    for index in range(processes):
-        trap = f"import kill_points; {traps[index]}" if index in traps else ""
-        program = f"import sys\nsys.path.insert(0, 'tests')\n{trap}\nfrom ctllm_jax.cli import main\nmain()"
-        environment = {
-            **os.environ,
-            "JAX_NUM_CPU_DEVICES": str(4 // processes),
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(index),
-        }
-        command = [sys.executable, "-c", program, "train", *OPTIONS, "--config.distributed=True"]
-        command += ["--config.duration=20 steps", "--config.checkpoints.every=5", "--config.checkpoints.kept=2"]
-        command += [f"--config.data.store={store}", f"--workdir={workdir}"]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
-    return running
+    settings = ("--config.duration=20 steps", "--config.checkpoints.every=5", "--config.checkpoints.kept=2")
+    program = "import sys; sys.path.insert(0, 'tests'); import kill_points; {}; from ctllm_jax import cli; cli.main()"
+    programs = {index: program.format(trap) for index, trap in traps.items()}
+    return started(processes, 4 // processes, store, workdir, *settings, programs=programs)
 
 
 def finish(running: list[subprocess.Popen]) -> list[str]:

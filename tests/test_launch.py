@@ -201,7 +201,10 @@ def save(*_):
     time.sleep(0.5)
     open(f"{folder}/saved{os.environ['INDEX']}", "w").close()
     sys.exit(75)
+def show(*_):
+    open(f"{folder}/shown{os.environ['INDEX']}", "w").write("here")
 signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGQUIT, show)
 open(f"{folder}/ready{os.environ['INDEX']}", "w").write(str(os.getpid()))
 while True:
     time.sleep(1)
@@ -233,6 +236,16 @@ def test_a_stopped_launcher_waits_until_all_have_saved(tmp_path, number):
         assert launcher.returncode == 75 and "launch: stopped; the same command goes on" in err
         assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
         assert all(ended(pid) for pid in pids)
+
+
+def test_all_show_what_they_do_when_the_launcher_is_asked_and_go_on(tmp_path):
+    with launched(tmp_path, SAVES) as (launcher, _):
+        for _ in range(2):
+            launcher.send_signal(signal.SIGQUIT)
+            for index in range(2):
+                once_there(tmp_path / f"shown{index}", "here")
+                (tmp_path / f"shown{index}").unlink()
+        assert launcher.poll() is None and not any((tmp_path / f"saved{index}").exists() for index in range(2))
 
 
 def test_a_second_signal_kills(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -44,9 +45,14 @@ OPTIONS = (
 
 
 def started(
-    processes: int, devices: int, store: pathlib.Path, workdir: pathlib.Path, *options: str, program: str = ""
+    processes: int,
+    devices: int,
+    store: pathlib.Path,
+    workdir: pathlib.Path,
+    *options: str,
+    programs: Mapping[int, str] = types.MappingProxyType({}),
 ) -> list[subprocess.Popen]:
-    """`ctllm train`, or a program that calls it, in so many processes of so many devices each."""
+    """`ctllm train` in so many processes of so many devices each; some may run Python of their own that calls it."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -63,14 +69,15 @@ def started(
             }
         command = [
             sys.executable,
-            *(["-c", program] if program else ["-m", "ctllm_jax.cli"]),
+            *(["-c", programs[index]] if index in programs else ["-m", "ctllm_jax.cli"]),
             "train",
             *OPTIONS,
             *several,
             *options,
         ]
         command += [f"--config.data.store={store}", f"--workdir={workdir}"]
-        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
     return running
 
 
@@ -182,13 +189,12 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 
 FAILS_IN_ONE = """
 import sys
-import jax
 from ctllm_jax import cli, train
 from ctllm_jax.common.errors import UserError
 
 def batches(stream, start, stop, mesh, prefetched=train.prefetched):
     for step, batch in enumerate(prefetched(stream, start, stop, mesh)):
-        if step == 3 and jax.process_index() == 1:
+        if step == 3:
             raise {error}
         yield batch
 
@@ -207,7 +213,7 @@ cli.main(sys.argv[1:])
 )
 def test_an_error_in_one_process_ends_the_others_and_its_reason_reaches_them(tmp_path, error, status, said):
     program = FAILS_IN_ONE.format(error=error)
-    running = started(2, 2, tiny_store(tmp_path / "store").folder, tmp_path / "run", *LONG, program=program)
+    running = started(2, 2, tiny_store(tmp_path / "store").folder, tmp_path / "run", *LONG, programs={1: program})
     logs = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [EXIT_LOST, status], "\n".join(logs)
     assert said in logs[0] and error.partition("'")[2].rstrip("')") in logs[1]

@@ -256,12 +256,11 @@ def test_no_server_no_thread():
 
 HANGS = """
 import sys, time
-import jax
 from ctllm_jax import cli, train
 
 def batches(stream, start, stop, mesh, prefetched=train.prefetched):
     for step, batch in enumerate(prefetched(stream, start, stop, mesh), start + 1):
-        if step == 8 and jax.process_index() == 1:
+        if step == 8:
             stuck()
         yield batch
 
@@ -276,7 +275,7 @@ cli.main(sys.argv[1:])
 @pytest.mark.slow
 def test_a_job_that_one_process_holds_up_shows_the_stacks_of_all_and_ends(tmp_path):
     options = (*LONG, "--config.watch.stall_minutes=0.2")
-    running = started(2, 2, tiny_store(tmp_path / "store").folder, tmp_path / "run", *options, program=HANGS)
+    running = started(2, 2, tiny_store(tmp_path / "store").folder, tmp_path / "run", *options, programs={1: HANGS})
     wait_for_step(tmp_path / "run", 6)
     running[0].send_signal(signal.SIGQUIT)  # shows the stacks at once, and changes nothing
     logs = [process.communicate(timeout=240)[1] for process in running]
@@ -306,7 +305,7 @@ cli.main(sys.argv[1:])
 def test_a_stopped_run_whose_save_hangs_ends_within_its_bound(tmp_path):
     options = (*LONG, "--config.watch.stop_minutes=0.1")
     store = tiny_store(tmp_path / "store").folder
-    (running,) = started(1, 2, store, tmp_path / "run", *options, program=SAVES_FOR_EVER)
+    (running,) = started(1, 2, store, tmp_path / "run", *options, programs={0: SAVES_FOR_EVER})
     wait_for_step(tmp_path / "run", 3)
     running.send_signal(signal.SIGTERM)
     since = time.monotonic()
