@@ -74,8 +74,8 @@ def test_a_job_of_two_takes_the_same_step_though_only_one_of_them_meets_the_dama
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["15", "20", "20.damaged"]
 
 
-@pytest.mark.parametrize(("step", "kept"), [(10, [15, 20]), (20, [15, 20])])
-def test_a_disk_that_is_full_for_one_of_two_is_waited_for_by_both(undisturbed_pair, store, tmp_path, step, kept):
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_disk_that_is_full_for_one_of_two_is_waited_for_by_both(undisturbed_pair, store, tmp_path, step):
     """Opening a file of process 1 raises ENOSPC once; steps 10 and 20: made up for later, and at the end of the run."""
     ending = f"/{step}.orbax-checkpoint-tmp/params.orbax-checkpoint-tmp/array_metadatas/process_1"
     impatient = "from ctllm_jax import checkpoint; checkpoint.PAUSES = (1, 1)"
@@ -85,7 +85,8 @@ def test_a_disk_that_is_full_for_one_of_two_is_waited_for_by_both(undisturbed_pa
     assert "(another process could not write its part, and says why)" in logs[0]
     assert "No space left on device" in logs[1]
     assert_same_bits(tmp_path / "run", undisturbed_pair)
-    assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == kept
+    before, last = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert last == 20 and (10 < before < 20 if step == 10 else before == 15)  # when the pause is over, or on schedule
 
 
 @pytest.mark.parametrize("processes", [1, 4])
