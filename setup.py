@@ -24,6 +24,7 @@ BASE = [
     "safetensors",  # Hugging Face weights without pickle
     "scipy",  # normal quantiles; connected components
     "sentencepiece<0.2.3",  # 0.2.3 needs protobuf 7, TensorFlow and Beam hold protobuf 6
+    "tensorboardX",  # TensorBoard's event files without TensorFlow: protobuf alone
     "tokenizers",  # Hugging Face tokenizer.json
     "universal-pathlib",  # gs:// paths behind the pathlib interface
 ]
@@ -50,6 +51,13 @@ setuptools.setup(
     python_requires=">=3.11,<3.14",
     packages=setuptools.find_namespace_packages(include=["ctllm_jax*", "data_pipeline*", "configs*", "launch*"]),
     install_requires=BASE,
-    extras_require={"data": DATA, "gcs": GCS, "tpu": ["jax[tpu]", *GCS], "cuda": ["jax[cuda13]"], "dev": DEV},
+    extras_require={
+        "data": DATA,
+        "gcs": GCS,
+        "tpu": ["jax[tpu]", *GCS],
+        "cuda": ["jax[cuda13]"],
+        "wandb": ["wandb"],
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["ctllm = ctllm_jax.cli:main"]},
 )

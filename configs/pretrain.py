@@ -10,7 +10,7 @@ microbatches and kernels; without it any devices are used, in plain JAX. It has 
 paper's shares of tokens; a store that lacks a source needs `--config.data.rates.NAME=0` for it.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import hardware, models
 from configs.mixtures import CT_LLM_TOKEN_SHARES
@@ -45,7 +45,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
             microbatches=1,
             duration="1254.68e9 tokens",
             seed=42,
-            log=dict(every=10),
+            log=dict(every=10, tensorboard=True, wandb=config_dict.placeholder(str), profile=()),
             eval=dict(every=2000, batches=8),
             checkpoints=dict(every=2000, minutes=30.0, kept=3, keep_every=50_000, keep_best=0),
             watch=dict(stall_minutes=15.0, slow_minutes=60.0, stop_minutes=10.0, notices=""),

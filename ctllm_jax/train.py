@@ -29,7 +29,8 @@ from ctllm_jax.data.store import TokenStore, open_store
 from ctllm_jax.duration import Clock
 from ctllm_jax.evaluate.in_loop import HeldOut
 from ctllm_jax.loading import LoadedModel, load_model
-from ctllm_jax.metrics import Meter, MetricsLog
+from ctllm_jax.metrics.log import open_log
+from ctllm_jax.metrics.meter import Meter
 from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
 from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer
@@ -111,8 +112,8 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
     layout = state_shardings(job.model, optimizer, job.mesh)
     step_fn = jit_step(objective, optimizer, config.microbatches, layout, config.xla_options)
     held_out = HeldOut(config.eval, store, config.batch_size, config.data.mask_documents, job.mesh, objective)
-    log = MetricsLog(job.stage.folder, first)
-    meter = Meter(log, config.log.every, sources, ledger)
+    log = open_log(config.log, job.stage, first, dataclasses.asdict(config), writes=jax.process_index() == 0)
+    meter = Meter(log, config.log, sources, ledger)
     meter.measure(job.model, store, config.batch_size, job.mesh)
 
     # ---- The loop: dispatch a step, then read the metrics of the one before
@@ -121,24 +122,23 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
     if first == 0:
         log.write("eval", 0, held)
     stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
-    with Progress(f"train {config.objective.name}", steps, "steps", stream_out) as progress:
-        for step, batch in enumerate(prefetched(job.stream, first, steps, job.mesh), first + 1):
+    with Progress(f"train {config.objective.name}", steps, "steps", stream_out) as progress, meter.profiler:
+        for step, batch in meter.steps(prefetched(job.stream, first, steps, job.mesh), first, progress):
             watch.at("step", step)
             state, metrics = step_fn(state, reference, batch)
-            meter.dispatched(step, metrics, progress)
+            meter.dispatched(step, metrics)
             last, stop = step == steps, vote.cast(stopping.requested)  # all processes stop at the same step
             evaluated = last or step % config.eval.every == 0
             if stop:
                 stopping.request("another process of the job was asked")
             if evaluated:
                 watch.at("evaluation", step)
-                meter.catch_up(progress)
+                meter.pause("evaluation")
                 held = held_out.look(state.params, reference)
-                log.write("eval", step, held)
-                meter.restart_clock()
+                log.write("eval", step, {**held, **meter.go_on()})
             if last or stop or checkpoints.due(step):
                 watch.at("save", step)
-                meter.catch_up(progress)  # the ledger up to this very step goes into the checkpoint
+                meter.pause("checkpoint")  # the ledger up to this very step goes into the checkpoint
                 record = {
                     "step": step,
                     "ledger": meter.ledger,
@@ -147,7 +147,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
                 }
                 loss = held.get("loss") if evaluated else None
                 checkpoints.save(step, state.params, state.rest, record, loss, wait=last or stop)
-                meter.restart_clock()
+                meter.go_on()
             if stop and not last:
                 break
             watch.at("input", step + 1)
