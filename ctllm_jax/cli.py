@@ -57,6 +57,7 @@ class Verb:
     about: str | None = None  # the key of the config dataclass that the config file fills; the options fill the others
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     writes: bool = True  # whether --workdir is needed
+    bare: tuple[str, str] | None = None  # arguments without a flag: the key that lists them, how the help has them
 
 
 VERBS = {
@@ -125,6 +126,16 @@ VERBS = {
             "text_chars": Short("--text_chars=N", "characters of text to show"),
             "json": Short("--json", "a JSON object a line instead of a table", bare="True"),
         },
+    ),
+    "report": Verb(
+        "ctllm_jax.metrics.report",
+        "ReportConfig",
+        "configs/report.py",
+        "training runs, finished or not -> one page with their curves and where they differ",
+        workdir="folder for report.html; without it the first run's",
+        short={"smooth": Short("--smooth=SHARE", "of a training curve, for the mean around each of its points (0.02)")},
+        writes=False,
+        bare=("runs", "RUN [RUN ...]"),
     ),
     "quickstart": Verb(
         "ctllm_jax.quickstart", "QuickstartConfig", "configs/quickstart.py", "every stage, small, to a report page"
@@ -213,6 +224,7 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None
       UserError: an unknown flag or key, a value of the wrong kind, a config file that cannot be loaded.
     """
     values = flags.FlagValues()
+    values.set_gnu_getopt()  # bare arguments may stand before flags
     default = str(ROOT / verb.default) if verb.default else None
     if any(argument in ("-h", "--help") for argument in arguments):
         print(_help(name, verb))
@@ -232,11 +244,13 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None
         raise UserError(f"{name}: cannot load the config file: {_last_line(error)}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{name}: {_plain(error)}") from None
-    if rest:
+    if rest and not verb.bare:
         raise UserError(f"{name}: unexpected argument {rest[0]!r} (flags are written --name=value)")
     if config is None:
         raise UserError(f"{name}: give --config=FILE.py, one of configs/")
     settings = config.to_dict()
+    if rest:
+        settings[verb.bare[0]] = tuple(rest)
     if verb.about:
         settings = {verb.about: settings, **{key: values[key].value for key in verb.options}}
     return settings, values.workdir, values.print_config
@@ -287,6 +301,7 @@ def _last_line(error: Exception) -> str:
 
 def _help(name: str, verb: Verb) -> str:
     rows = [
+        *([(verb.bare[1], f"the same as --config.{verb.bare[0]}")] if verb.bare else ()),
         *((flag.form, flag.help) for flag in (*verb.short.values(), *verb.options.values())),
         ("--config=FILE.py[:ARG]", "config file; relative paths are looked for here, then in the repository"),
         ("--config.KEY=VALUE", "sets one value of it"),

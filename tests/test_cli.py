@@ -23,6 +23,7 @@ NEEDED = {
     "train": ["--config=configs/pretrain.py:tiny", "--config.data.store=STORE"],
     "plan": ["--config=configs/pretrain.py:ct_llm_2b", "--slice=v5e:4x4"],
     "trace": ["--step=1"],
+    "report": ["RUN"],
 }
 
 
@@ -103,6 +104,11 @@ def test_a_short_flag_is_a_key_of_the_config(capsys, arguments, expected):
     assert values == untouched | expected
 
 
+@pytest.mark.parametrize("arguments", [["a", "b", "--smooth=0"], ["--smooth", "0", "a", "b"], ["a", "--smooth=0", "b"]])
+def test_arguments_without_a_flag_are_listed_where_the_verb_takes_them(capsys, arguments):
+    assert printed(capsys, "report", *arguments) == {"runs": ["a", "b"], "smooth": 0.0}
+
+
 def test_every_short_flag_is_a_key_that_its_default_config_has(capsys):
     for name, verb in VERBS.items():
         assert verb.short.keys() <= printed(capsys, name, *NEEDED.get(name, [])).keys()
@@ -170,6 +176,8 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
         (["trace", "--workdir=out"], "config: give exactly one of step, spike and document"),
         (["trace", "--step=3"], "trace: give --workdir=DIR (run directory"),
         (["convert", "out"], "convert: unexpected argument 'out'"),
+        (["report"], "config: give at least one run directory: ctllm report RUN"),
+        (["report", "nowhere"], "nowhere: no run directory (stage.json is missing)"),
         (["convert", "--workdir"], "--workdir"),
         (["tokenize", "--config=configs/tokenize.py:chat", "--workdir=out"], "config: "),
         (

@@ -57,6 +57,7 @@ CASES = [
     Case("generate", None, "generate"),
     Case("convert", None, "convert"),
     Case("trace", None, "trace", (("step", 1),)),
+    Case("report", None, "report", (("runs", ("RUN",)),)),
     Case("quickstart", None, "quickstart"),
 ]
 PARTS = {"__init__", "hardware", "models", "mixtures"}  # no configs of a verb: what others are composed of

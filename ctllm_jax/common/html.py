@@ -39,12 +39,20 @@ pre { background: var(--tint); padding: .6rem .8rem; border-radius: 6px; white-s
 .card b { display: block; font-size: 1.3rem; }
 .card span { color: var(--soft); font-size: .84rem; }
 figure { margin: 0; }
+.legend { font-size: .84rem; color: var(--soft); }
+.legend span { margin-right: 1rem; white-space: nowrap; }
+.legend i { display: inline-block; width: 10px; height: 3px; margin-right: .35rem; vertical-align: middle; }
+.told { fill-opacity: 0; }
+.told:hover { fill-opacity: 1; }
 svg { max-width: 100%; height: auto; }
 svg text { font-size: 11px; fill: var(--soft); }
 summary { cursor: pointer; }
 """
-_COLOURS = ("#2f6fde", "#d9730d", "#1a9e6c", "#a03fc4", "#c4314b", "#6b7a90")
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 500, 250, 52, 12, 26, 34
+Points = Sequence[tuple[float, float]]
+
+_COLOURS = ("#2f6fde", "#d9730d", "#1a9e6c", "#a03fc4", "#c4314b", "#6b7a90", "#b08900", "#0e8fa8")
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 500, 236, 52, 12, 12, 34
+_TOLD = 60  # points of a line that tell their values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,54 +129,72 @@ def charts(*items: str) -> str:
 
 def line_chart(
     title: str,
-    series: Mapping[str, Sequence[tuple[float, float]]],
+    series: Mapping[str, Points],
     x_label: str,
     marks: Mapping[str, float] | None = None,
+    faint: Mapping[str, Points] | None = None,
+    log: bool = False,
 ) -> str:
-    """A line chart of {name: [(x, y), ...]}; `marks` are horizontal reference lines {name: y}."""
-    marks = marks or {}
-    points = [p for line in series.values() for p in line if math.isfinite(p[0]) and math.isfinite(p[1])]
-    if not points:
+    """A line chart of {name: [(x, y), ...]}; resting the pointer on a line shows its values.
+
+    Args:
+      title: above the chart.
+      series: lines; what is not finite is left out.
+      x_label: below the axis.
+      marks: horizontal reference lines {name: y}.
+      faint: {name of a line: [(x, y), ...]} pale behind it, as single values are behind their mean; only the middle
+        98 % of them are sure to lie inside.
+      log: a logarithmic y axis, on which nothing below or at 0 is shown.
+    """
+    marks, faint = marks or {}, faint or {}
+    series = {name: _finite(points, log) for name, points in series.items()}
+    faint = {name: _finite(points, log) for name, points in faint.items()}
+    frame = _Frame.around([*series.values(), *map(_middle, faint.values()), [(None, y) for y in marks.values()]], log)
+    if frame is None:
         return paragraph(f"{title}: no data", "soft")
-    xs, ys = [p[0] for p in points], [p[1] for p in points] + list(marks.values())
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    pad = 0.06 * (y1 - y0) or max(0.5, 0.1 * abs(y0))
-    x1 = x1 if x1 > x0 else x0 + max(1.0, abs(x0))
-    y0, y1 = y0 - pad, y1 + pad
-
-    def at(x: float, y: float) -> str:
-        return (
-            f"{_LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT):.1f},"
-            f"{_TOP + (y1 - y) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM):.1f}"
-        )
-
-    parts = []
-    for tick in _ticks(y0, y1):
-        left, y = at(x0, tick).split(",")
-        parts.append(f'<line x1="{left}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in _ticks(x0, x1):
-        x, _ = at(tick, y0).split(",")
-        parts.append(f'<text x="{x}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{tick:g}</text>')
+    parts = frame.axes(x_label)
     for name, y in marks.items():
-        (left, where), (right, _) = at(x0, y).split(","), at(x1, y).split(",")
+        _, where = frame.place(frame.x0, y)
         parts.append(
-            f'<line x1="{left}" x2="{right}" y1="{where}" y2="{where}" stroke="var(--soft)" stroke-dasharray="5 4"/>'
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{where}" y2="{where}" stroke="var(--soft)" '
+            f'stroke-dasharray="5 4"/>'
+            f'<text x="{_WIDTH - _RIGHT}" y="{where - 4:.1f}" text-anchor="end">{_text(name)}</text>'
         )
-        parts.append(f'<text x="{right}" y="{float(where) - 4:.1f}" text-anchor="end">{_text(name)}</text>')
-    for index, (name, line) in enumerate(series.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
-        path = [at(x, y) for x, y in line if math.isfinite(x) and math.isfinite(y)]
-        if len(path) == 1:  # a line of one point would not show
-            x, y = path[0].split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
-        parts.append(f'<polyline points="{" ".join(path)}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        parts.append(
-            f'<rect x="{_LEFT + 4 + 118 * index}" y="{_TOP - 12}" width="10" height="3" fill="{colour}"/>'
-            f'<text x="{_LEFT + 18 + 118 * index}" y="{_TOP - 7}">{_text(name)}</text>'
-        )
-    parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{_text(x_label)}</text>')
-    return _figure(title, _HEIGHT, parts)
+    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(series)}
+    for name, points in faint.items():
+        parts.append(_polyline(frame, points, colours.get(name, _COLOURS[0]), 'stroke-width="1" stroke-opacity="0.3"'))
+    for name, points in series.items():
+        parts.append(_polyline(frame, points, colours[name], 'stroke-width="1.8"'))
+    for name, points in series.items():
+        alone = len(points) == 1  # a line of one point would not show
+        for x, y in points[:: max(len(points) // _TOLD, 1)]:
+            left, top = frame.place(x, y)
+            style = 'r="3"' if alone else 'r="4" class="told"'
+            parts.append(
+                f'<circle cx="{left}" cy="{top}" fill="{colours[name]}" {style}>'
+                f"<title>{_text(name)}, {_text(x_label)} {_text(x)}: {_text(y)}</title></circle>"
+            )
+    return _figure(title, _HEIGHT, parts, colours)
+
+
+def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], unit: str = "") -> str:
+    """Horizontal bars {label: {part: value}} of one length, divided as their parts; the sum is at the end of each."""
+    names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
+    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
+    row, left, room = 26, 110, 300
+    parts = []
+    for index, (label, values) in enumerate(bars.items()):
+        y, x, total = index * row, float(left), sum(values.values())
+        parts.append(f'<text x="{left - 6}" y="{y + 17}" text-anchor="end">{_text(label)}</text>')
+        for name, value in values.items():
+            width = value / total * room if total else 0.0
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y + 4}" width="{width:.1f}" height="{row - 8}" fill="{colours[name]}">'
+                f"<title>{_text(label)}, {_text(name)}: {_text(float(value))}{_text(unit)}</title></rect>"
+            )
+            x += width
+        parts.append(f'<text x="{left + room + 6}" y="{y + 17}">{_text(float(total))}{_text(unit)}</text>')
+    return _figure(title, row * len(bars) + 4, parts, colours)
 
 
 def bar_chart(title: str, bars: Mapping[str, float], unit: str = "") -> str:
@@ -186,9 +212,71 @@ def bar_chart(title: str, bars: Mapping[str, float], unit: str = "") -> str:
     return _figure(title, row * len(bars) + 4, parts)
 
 
-def _figure(title: str, height: int, parts: Sequence[str]) -> str:
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """The range of a line chart; y0 and y1 are logarithms where `log` is set."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+    log: bool
+
+    @classmethod
+    def around(cls, lines: Sequence[Sequence[tuple[float | None, float]]], log: bool) -> "_Frame | None":
+        """The frame that all points lie in; None without a point that has an x."""
+        xs = [x for line in lines for x, _ in line if x is not None]
+        ys = [math.log10(y) if log else y for line in lines for _, y in line if y > 0 or not log]
+        if not xs:
+            return None
+        x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+        pad = 0.06 * (y1 - y0) or (0.1 if log else max(0.5, 0.1 * abs(y0)))
+        return cls(x0, x1 if x1 > x0 else x0 + max(1.0, abs(x0)), y0 - pad, y1 + pad, log)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point is drawn; one beyond the frame lies on its edge."""
+        y = min(max(math.log10(y) if self.log else y, self.y0), self.y1)
+        left = _LEFT + (x - self.x0) / (self.x1 - self.x0) * (_WIDTH - _LEFT - _RIGHT)
+        return round(left, 1), round(_TOP + (self.y1 - y) / (self.y1 - self.y0) * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+    def axes(self, x_label: str) -> list[str]:
+        """Grid, ticks and the label of the x axis."""
+        parts = []
+        for tick in _log_ticks(self.y0, self.y1) if self.log else _ticks(self.y0, self.y1):
+            _, y = self.place(self.x0, tick)
+            parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}" stroke="var(--line)"/>')
+            parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+        for tick in _ticks(self.x0, self.x1):
+            x, _ = self.place(tick, 1.0)
+            parts.append(f'<text x="{x}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{_short(tick)}</text>')
+        parts.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 2}" text-anchor="end">{_text(x_label)}</text>')
+        return parts
+
+
+def _polyline(frame: _Frame, points: Points, colour: str, style: str) -> str:
+    path = " ".join("{},{}".format(*frame.place(x, y)) for x, y in points)
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" {style}/>'
+
+
+def _finite(points: Points, log: bool) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)]
+
+
+def _middle(points: Points) -> list[tuple[float, float]]:
+    """Points without the lowest and the highest hundredth."""
+    cut = len(points) // 100
+    return sorted(points, key=lambda point: point[1])[cut : len(points) - cut]
+
+
+def _figure(title: str, height: int, parts: Sequence[str], colours: Mapping[str, str] | None = None) -> str:
+    """A drawing below its title and, where there is more than one colour, what they stand for."""
+    legend = "".join(
+        f'<span><i style="background:{colour}"></i>{_text(name)}</span>'
+        for name, colour in (colours or {}).items()
+        if len(colours) > 1
+    )
     return (
-        f"<figure><figcaption><b>{_text(title)}</b></figcaption>"
+        f"<figure><figcaption><b>{_text(title)}</b>{f'<div class=legend>{legend}</div>' if legend else ''}</figcaption>"
         f'<svg width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}" role="img">'
         f"{''.join(parts)}</svg></figure>"
     )
@@ -217,3 +305,21 @@ def _ticks(low: float, high: float) -> list[float]:
             break
     first = math.ceil(low / step) * step
     return [round(first + i * step, 12) for i in range(int((high - first) / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Values of a logarithmic axis between 10^low and 10^high: 1, 2, 5, 10, ..., or round ones where those are few."""
+    exponents = range(math.floor(low), math.ceil(high) + 1)
+    for factors in ((1.0,), (1.0, 2.0, 5.0)):
+        ticks = [factor * 10.0**e for e in exponents for factor in factors if low <= math.log10(factor) + e <= high]
+        if len(ticks) > 2:
+            return ticks[:: math.ceil(len(ticks) / 8)]
+    return [tick for tick in _ticks(10.0**low, 10.0**high) if tick > 0]
+
+
+def _short(tick: float) -> str:
+    """A round number for an axis: 20k, 1.5M."""
+    if 1e4 <= abs(tick) < 1e12:
+        unit, size = next((unit, size) for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if abs(tick) >= size)
+        return f"{tick / size:g}{unit}"
+    return f"{tick:g}"

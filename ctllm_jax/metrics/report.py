@@ -1,0 +1,42 @@
+"""`ctllm report`: one page with the curves of training runs, from what they have written so far."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from ctllm_jax.common.files import write_atomic
+from ctllm_jax.metrics.report_page import page
+from ctllm_jax.metrics.run_record import read_run
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """What `ctllm report` shows."""
+
+    runs: tuple[str, ...]  # run directories
+    smooth: float  # share of a training curve that the mean around a point reaches over to both sides (0: none)
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("give at least one run directory: ctllm report RUN [RUN ...]")
+        if not 0 <= self.smooth <= 1:
+            raise ValueError(f"smooth {self.smooth} is no share of a curve, from 0 to 1")
+
+
+def run(config: ReportConfig, workdir: str | None) -> dict:
+    """Writes report.html into `workdir`, or into the first run's folder; returns {"report": its path}.
+
+    Raises:
+      UserError: a folder is no run.
+    """
+    runs = [read_run(folder, name) for folder, name in zip(config.runs, _names(config.runs), strict=True)]
+    path = pathlib.Path(workdir or config.runs[0]) / "report.html"
+    write_atomic(path, page(runs, config.smooth))
+    print(f"report: {path}")
+    return {"report": str(path)}
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """The folders' own names, or whole paths where two are called the same."""
+    names = [pathlib.Path(folder).resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else list(folders)
