@@ -37,8 +37,9 @@ STEPS = 12
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """Runs of this module, in processes of their own too, share what XLA compiled."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
+    """Runs of all modules that use this, in processes of their own too, share what XLA compiled."""
+    base = tmp_path_factory.getbasetemp()
+    folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

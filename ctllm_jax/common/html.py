@@ -42,7 +42,6 @@ figure { margin: 0; }
 .legend { font-size: .84rem; color: var(--soft); }
 .legend span { margin-right: 1rem; white-space: nowrap; }
 .legend i { display: inline-block; width: 10px; height: 3px; margin-right: .35rem; vertical-align: middle; }
-.told { fill-opacity: 0; }
 .told:hover { fill-opacity: 1; }
 svg { max-width: 100%; height: auto; }
 svg text { font-size: 11px; fill: var(--soft); }
@@ -169,7 +168,7 @@ def line_chart(
         alone = len(points) == 1  # a line of one point would not show
         for x, y in points[:: max(len(points) // _TOLD, 1)]:
             left, top = frame.place(x, y)
-            style = 'r="3"' if alone else 'r="4" class="told"'
+            style = 'r="3"' if alone else 'r="4" class="told" fill-opacity="0"'
             parts.append(
                 f'<circle cx="{left}" cy="{top}" fill="{colours[name]}" {style}>'
                 f"<title>{_text(name)}, {_text(x_label)} {_text(x)}: {_text(y)}</title></circle>"

@@ -162,7 +162,7 @@ class Meter:
         if self._peak:
             causal, full = (flops * rate / self._peak for flops in self._flops)
             speed |= {"mfu_causal": causal, "mfu_full": full}
-            self._pace += f"  MFU {causal:.1%}"
+            self._pace += f"  MFU {causal:.0%}"
         self._since, self._steps, self._waited = now, 0, 0.0
         return speed
 

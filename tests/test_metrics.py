@@ -1,0 +1,448 @@
+"""What a run says of itself: every figure is defined, none costs it anything or changes it, and a kill loses none."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+import struct
+import sys
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+from test_train import assert_same_run, at_step, compiled_once, config_of  # noqa: F401 (a fixture applies here too)
+from tiny_models import tiny_config
+from tiny_stores import tiny_store
+
+from ctllm_jax import train
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.progress import Progress
+from ctllm_jax.data.store import open_store
+from ctllm_jax.hardware import CHIPS
+from ctllm_jax.metrics import LogConfig, MetricsLog, clock, definitions, meter, profile, read_metrics
+from ctllm_jax.metrics.log import open_log
+from ctllm_jax.metrics.trackers import TensorBoard
+from ctllm_jax.model import flops_per_token
+from ctllm_jax.sharding import MeshConfig, make_mesh
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PLAIN = LogConfig(every=1, tensorboard=False, wandb=None, profile=())
+
+
+# ---- A run that everything looks at
+
+
+class FakeRun:
+    """Stands in for a run of Weights & Biases."""
+
+    def __init__(self):
+        self.axes, self.lines, self.finished = [], [], False
+
+    def define_metric(self, name, step_metric=None):
+        self.axes.append((name, step_metric))
+
+    def log(self, values):
+        self.lines.append(values)
+
+    def finish(self):
+        self.finished = True
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the library, which is not among the test's: what it was asked for, and what it got."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.calls, self.run = [], FakeRun()
+
+    def init(self, **options):
+        self.calls.append(options)
+        return self.run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tiny_store(tmp_path_factory.mktemp("stores") / "store").folder
+
+
+@pytest.fixture(scope="module")
+def plain(store, tmp_path_factory):
+    """A run that only writes metrics.jsonl."""
+    workdir = tmp_path_factory.mktemp("runs") / "plain"
+    train.run(config_of(store), str(workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def watched(store, tmp_path_factory):
+    """(run directory, fake library) of the same run with every tracker, a profile by config and one by signal."""
+    workdir, wandb = tmp_path_factory.mktemp("runs") / "watched", FakeWandb()
+    asks = at_step(8, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", wandb)
+        patch.setattr(train, "prefetched", asks)
+        patch.setattr(profile, "_ON_SIGNAL", 2)
+        before = signal.getsignal(signal.SIGUSR1)
+        config = config_of(store, log__tensorboard=True, log__wandb="a project", log__profile=[3, 4])
+        train.run(config, str(workdir))
+        assert signal.getsignal(signal.SIGUSR1) is before
+    return workdir, wandb
+
+
+def lines_of(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_trackers_and_profiles_leave_no_trace_in_the_result(plain, watched):
+    assert_same_run(watched[0], plain)
+
+
+def test_whatever_is_logged_is_defined(watched):
+    logged = {(entry["kind"], key) for entry in lines_of(watched[0]) for key in entry}
+    assert {kind for kind, _ in logged} == set(definitions.KINDS)
+    assert not [found for found in logged if definitions.find(*found) is None]
+    assert definitions.find("train", "evaluation_seconds") is definitions.find("eval", "nosuch") is None
+    names = [metric.name for metric in definitions.METRICS]
+    assert len(set(names)) == len(names)
+    assert all(metric.unit and metric.meaning for metric in definitions.METRICS)
+    assert not [metric for metric in definitions.METRICS if not (ROOT / "ctllm_jax" / metric.origin).is_file()]
+
+
+def test_the_table_in_the_docs_is_the_one_of_the_definitions():
+    renew = "python -m ctllm_jax.metrics.definitions > docs/metrics.md"
+    assert (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8") == definitions.document(), renew
+
+
+def events(folder: pathlib.Path) -> list:
+    """The records of TensorBoard event files, in the order of the files' names."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_and_wandb_get_every_line(watched):
+    workdir, wandb = watched
+    logged = lines_of(workdir)[1:]  # the first one is written before there is a tracker
+    version, start, *rest = events(workdir / "tensorboard")
+    assert version.file_version == "brain.Event:2"
+    assert (start.session_log.status, start.step) == (start.session_log.START, 1)
+    assert [event.step for event in rest] == [entry["step"] for entry in logged]
+    assert [event.wall_time for event in rest] == [entry["time"] for entry in logged]
+    for entry, event, line in zip(logged, rest, wandb.run.lines, strict=True):
+        values = {f"{entry['kind']}/{k}": v for k, v in entry.items() if k not in ("kind", "step", "time")}
+        assert {value.tag: value.simple_value for value in event.summary.value} == pytest.approx(values)
+        assert line == {"step": entry["step"], **values}
+    (asked,) = wandb.calls
+    assert (asked["project"], asked["name"], asked["resume"]) == ("a project", "watched", "allow")
+    assert asked["config"]["optimizer"]["learning_rate"] == 2e-2
+    assert ("*", "step") in wandb.run.axes and wandb.run.finished
+
+
+def test_profiles_of_the_configs_steps_and_of_those_after_a_signal(watched):
+    folders = sorted(path.name for path in (watched[0] / "profile").iterdir())
+    assert folders == ["step-3", "step-8"]
+    for folder in folders:
+        (trace,) = (watched[0] / "profile" / folder).rglob("*.xplane.pb")
+        assert trace.stat().st_size > 1000
+    assert read_metrics(watched[0], "clock")[-1]["seconds/profile"] > 0
+    slow = {entry["step"] for entry in read_metrics(watched[0], "train") if "step_ms" not in entry}
+    # The first step only sets the clock, and so does the one after a profile's start or end, an evaluation or a save.
+    assert slow == {1, 3, 5, 6, 8, 9, 10, 11}
+
+
+def test_the_clock_is_told_after_every_save_and_adds_up_to_the_time_that_has_passed(plain):
+    lines = read_metrics(plain, "clock")
+    assert [line["step"] for line in lines] == [0, 5, 10, 12]
+    assert all("checkpoint_seconds" in line for line in lines[1:])
+    for line in lines:
+        seconds = {name: line[f"seconds/{name}"] for name in clock.ACCOUNTS}
+        assert seconds["lost"] == seconds["down"] == 0 and line["starts"] == 1
+        assert line["goodput"] == pytest.approx(seconds["steps"] / sum(seconds.values()), abs=1e-3)
+    first, *_, last = lines
+    passed = sum(last[f"seconds/{name}"] - first[f"seconds/{name}"] for name in clock.ACCOUNTS)
+    assert passed == pytest.approx(last["time"] - first["time"], abs=0.05)
+    evaluations = sum(entry.get("evaluation_seconds", 0.0) for entry in read_metrics(plain, "eval"))
+    assert last["seconds/evaluation"] == pytest.approx(evaluations, abs=0.01)
+    assert last["seconds/checkpoint"] == pytest.approx(sum(e["checkpoint_seconds"] for e in lines[1:]), abs=0.01)
+
+
+# ---- Goodput across restarts
+
+
+def told(step: int, time: float, starts: int = 1, kind: str = "clock", **seconds: float) -> dict:
+    accounts = {f"seconds/{name}": seconds.get(name, 0.0) for name in clock.ACCOUNTS}
+    return {"kind": kind, "step": step, "time": time, **(accounts | {"starts": starts} if kind == "clock" else {})}
+
+
+FIRST = [
+    told(0, 1000, start=10),
+    told(4, 1050, kind="train"),
+    told(5, 1060, start=30, steps=38, checkpoint=2),
+    told(10, 1110, start=30, steps=80, evaluation=6, checkpoint=4),
+    told(12, 1130, kind="train"),
+]  # then it was killed
+
+
+@pytest.mark.parametrize(
+    ("lines", "step", "expected"),
+    [
+        (FIRST, 10, {"start": 30, "steps": 80, "evaluation": 6, "checkpoint": 4, "lost": 20, "down": 70}),
+        # Its newest checkpoint is damaged: what came after the one before was for nothing.
+        (FIRST, 5, {"start": 30, "steps": 38, "checkpoint": 2, "lost": 20 + 42 + 6 + 2, "down": 70}),
+        (FIRST, 0, {"start": 30, "lost": 20 + 80 + 6 + 4, "down": 70}),
+        # Stopped and saved: nothing is lost.
+        (FIRST[:-1], 10, {"start": 30, "steps": 80, "evaluation": 6, "checkpoint": 4, "down": 90}),
+        # Killed again, before another checkpoint; down time and earlier losses stay.
+        (
+            [*FIRST[:4], told(10, 1160, 2, start=33, steps=80, evaluation=6, checkpoint=4, lost=20, down=27)],
+            5,
+            {"start": 33, "steps": 38, "checkpoint": 2, "lost": 20 + 42 + 6 + 2, "down": 67},
+        ),
+    ],
+)
+def test_a_process_that_takes_up_knows_what_was_lost_and_what_was_down_time(lines, step, expected):
+    taken = clock.take_up(lines, step, started=1200.0)
+    assert taken.seconds == dict.fromkeys(clock.ACCOUNTS, 0.0) | expected
+    assert sum(taken.seconds.values()) == pytest.approx(1200 - 1000 + FIRST[0]["seconds/start"])
+    assert taken.starts == lines[-1].get("starts", 1) + 1
+
+
+def test_the_log_of_a_run_that_goes_on_tells_its_clock_and_drops_later_steps(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in FIRST) + '{"kind": "tr')
+    log = MetricsLog(tmp_path, 5, started=FIRST[-1]["time"] + 70)
+    log.close()
+    *kept, start = lines_of(tmp_path)
+    assert kept == FIRST[:3]
+    assert (start["kind"], start["step"], start["starts"]) == ("clock", 5, 2)
+    assert start["seconds/lost"] == 70 and start["seconds/down"] == 70
+    assert start["goodput"] == pytest.approx(38 / sum(start[f"seconds/{name}"] for name in clock.ACCOUNTS))
+
+
+def test_a_clock_spends_time_on_one_thing_at_a_time(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clock.time, "time", lambda: 5000.0)
+    own = clock.Clock({"steps": 7.0}, 1, started=4990.0)
+    now[0] += 5
+    assert own.switch("steps") == 15 and not own.due()
+    now[0] += 61
+    assert own.due() and own.entry()["seconds/steps"] == 68 and not own.due()
+    now[0] += 2
+    assert own.switch("evaluation") == 2
+    now[0] += 3
+    entry = own.entry()
+    assert (entry["seconds/start"], entry["seconds/steps"], entry["seconds/evaluation"]) == (15, 70, 3)
+    assert entry["goodput"] == 70 / 88
+
+
+# ---- The log
+
+
+class Slow:
+    """A tracker that waits to be allowed to write."""
+
+    def __init__(self):
+        self.allowed, self.got = threading.Event(), []
+
+    def write(self, entry):
+        assert self.allowed.wait(30)
+        self.got.append(entry["step"])
+
+    def close(self):
+        self.got.append("closed")
+
+
+def test_no_tracker_keeps_the_loop_waiting_and_all_is_written_before_a_checkpoint(tmp_path):
+    slow = Slow()
+    log = MetricsLog(tmp_path, 0, trackers=[slow])
+    for step in range(1, 4):
+        log.write("train", step, {"loss": 1.0})
+    assert slow.got == []
+    slow.allowed.set()
+    log.flush()
+    assert slow.got == [1, 2, 3] and [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2, 3]
+    log.close()
+    assert slow.got[-1] == "closed"
+
+
+def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file in the way")
+    log = MetricsLog(tmp_path, 0, trackers=[TensorBoard(tmp_path, 0)])
+    log.write("train", 1, {"loss": 1.0})
+    log.write("train", 2, {"loss": 1.0})
+    log.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2]
+    assert capsys.readouterr().err.count("train: TensorBoard failed and gets no more metrics: FileExistsError") == 1
+
+
+class FullDisk:
+    """A file that takes so many more bytes, until there is room again."""
+
+    def __init__(self, file, room: float):
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(data[: int(min(self.room, len(data)))])
+        self.room -= written
+        return written
+
+    def close(self):
+        self.file.close()
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path, capsys):
+    log = MetricsLog(tmp_path, 0)
+    disk = log._lines._file = FullDisk(log._lines._file, 20)
+    for step in range(1, 4):
+        log.write("train", step, {"loss": 1.0})
+    log.flush()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()[1]) == 20
+    disk.room = float("inf")
+    log.write("train", 4, {"loss": 1.0})
+    log.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().err.count("metrics.jsonl cannot be written ([Errno 28]") == 1
+
+
+def test_lines_that_a_full_disk_never_took_are_an_error_at_the_end(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log._lines._file = FullDisk(log._lines._file, 0)
+    log.write("train", 1, {"loss": 1.0})
+    with pytest.raises(UserError, match=r"metrics.jsonl lacks the last \d+ bytes"):
+        log.close()
+
+
+def test_other_processes_than_the_first_write_nothing(tmp_path):
+    stage = types.SimpleNamespace(folder=tmp_path, started=0.0, fingerprint="")
+    log = open_log(dataclasses.replace(PLAIN, tensorboard=True, wandb="x"), stage, 0, {}, writes=False)
+    log.write("train", 1, {"loss": 1.0})
+    log.flush()
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_and_biases_must_be_installed_to_be_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    stage = types.SimpleNamespace(folder=tmp_path, started=0.0, fingerprint="")
+    with pytest.raises(UserError, match=r"log.wandb needs the library: pip install 'ctllm-jax\[wandb\]'"):
+        open_log(dataclasses.replace(PLAIN, wandb="x"), stage, 0, {}, writes=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"log__every": 0}, "every must be at least 1"),
+        ({"log__profile": [5]}, r"profile \(5,\) is not \(first step, last step\)"),
+        ({"log__profile": [5, 4]}, r"profile \(5, 4\) is not"),
+        ({"log__profile": [0, 4]}, r"profile \(0, 4\) is not"),
+    ],
+)
+def test_what_cannot_be_logged_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        config_of("store", **change)
+
+
+def test_a_profile_that_fails_lets_the_run_go_on(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("Only one profile may be run at a time.")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", fail)
+    with profile.Profiler(tmp_path, (2, 3)) as profiler:
+        assert [profiler.due(step) for step in (1, 2, 3, 4)] == [False, True, True, False]
+        profiler.start(2)
+        assert not profiler.due(3) and not profiler.over(3)
+    assert "no profile of step 2: Only one profile" in capsys.readouterr().err
+
+
+def test_a_profile_is_written_when_the_run_ends_within_it(tmp_path, monkeypatch):
+    stopped = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: stopped.append(True))
+    with pytest.raises(SystemExit), profile.Profiler(tmp_path, (2, 9)) as profiler:
+        profiler.start(2)
+        raise SystemExit(75)
+    assert stopped == [True]
+
+
+# ---- The meter
+
+
+def metered(
+    tmp_path, store, monkeypatch, chip: str | None, first: int = 0, seconds: float = 0.1, rows: int = 8
+) -> tuple[list[dict], str]:
+    """(lines, progress) of eight made-up steps after `first`; 30 % of their time their batches are waited for."""
+    now = [0.0]
+    monkeypatch.setattr(meter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(meter, "chip_of", lambda device: CHIPS.get(chip))
+    config, opened, stream = dataclasses.replace(PLAIN, every=4), open_store(store), io.StringIO()
+    log = MetricsLog(tmp_path, 0)
+    own = meter.Meter(log, config, lambda step: 0.5 * step, ["en", "zh"], {"en": 0, "zh": 0})
+    own.measure(tiny_config(max_length=32), opened, rows, make_mesh(MeshConfig(1, -1, 1, 1)))
+
+    def batches():
+        for number in range(8):
+            now[0] += 0.3 * seconds
+            yield number
+
+    with Progress("train lm", 598_278, "steps", stream) as progress:
+        for step, _ in own.steps(batches(), first, progress):
+            now[0] += 0.7 * seconds
+            sums = {"count": 10.0, "loss": 10.0 * (step - first), "tokens": 30.0, "grad_norm": 3.0, "skipped": 1}
+            sums |= {"source_loss": [0.0, 5.0], "source_tokens": [0.0, 10.0], "layers/grad_norm": [1.0, 1 / 3]}
+            own.dispatched(step, {name: jax.numpy.asarray(value) for name, value in sums.items()})
+        now[0] += seconds
+        own.pause("checkpoint")
+        assert own.ledger == {"en": 0, "zh": 80}
+    log.close()
+    return [line for line in lines_of(tmp_path) if line["kind"] == "train"], stream.getvalue()
+
+
+def test_sums_become_means_and_layers_lists_and_speeds_are_of_finished_steps(tmp_path, store, monkeypatch):
+    lines, _ = metered(tmp_path, store, monkeypatch, None)
+    assert [line["step"] for line in lines] == [1, 4, 8]
+    last = lines[-1]
+    assert (last["count"], last["loss"], last["tokens"], last["grad_norm"], last["skipped"]) == (10, 8, 3, 3, 1)
+    assert last["loss/zh"] == 0.5 and "loss/en" not in last and last["learning_rate"] == 3.5
+    assert last["layers/grad_norm"] == [1.0, 0.33333]
+    assert "step_ms" not in lines[0]
+    # Finished steps are read when the next one has been dispatched; the last one is not followed by any.
+    assert lines[1]["step_ms"] == pytest.approx(100) and lines[1]["input_wait_ms"] == pytest.approx(30)
+    assert lines[1]["tokens_per_second"] == pytest.approx(8 * 32 / 0.1)
+    assert 0.01 < last["host_memory_gib"] < 100
+    assert not last.keys() & {"mfu_causal", "mfu_full", "device_memory_peak_gib"}  # nobody knows them of a CPU
+
+
+def test_mfu_is_flops_over_the_peak_of_all_devices(tmp_path, store, monkeypatch):
+    lines, _ = metered(tmp_path, store, monkeypatch, "v5e")
+    model, peak = tiny_config(max_length=32), 8 * CHIPS["v5e"].peak_flops
+    for name, causal in (("mfu_causal", True), ("mfu_full", False)):
+        assert lines[1][name] == pytest.approx(flops_per_token(model, 32, causal) * 2560 / peak)
+
+
+def test_memory_is_that_of_the_fullest_device(tmp_path, store):
+    own = meter.Meter(MetricsLog(tmp_path, 0), PLAIN, lambda step: 0.0, [], {})
+    full = [types.SimpleNamespace(memory_stats=lambda i=i: {"peak_bytes_in_use": i << 29}) for i in (1, 3, 2)]
+    own._devices = full
+    assert own._memory()["device_memory_peak_gib"] == 1.5
+
+
+def test_the_progress_line_says_what_a_person_wants_to_know_in_a_hundred_columns(tmp_path, store, monkeypatch):
+    _, shown = metered(tmp_path, store, monkeypatch, "v5e", first=100_000, seconds=10, rows=500_000)
+    line = shown.splitlines()[-2]  # the last one tells how long it all took
+    smooth = np.average(np.arange(1, 9), weights=0.98 ** np.arange(7, -1, -1))
+    assert line.startswith("train lm: 100,008/598,278 steps  ") and " left  " in line
+    assert line.endswith(f"  loss 8.000 ({smooth:.3f})  1.6M tok/s  MFU 0%")
+    assert all(len(line) < 100 for line in shown.splitlines())
