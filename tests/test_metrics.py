@@ -23,7 +23,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.store import open_store
 from ctllm_jax.hardware import CHIPS
-from ctllm_jax.metrics import LogConfig, MetricsLog, clock, definitions, meter, profile, read_metrics
+from ctllm_jax.metrics import LogConfig, MetricsLog, definitions, goodput, meter, profile, read_metrics
 from ctllm_jax.metrics.log import open_log
 from ctllm_jax.metrics.trackers import TensorBoard
 from ctllm_jax.model import flops_per_token
@@ -141,6 +141,8 @@ def test_tensorboard_and_wandb_get_every_line(watched):
     assert [event.wall_time for event in rest] == [entry["time"] for entry in logged]
     for entry, event, line in zip(logged, rest, wandb.run.lines, strict=True):
         values = {f"{entry['kind']}/{k}": v for k, v in entry.items() if k not in ("kind", "step", "time")}
+        for name in [name for name, value in values.items() if isinstance(value, list)]:
+            values |= {f"{name}/{layer:02d}": value for layer, value in enumerate(values.pop(name))}
         assert {value.tag: value.simple_value for value in event.summary.value} == pytest.approx(values)
         assert line == {"step": entry["step"], **values}
     (asked,) = wandb.calls
@@ -155,22 +157,22 @@ def test_profiles_of_the_configs_steps_and_of_those_after_a_signal(watched):
     for folder in folders:
         (trace,) = (watched[0] / "profile" / folder).rglob("*.xplane.pb")
         assert trace.stat().st_size > 1000
-    assert read_metrics(watched[0], "clock")[-1]["seconds/profile"] > 0
+    assert read_metrics(watched[0], "job")[-1]["seconds/profile"] > 0
     slow = {entry["step"] for entry in read_metrics(watched[0], "train") if "step_ms" not in entry}
     # The first step only sets the clock, and so does the one after a profile's start or end, an evaluation or a save.
     assert slow == {1, 3, 5, 6, 8, 9, 10, 11}
 
 
-def test_the_clock_is_told_after_every_save_and_adds_up_to_the_time_that_has_passed(plain):
-    lines = read_metrics(plain, "clock")
+def test_the_timesheet_is_told_after_every_save_and_adds_up_to_the_time_that_has_passed(plain):
+    lines = read_metrics(plain, "job")
     assert [line["step"] for line in lines] == [0, 5, 10, 12]
     assert all("checkpoint_seconds" in line for line in lines[1:])
     for line in lines:
-        seconds = {name: line[f"seconds/{name}"] for name in clock.ACCOUNTS}
+        seconds = {name: line[f"seconds/{name}"] for name in goodput.ACCOUNTS}
         assert seconds["lost"] == seconds["down"] == 0 and line["starts"] == 1
         assert line["goodput"] == pytest.approx(seconds["steps"] / sum(seconds.values()), abs=1e-3)
     first, *_, last = lines
-    passed = sum(last[f"seconds/{name}"] - first[f"seconds/{name}"] for name in clock.ACCOUNTS)
+    passed = sum(last[f"seconds/{name}"] - first[f"seconds/{name}"] for name in goodput.ACCOUNTS)
     assert passed == pytest.approx(last["time"] - first["time"], abs=0.05)
     evaluations = sum(entry.get("evaluation_seconds", 0.0) for entry in read_metrics(plain, "eval"))
     assert last["seconds/evaluation"] == pytest.approx(evaluations, abs=0.01)
@@ -180,9 +182,9 @@ def test_the_clock_is_told_after_every_save_and_adds_up_to_the_time_that_has_pas
 # ---- Goodput across restarts
 
 
-def told(step: int, time: float, starts: int = 1, kind: str = "clock", **seconds: float) -> dict:
-    accounts = {f"seconds/{name}": seconds.get(name, 0.0) for name in clock.ACCOUNTS}
-    return {"kind": kind, "step": step, "time": time, **(accounts | {"starts": starts} if kind == "clock" else {})}
+def told(step: int, time: float, starts: int = 1, kind: str = "job", **seconds: float) -> dict:
+    accounts = {f"seconds/{name}": seconds.get(name, 0.0) for name in goodput.ACCOUNTS}
+    return {"kind": kind, "step": step, "time": time, **(accounts | {"starts": starts} if kind == "job" else {})}
 
 
 FIRST = [
@@ -212,28 +214,28 @@ FIRST = [
     ],
 )
 def test_a_process_that_takes_up_knows_what_was_lost_and_what_was_down_time(lines, step, expected):
-    taken = clock.take_up(lines, step, started=1200.0)
-    assert taken.seconds == dict.fromkeys(clock.ACCOUNTS, 0.0) | expected
+    taken = goodput.take_up(lines, step, started=1200.0)
+    assert taken.seconds == dict.fromkeys(goodput.ACCOUNTS, 0.0) | expected
     assert sum(taken.seconds.values()) == pytest.approx(1200 - 1000 + FIRST[0]["seconds/start"])
     assert taken.starts == lines[-1].get("starts", 1) + 1
 
 
-def test_the_log_of_a_run_that_goes_on_tells_its_clock_and_drops_later_steps(tmp_path):
+def test_the_log_of_a_run_that_goes_on_tells_its_timesheet_and_drops_later_steps(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in FIRST) + '{"kind": "tr')
     log = MetricsLog(tmp_path, 5, started=FIRST[-1]["time"] + 70)
     log.close()
     *kept, start = lines_of(tmp_path)
     assert kept == FIRST[:3]
-    assert (start["kind"], start["step"], start["starts"]) == ("clock", 5, 2)
+    assert (start["kind"], start["step"], start["starts"]) == ("job", 5, 2)
     assert start["seconds/lost"] == 70 and start["seconds/down"] == 70
-    assert start["goodput"] == pytest.approx(38 / sum(start[f"seconds/{name}"] for name in clock.ACCOUNTS))
+    assert start["goodput"] == pytest.approx(38 / sum(start[f"seconds/{name}"] for name in goodput.ACCOUNTS))
 
 
-def test_a_clock_spends_time_on_one_thing_at_a_time(monkeypatch):
+def test_a_timesheet_spends_time_on_one_thing_at_a_time(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(clock.time, "time", lambda: 5000.0)
-    own = clock.Clock({"steps": 7.0}, 1, started=4990.0)
+    monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(goodput.time, "time", lambda: 5000.0)
+    own = goodput.Timesheet({"steps": 7.0}, 1, started=4990.0)
     now[0] += 5
     assert own.switch("steps") == 15 and not own.due()
     now[0] += 61
@@ -389,7 +391,7 @@ def metered(
     monkeypatch.setattr(meter, "chip_of", lambda device: CHIPS.get(chip))
     config, opened, stream = dataclasses.replace(PLAIN, every=4), open_store(store), io.StringIO()
     log = MetricsLog(tmp_path, 0)
-    own = meter.Meter(log, config, lambda step: 0.5 * step, ["en", "zh"], {"en": 0, "zh": 0})
+    own = meter.Meter(log, config, ["en", "zh"], {"en": 0, "zh": 0})
     own.measure(tiny_config(max_length=32), opened, rows, make_mesh(MeshConfig(1, -1, 1, 1)))
 
     def batches():
@@ -415,7 +417,7 @@ def test_sums_become_means_and_layers_lists_and_speeds_are_of_finished_steps(tmp
     assert [line["step"] for line in lines] == [1, 4, 8]
     last = lines[-1]
     assert (last["count"], last["loss"], last["tokens"], last["grad_norm"], last["skipped"]) == (10, 8, 3, 3, 1)
-    assert last["loss/zh"] == 0.5 and "loss/en" not in last and last["learning_rate"] == 3.5
+    assert last["loss/zh"] == 0.5 and "loss/en" not in last
     assert last["layers/grad_norm"] == [1.0, 0.33333]
     assert "step_ms" not in lines[0]
     # Finished steps are read when the next one has been dispatched; the last one is not followed by any.
@@ -433,7 +435,7 @@ def test_mfu_is_flops_over_the_peak_of_all_devices(tmp_path, store, monkeypatch)
 
 
 def test_memory_is_that_of_the_fullest_device(tmp_path, store):
-    own = meter.Meter(MetricsLog(tmp_path, 0), PLAIN, lambda step: 0.0, [], {})
+    own = meter.Meter(MetricsLog(tmp_path, 0), PLAIN, [], {})
     full = [types.SimpleNamespace(memory_stats=lambda i=i: {"peak_bytes_in_use": i << 29}) for i in (1, 3, 2)]
     own._devices = full
     assert own._memory()["device_memory_peak_gib"] == 1.5

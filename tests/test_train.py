@@ -499,4 +499,4 @@ def test_metrics_of_a_kill_in_the_middle_of_a_line_are_read_on(finished, tmp_pat
     found = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert found[: len(kept)] == kept
     added = [(entry["kind"], entry["step"]) for entry in map(json.loads, found[len(kept) :])]
-    assert added == [("clock", 5), ("train", 6)]
+    assert added == [("job", 5), ("train", 6)]

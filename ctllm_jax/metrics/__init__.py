@@ -1,4 +1,4 @@
-"""What a run says of itself: definitions of all metrics, log, meter, trackers, clock, profiles, report."""
+"""What a run says of itself: definitions of all metrics, log, meter, trackers, timesheet, profiles, report."""
 
 from ctllm_jax.metrics.log import LogConfig, MetricsLog, read_metrics
 

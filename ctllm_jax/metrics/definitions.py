@@ -9,7 +9,7 @@ import re
 KINDS = {
     "train": "every `log.every` steps, and of the first step",
     "eval": "of each look at held-out data: before the first step, every `eval.every` steps, after the last",
-    "clock": "of the job's time: when a process begins, after a save, after a step when the last line is a minute old",
+    "job": "of the job's time: when a process begins, after a save, after a step when the last line is a minute old",
 }
 
 
@@ -24,7 +24,6 @@ class Metric:
       meaning: its definition.
       origin: the module that works it out.
       timing: whether it is measured with a clock or of the machine, so that runs with equal results differ in it.
-      summed: whether the step gives a sum over what was predicted, which `count` divides for the log.
     """
 
     name: str
@@ -33,10 +32,9 @@ class Metric:
     meaning: str
     origin: str
     timing: bool = False
-    summed: bool = False
 
 
-_ALL, _TRAIN, _EVAL, _CLOCK, _BOTH = tuple(KINDS), ("train",), ("eval",), ("clock",), ("train", "eval")
+_ALL, _TRAIN, _EVAL, _JOB, _BOTH = tuple(KINDS), ("train",), ("eval",), ("job",), ("train", "eval")
 
 METRICS = (
     Metric("kind", _ALL, "name", "which kind of line this is", "metrics/log.py"),
@@ -50,7 +48,6 @@ METRICS = (
         "nats per token, or pair",
         "cross-entropy of the predicted tokens, without z-loss; for DPO the loss of arXiv 2305.18290",
         "losses.py",
-        summed=True,
     ),
     Metric("loss/SOURCE", _BOTH, "nats per token", "`loss` over the tokens of one source", "objectives.py"),
     Metric(
@@ -61,26 +58,24 @@ METRICS = (
         "evaluate/in_loop.py",
     ),
     Metric("bits_per_byte/SOURCE", _EVAL, "bits per byte", "the same over one source", "evaluate/in_loop.py"),
-    Metric("tokens", _TRAIN, "tokens per pair", "DPO: learned tokens of both answers", "objectives.py", summed=True),
+    Metric("tokens", _TRAIN, "tokens per pair", "DPO: learned tokens of both answers", "objectives.py"),
     Metric(
         "accuracy",
         _BOTH,
         "share",
         "DPO: pairs whose chosen answer has the larger reward",
         "losses.py",
-        summed=True,
     ),
     Metric("accuracy/TASK", _EVAL, "share", "questions of a task that are answered rightly", "evaluate/in_loop.py"),
-    Metric("margin", _BOTH, "nats", "DPO: `reward_chosen` less `reward_rejected`", "losses.py", summed=True),
+    Metric("margin", _BOTH, "nats", "DPO: `reward_chosen` less `reward_rejected`", "losses.py"),
     Metric(
         "reward_chosen",
         _BOTH,
         "nats",
         "DPO: beta times how much likelier the chosen answer is than under the reference, in log-probability",
         "losses.py",
-        summed=True,
     ),
-    Metric("reward_rejected", _BOTH, "nats", "the same of the rejected answer", "losses.py", summed=True),
+    Metric("reward_rejected", _BOTH, "nats", "the same of the rejected answer", "losses.py"),
     # ---- How
     Metric(
         "grad_norm",
@@ -89,18 +84,24 @@ METRICS = (
         "Euclidean norm of the gradient over all parameters, before clipping",
         "step.py",
     ),
-    Metric("update_norm", _TRAIN, "parameter", "Euclidean norm of what the step adds to the parameters", "step.py"),
+    Metric("update_norm", _TRAIN, "parameter", "Euclidean norm of the update, applied or skipped", "step.py"),
     Metric("param_norm", _TRAIN, "parameter", "Euclidean norm of the parameters before the step", "step.py"),
     Metric("layers/grad_norm", _TRAIN, "as `grad_norm`", "`grad_norm` of each layer's own parameters", "step.py"),
     Metric(
         "layers/update_ratio",
         _TRAIN,
         "share",
-        "of each layer: norm of its update divided by the norm of its parameters",
+        "of each layer: norm of its update divided by the norm of its parameters before",
         "step.py",
     ),
-    Metric("learning_rate", _TRAIN, "1", "of the step", "optim.py"),
-    Metric("skipped", _TRAIN, "steps", "steps so far whose gradient was not used and changed nothing", "step.py"),
+    Metric("learning_rate", _TRAIN, "1", "what the step multiplied its direction by", "optim.py"),
+    Metric(
+        "skipped",
+        _TRAIN,
+        "steps",
+        "steps so far that changed nothing: the gradient was not finite, or a spike",
+        "step.py",
+    ),
     # ---- How fast
     Metric(
         "step_ms",
@@ -172,53 +173,52 @@ METRICS = (
     # ---- Where the job's time went
     Metric(
         "checkpoint_seconds",
-        _CLOCK,
+        _JOB,
         "s",
         "time that training stood still for the save (it goes on in the background)",
         "metrics/meter.py",
         timing=True,
     ),
-    Metric("starts", _CLOCK, "processes", "how often the run has been started", "metrics/clock.py", timing=True),
+    Metric("starts", _JOB, "processes", "how often the run has been started", "metrics/goodput.py", timing=True),
     Metric(
         "goodput",
-        _CLOCK,
+        _JOB,
         "share",
         "`seconds/steps` divided by the sum of all `seconds`, which is the time since the run was first started",
-        "metrics/clock.py",
+        "metrics/goodput.py",
         timing=True,
     ),
-    Metric("seconds/steps", _CLOCK, "s", "in steps whose results were kept", "metrics/clock.py", timing=True),
+    Metric("seconds/steps", _JOB, "s", "in steps whose results were kept", "metrics/goodput.py", timing=True),
     Metric(
         "seconds/start",
-        _CLOCK,
+        _JOB,
         "s",
         "from opening the folder to the end of the first step: restoring, compiling, the first look at held-out data",
-        "metrics/clock.py",
+        "metrics/goodput.py",
         timing=True,
     ),
-    Metric("seconds/evaluation", _CLOCK, "s", "in evaluations that were kept", "metrics/clock.py", timing=True),
-    Metric("seconds/checkpoint", _CLOCK, "s", "standing still for saves", "metrics/clock.py", timing=True),
-    Metric("seconds/profile", _CLOCK, "s", "starting and writing profiles", "metrics/clock.py", timing=True),
+    Metric("seconds/evaluation", _JOB, "s", "in evaluations that were kept", "metrics/goodput.py", timing=True),
+    Metric("seconds/checkpoint", _JOB, "s", "standing still for saves", "metrics/goodput.py", timing=True),
+    Metric("seconds/profile", _JOB, "s", "starting and writing profiles", "metrics/goodput.py", timing=True),
     Metric(
         "seconds/lost",
-        _CLOCK,
+        _JOB,
         "s",
         "after the checkpoint that a later process went on from: its work was done again",
-        "metrics/clock.py",
+        "metrics/goodput.py",
         timing=True,
     ),
     Metric(
         "seconds/down",
-        _CLOCK,
+        _JOB,
         "s",
         "between the last line of a process and the next one's opening of the folder",
-        "metrics/clock.py",
+        "metrics/goodput.py",
         timing=True,
     ),
 )
 
 TIMINGS = frozenset(metric.name for metric in METRICS if metric.timing)
-SUMS = frozenset(metric.name for metric in METRICS if metric.summed)
 
 
 def find(kind: str, key: str) -> Metric | None:

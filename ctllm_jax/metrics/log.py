@@ -1,4 +1,4 @@
-"""metrics.jsonl, one object a line: {"kind": "train" | "eval" | "clock", "step", "time", ...}; see docs/metrics.md.
+"""metrics.jsonl, one object a line: {"kind": "train" | "eval" | "job", "step", "time", ...}; see docs/metrics.md.
 
 Lines are written by a thread, so that no file system and no tracker keeps the training loop waiting.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.manifest import Stage
-from ctllm_jax.metrics.clock import take_up
+from ctllm_jax.metrics.goodput import take_up
 from ctllm_jax.metrics.trackers import TensorBoard, Tracker, WeightsAndBiases
 
 
@@ -44,7 +44,7 @@ class MetricsLog:
 
     Attributes:
       folder: the run directory.
-      clock: where the job's time has gone.
+      timesheet: where the job's time has gone.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class MetricsLog:
         self.folder = pathlib.Path(run_dir)
         path = self.folder / "metrics.jsonl"
         old = list(_whole_lines(path)) if writes and path.exists() else []
-        self.clock = take_up(old, resume_step, time.time() if started is None else started)
+        self.timesheet = take_up(old, resume_step, time.time() if started is None else started)
         self._trackers, self._writer, self._last = list(trackers), None, None
         if not writes:
             return
         kept = [entry for entry in old if resume_step and entry["step"] <= resume_step]
         temporary = path.with_suffix(".tmp")
-        lines = [*kept, _entry("clock", resume_step, self.clock.entry())]
+        lines = [*kept, _entry("job", resume_step, self.timesheet.entry())]
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in lines), encoding="utf-8")
         os.replace(temporary, path)
         self._lines = _Lines(path)

@@ -12,16 +12,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.store import TokenStore
 from ctllm_jax.hardware import GIB, chip_of
-from ctllm_jax.metrics.definitions import SUMS
 from ctllm_jax.metrics.log import LogConfig, MetricsLog
 from ctllm_jax.metrics.profile import Profiler
 from ctllm_jax.model import ModelConfig, flops_per_token
+from ctllm_jax.step import UPDATE_METRICS
 
 _SMOOTH = 0.98  # what the smoothed loss of the progress line keeps of itself at a step
 _DIGITS = 5  # significant ones of a metric by layer
@@ -31,20 +30,18 @@ class Meter:
     """Accounts for finished steps.
 
     A step's metrics are handed over when it is dispatched and read when the next one has been, so that the device
-    never waits for the host. Metrics that are sums (see `definitions`) are divided by the step's count.
+    never waits for the host. The objective's sums are divided by the step's count; the update's metrics are not.
 
     Attributes:
       ledger: tokens learned so far from each source, up to the last step that was read.
       profiler: to be entered while steps are made.
     """
 
-    def __init__(
-        self, log: MetricsLog, config: LogConfig, rate: optax.Schedule, sources: Sequence[str], ledger: dict[str, int]
-    ):
+    def __init__(self, log: MetricsLog, config: LogConfig, sources: Sequence[str], ledger: dict[str, int]):
         self.ledger = ledger
         self.profiler = Profiler(log.folder, config.profile)
-        self._log, self._clock, self._every = log, log.clock, config.every
-        self._rate, self._sources = rate, sources
+        self._log, self._timesheet, self._every = log, log.timesheet, config.every
+        self._sources = sources
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._step = 0  # that was read last
         self._tokens_per_step, self._flops, self._peak, self._devices = 0, (0.0, 0.0), None, []
@@ -87,17 +84,17 @@ class Meter:
         self._pending = (step, metrics)
 
     def pause(self, account: str) -> None:
-        """Waits for the step taken last; what comes now is no step, and is charged to that account of the clock."""
+        """Waits for the step taken last; what comes now is no step, and is charged to that account."""
         self._catch_up()
         self._log.flush()  # a checkpoint must not know of steps that the log does not
-        self._clock.switch(account)
+        self._timesheet.switch(account)
 
     def go_on(self) -> dict[str, float]:
         """Ends a pause. Returns how long it was, as a metric: {"evaluation_seconds": ...}; a save is logged here."""
-        account = self._clock.doing
-        seconds = {f"{account}_seconds": round(self._clock.switch("steps"), 4)}
+        account = self._timesheet.doing
+        seconds = {f"{account}_seconds": round(self._timesheet.switch("steps"), 4)}
         if account == "checkpoint":
-            self._log.write("clock", self._step, {**self._clock.entry(), **seconds})
+            self._log.write("job", self._step, {**self._timesheet.entry(), **seconds})
         self._restart()
         return seconds
 
@@ -117,19 +114,18 @@ class Meter:
             self._since, self._waited = now, 0.0
         else:
             self._steps += 1
-        if self._clock.doing == "start":
-            self._clock.switch("steps")
+        if self._timesheet.doing == "start":
+            self._timesheet.switch("steps")
         for source, tokens in zip(self._sources, sums.get("source_tokens", ()), strict=False):
             self.ledger[source] += int(tokens)
         if self._step == 1 or self._step % self._every == 0:
             speed = self._speed(now)
-            rate = {"learning_rate": float(self._rate(self._step - 1))}
-            self._log.write("train", self._step, {**self._values(sums), **rate, **speed, **self._memory()})
-        if self._clock.due():
-            self._log.write("clock", self._step, self._clock.entry())
+            self._log.write("train", self._step, {**self._values(sums), **speed, **self._memory()})
+        if self._timesheet.due():
+            self._log.write("job", self._step, self._timesheet.entry())
         self._show(float(sums["loss"]) / max(float(sums["count"]), 1.0))
         if self.profiler.over(self._step):
-            self._clock.switch("profile")
+            self._timesheet.switch("profile")
             self.profiler.stop()
             self.go_on()
 
@@ -142,7 +138,7 @@ class Meter:
             if np.ndim(value):
                 values[name] = [float(f"{item:.{_DIGITS}g}") for item in value]
             else:
-                values[name] = float(value) / count if name in SUMS else float(value)
+                values[name] = float(value) / (1.0 if name in ("count", *UPDATE_METRICS) else count)
         for i in np.flatnonzero(sums.get("source_tokens", ())):
             values[f"loss/{self._sources[i]}"] = float(sums["source_loss"][i] / sums["source_tokens"][i])
         return values

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ctllm_jax.common import html
-from ctllm_jax.metrics.clock import ACCOUNTS
 from ctllm_jax.metrics.definitions import METRICS, find
+from ctllm_jax.metrics.goodput import ACCOUNTS
 from ctllm_jax.metrics.run_record import RunRecord
 
 Curve = list[tuple[float, float]]
@@ -63,7 +63,7 @@ def _overview(runs: Sequence[RunRecord]) -> str:
 
 def _figures(run: RunRecord) -> dict[str, Any]:
     """Headline figures; None for what a run does not have."""
-    train, held, clock = (run.entries[kind][-1] if run.entries[kind] else {} for kind in ("train", "eval", "clock"))
+    train, held, job = (run.entries[kind][-1] if run.entries[kind] else {} for kind in ("train", "eval", "job"))
 
     def middle(key: str) -> float | None:
         return statistics.median(values) if (values := [y for _, y in curve(run.entries["train"], key)]) else None
@@ -79,8 +79,8 @@ def _figures(run: RunRecord) -> dict[str, Any]:
         "steps skipped": int(train["skipped"]) if train.get("skipped") else None,
         "tokens/s, median": pace and round(pace),
         "MFU (causal), median": mfu and f"{mfu:.1%}",
-        "goodput": f"{clock['goodput']:.1%}" if clock else None,
-        "starts": clock.get("starts"),
+        "goodput": f"{job['goodput']:.1%}" if job else None,
+        "starts": job.get("starts"),
     }
 
 
@@ -195,7 +195,7 @@ def _by_layer(runs: Sequence[RunRecord], key: str) -> str:
 
 
 def _time(runs: Sequence[RunRecord]) -> str:
-    last = {run.name: run.entries["clock"][-1] for run in runs if run.entries["clock"]}
+    last = {run.name: run.entries["job"][-1] for run in runs if run.entries["job"]}
     if not last:
         return ""
     bars = {name: {part: line[f"seconds/{part}"] for part in ACCOUNTS} for name, line in last.items()}

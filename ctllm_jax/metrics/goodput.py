@@ -1,6 +1,6 @@
 """Where a job's wall time goes, from its first start on, over all its processes: goodput and its complement.
 
-Everything is in the clock lines of metrics.jsonl. They hold the accounts so far; a process that takes the run up goes
+Everything is in the job lines of metrics.jsonl. They hold the accounts so far; a process that takes the run up goes
 on from those that it finds, and knows from the step at which it does so which work was lost.
 """
 
@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 WORK = ("steps", "evaluation", "checkpoint", "profile")  # what is lost when a process goes on from before it
 ACCOUNTS = ("steps", "start", *WORK[1:], "lost", "down")
-_SIGN = 60.0  # seconds after which a clock line is due
+_SIGN = 60.0  # seconds after which a job line is due
 
 
-class Clock:
+class Timesheet:
     """Seconds by account. A process is always at exactly one thing; it begins with its start.
 
     Attributes:
@@ -40,7 +40,7 @@ class Clock:
         return time.monotonic() - self._line_at >= _SIGN
 
     def entry(self) -> dict[str, float]:
-        """What a clock line says."""
+        """What a job line says."""
         self._settle()
         self._line_at = self._since
         total = sum(self.seconds.values())
@@ -54,17 +54,17 @@ class Clock:
         return spent
 
 
-def take_up(entries: Sequence[Mapping], resume_step: int, started: float) -> Clock:
-    """The clock of a process that goes on from a step, in the light of all that was logged before it.
+def take_up(entries: Sequence[Mapping], resume_step: int, started: float) -> Timesheet:
+    """The timesheet of a process that goes on from a step, in the light of all that was logged before it.
 
     Args:
       entries: lines of metrics.jsonl, those of steps after `resume_step` too.
       resume_step: the step of the checkpoint that was restored, 0 where there was none.
       started: when this process opened the folder, in seconds since 1970.
     """
-    lines = [entry for entry in entries if entry["kind"] == "clock"]
+    lines = [entry for entry in entries if entry["kind"] == "job"]
     if not lines:
-        return Clock({}, 1, started)
+        return Timesheet({}, 1, started)
     last, end = lines[-1], entries[-1]["time"]
     kept = next((line for line in reversed(lines) if line["step"] <= resume_step), {})
     seconds = {name: last[f"seconds/{name}"] for name in ACCOUNTS}
@@ -73,4 +73,4 @@ def take_up(entries: Sequence[Mapping], resume_step: int, started: float) -> Clo
         seconds[name] = kept.get(f"seconds/{name}", 0.0)
     seconds["lost"] += max(end - last["time"], 0.0)
     seconds["down"] += max(started - end, 0.0)
-    return Clock(seconds, last["starts"] + 1, started)
+    return Timesheet(seconds, last["starts"] + 1, started)
