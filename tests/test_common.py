@@ -298,7 +298,9 @@ def test_whatever_comes_from_outside_is_escaped():
         html.cards({NASTY: NASTY}),
         html.table([NASTY], [[NASTY]]),
         html.line_chart(NASTY, {NASTY: [(0, 1), (1, 2)]}, NASTY, {NASTY: 1.5}),
+        html.line_chart(NASTY, {NASTY: [(0, 1)], "b": [(1, 2)]}, NASTY, faint={NASTY: [(0, 1)]}),
         html.bar_chart(NASTY, {NASTY: 1}, NASTY),
+        html.stacked_bars(NASTY, {NASTY: {NASTY: 1, "b": 2}}, NASTY),
     ]
     for part in parts:
         assert "<script" not in part and "&lt;script&gt;" in part and "&quot;2&quot;" in part
@@ -334,6 +336,46 @@ def test_a_line_lies_inside_its_chart_and_skips_what_is_not_finite():
         x, y = map(float, point.split(","))
         assert 0 <= x <= 500 and 0 <= y <= 250
     assert "goal" in [text.text for text in drawing.findall("text")]
+
+
+def test_a_logarithmic_axis_has_equal_steps_for_equal_ratios_and_leaves_out_what_it_cannot_show():
+    points = [(0, 0.01), (1, 0.1), (2, 1.0), (3, 0.0), (4, -1.0), (5, 10.0)]
+    drawing = svg(html.line_chart("loss", {"train": points}, "step", log=True))
+    line = [float(point.split(",")[1]) for point in drawing.find("polyline").get("points").split()]
+    steps = [a - b for a, b in zip(line, line[1:], strict=False)]
+    assert len(line) == 4 and steps == pytest.approx([steps[0]] * 3, abs=0.11) and steps[0] > 20
+    assert {"0.01", "0.1", "1", "10"} <= {text.text for text in drawing.findall("text")}
+    narrow = svg(html.line_chart("loss", {"train": [(0, 2.1), (1, 2.9)]}, "step", log=True))
+    assert {"2.2", "2.6"} <= {text.text for text in narrow.findall("text")}
+
+
+def test_single_values_lie_pale_behind_their_mean_and_may_leave_the_frame():
+    single = [(x, 1.0 + x % 2) for x in range(400)] + [(400, 1000.0)]
+    chart = html.line_chart("loss", {"a": [(0, 1.5), (400, 1.5)], "b": [(0, 1), (400, 2)]}, "step", faint={"a": single})
+    pale, first, second = svg(chart).findall("polyline")
+    assert pale.get("stroke") == first.get("stroke") != second.get("stroke") and pale.get("stroke-opacity") == "0.3"
+    heights = [float(point.split(",")[1]) for point in pale.get("points").split()]
+    assert max(heights) - min(heights[:-1]) > 100 and heights[-1] == min(heights)
+    assert chart.count("</i>") == 2 and html.line_chart("loss", {"a": [(0, 1)]}, "step").count("</i>") == 0
+
+
+def test_points_tell_their_values_and_are_not_too_many():
+    drawing = svg(html.line_chart("loss", {"train": [(x, float(x)) for x in range(1000)]}, "step"))
+    told = [dot.find("title").text for dot in drawing.findall("circle")]
+    assert told[0] == "train, step 0: 0" and 40 < len(told) < 80
+
+
+@pytest.mark.parametrize(("tick", "text"), [(20_000, "20k"), (1.5e6, "1.5M"), (5000, "5000"), (2e-5, "2e-05")])
+def test_round_numbers_are_short(tick, text):
+    assert html._short(tick) == text
+
+
+def test_stacked_bars_divide_one_length_as_their_parts():
+    drawing = svg(html.stacked_bars("time", {"a": {"x": 30.0, "y": 10.0}, "b": {"x": 0.0, "y": 0.0}}, " s"))
+    assert [float(bar.get("width")) for bar in drawing.findall("rect")] == [225, 75, 0, 0]
+    assert [float(bar.get("x")) for bar in drawing.findall("rect")][:2] == [110, 335]
+    assert "40 s" in [text.text for text in drawing.findall("text")]
+    assert drawing.find("rect").find("title").text == "a, x: 30 s"
 
 
 def test_bars_are_as_long_as_their_values():

@@ -14,6 +14,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from test_report import told
 from test_train import assert_same_run, at_step, compiled_once, config_of  # noqa: F401 (a fixture applies here too)
 from tiny_models import tiny_config
 from tiny_stores import tiny_store
@@ -180,11 +181,6 @@ def test_the_timesheet_is_told_after_every_save_and_adds_up_to_the_time_that_has
 
 
 # ---- Goodput across restarts
-
-
-def told(step: int, time: float, starts: int = 1, kind: str = "job", **seconds: float) -> dict:
-    accounts = {f"seconds/{name}": seconds.get(name, 0.0) for name in goodput.ACCOUNTS}
-    return {"kind": kind, "step": step, "time": time, **(accounts | {"starts": starts} if kind == "job" else {})}
 
 
 FIRST = [
