@@ -23,6 +23,7 @@ from ctllm_jax.model import ModelConfig, flops_per_token
 from ctllm_jax.step import UPDATE_METRICS
 
 _SMOOTH = 0.98  # what the smoothed loss of the progress line keeps of itself at a step
+_ALWAYS = ("count", "loss", "source_tokens")  # of a step's metrics: for the progress line and the ledger
 _DIGITS = 5  # significant ones of a metric by layer
 
 
@@ -108,7 +109,9 @@ class Meter:
         if self._pending is None:
             return
         (self._step, metrics), self._pending = self._pending, None
-        sums = jax.device_get(metrics)
+        logged = self._step == 1 or self._step % self._every == 0
+        # Every array that is read takes its time, and most are only wanted now and then.
+        sums = jax.device_get(metrics if logged else {name: metrics[name] for name in _ALWAYS if name in metrics})
         now = time.monotonic()
         if self._since is None:  # the first step after a pause only sets the clock
             self._since, self._waited = now, 0.0
@@ -118,9 +121,8 @@ class Meter:
             self._timesheet.switch("steps")
         for source, tokens in zip(self._sources, sums.get("source_tokens", ()), strict=False):
             self.ledger[source] += int(tokens)
-        if self._step == 1 or self._step % self._every == 0:
-            speed = self._speed(now)
-            self._log.write("train", self._step, {**self._values(sums), **speed, **self._memory()})
+        if logged:
+            self._log.write("train", self._step, {**self._values(sums), **self._speed(now), **self._memory()})
         if self._timesheet.due():
             self._log.write("job", self._step, self._timesheet.entry())
         self._show(float(sums["loss"]) / max(float(sums["count"]), 1.0))
