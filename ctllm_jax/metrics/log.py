@@ -1,6 +1,7 @@
 """metrics.jsonl, one object a line: {"kind": "train" | "eval" | "job", "step", "time", ...}; see docs/metrics.md.
 
-Lines are written by a thread, so that no file system and no tracker keeps the training loop waiting.
+Lines are written by one thread, trackers are told by another: neither a file system nor a tracker keeps the training loop
+waiting, and no tracker a checkpoint.
 """
 
 import concurrent.futures
@@ -60,7 +61,7 @@ class MetricsLog:
         path = self.folder / "metrics.jsonl"
         old = list(_whole_lines(path)) if writes and path.exists() else []
         self.timesheet = take_up(old, resume_step, time.time() if started is None else started)
-        self._trackers, self._writer, self._last = list(trackers), None, None
+        self._trackers, self._writes, self._last = list(trackers), writes, None
         if not writes:
             return
         kept = [entry for entry in old if resume_step and entry["step"] <= resume_step]
@@ -69,36 +70,38 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in lines), encoding="utf-8")
         os.replace(temporary, path)
         self._lines = _Lines(path)
-        # Ends by itself, with all that was handed to it, when the program does.
-        self._writer = concurrent.futures.ThreadPoolExecutor(1, "metrics")
+        # When the program ends, however it does so by itself, these finish first what was handed to them.
+        self._writer, self._teller = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("log", "trackers"))
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """Hands over one line and returns at once; lines are written in their order."""
-        if self._writer is not None:
-            self._last = self._writer.submit(self._put, _entry(kind, step, values))
+        if self._writes:
+            entry = _entry(kind, step, values)
+            self._last = self._writer.submit(self._lines.add, json.dumps(entry) + "\n")
+            if self._trackers:
+                self._teller.submit(self._tell, entry)
 
     def flush(self) -> None:
-        """Waits until everything handed over is written."""
+        """Waits until everything handed over is in metrics.jsonl."""
         if self._last is not None:
             self._last.result()
 
     def close(self) -> None:
-        """Writes what is left.
+        """Writes what is left, and waits for the trackers.
 
         Raises:
           UserError: lines could not be written; metrics.jsonl lacks them.
         """
-        if self._writer is None:
+        if not self._writes:
             return
-        self.flush()
         self._writer.shutdown()
+        self._teller.shutdown()
         for tracker in self._trackers:
             with contextlib.suppress(Exception):  # what it had to say it has said when it was written to
                 tracker.close()
         self._lines.close()
 
-    def _put(self, entry: dict) -> None:
-        self._lines.add(json.dumps(entry) + "\n")
+    def _tell(self, entry: dict) -> None:
         for tracker in tuple(self._trackers):
             try:
                 tracker.write(entry)
