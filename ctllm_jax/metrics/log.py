@@ -1,7 +1,7 @@
 """metrics.jsonl, one object a line: {"kind": "train" | "eval" | "job", "step", "time", ...}; see docs/metrics.md.
 
-Lines are written by one thread, trackers are told by another: neither a file system nor a tracker keeps the training loop
-waiting, and no tracker a checkpoint.
+Lines are written by one thread, trackers are told by another: neither a file system nor a tracker keeps the training
+loop waiting, and no tracker a checkpoint.
 """
 
 import concurrent.futures
