@@ -67,7 +67,7 @@ def take_up(entries: Sequence[Mapping], resume_step: int, started: float) -> Tim
         return Timesheet({}, 1, started)
     last, end = lines[-1], entries[-1]["time"]
     kept = next((line for line in reversed(lines) if line["step"] <= resume_step), {})
-    seconds = {name: last[f"seconds/{name}"] for name in ACCOUNTS}
+    seconds = {name: last.get(f"seconds/{name}", 0.0) for name in ACCOUNTS}
     for name in WORK:
         seconds["lost"] += seconds[name] - kept.get(f"seconds/{name}", 0.0)
         seconds[name] = kept.get(f"seconds/{name}", 0.0)
