@@ -174,7 +174,7 @@ def test_the_timesheet_is_told_after_every_save_and_adds_up_to_the_time_that_has
         assert line["goodput"] == pytest.approx(seconds["steps"] / sum(seconds.values()), abs=1e-3)
     first, *_, last = lines
     passed = sum(last[f"seconds/{name}"] - first[f"seconds/{name}"] for name in goodput.ACCOUNTS)
-    assert passed == pytest.approx(last["time"] - first["time"], abs=0.05)
+    assert passed == pytest.approx(last["time"] - first["time"], abs=0.5)
     evaluations = sum(entry.get("evaluation_seconds", 0.0) for entry in read_metrics(plain, "eval"))
     assert last["seconds/evaluation"] == pytest.approx(evaluations, abs=0.01)
     assert last["seconds/checkpoint"] == pytest.approx(sum(save["checkpoint_seconds"] for save in saves), abs=0.01)
