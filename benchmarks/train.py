@@ -1,0 +1,424 @@
+"""The trainer on this machine's CPU: its step beside PyTorch's, what the loop, a save and a start cost.
+
+    python benchmarks/train.py [--quick] [--part PART] [--folder DIR]
+
+step    tokens/s of a model of 6.8 M parameters, beside Hugging Face's Llama under PyTorch: same weights, same batches
+loop    what the loop of `ctllm train` adds to steps of about 100 ms
+save    how long an asynchronous save holds a step up, beside the same save waited for
+start   seconds from the start of the process to the first step done, with an empty and with a filled compilation cache
+
+benchmarks/README.md says what is counted, and how.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import Cost, environment, finish, measure, table, take_turns
+
+from configs import pretrain
+from ctllm_jax import train
+from ctllm_jax.checkpoint import CheckpointConfig, Checkpoints
+from ctllm_jax.common.config import build
+from ctllm_jax.common.files import write_json
+from ctllm_jax.data.batches import global_batch, make_stream, prefetched
+from ctllm_jax.data.store import TokenStore, open_store
+from ctllm_jax.hf_export import export
+from ctllm_jax.model import count_params, init_params
+from ctllm_jax.objectives import make_objective
+from ctllm_jax.optim import make_optimizer
+from ctllm_jax.sharding import make_mesh
+from ctllm_jax.step import TrainState, jit_step, start_state, state_shardings
+from ctllm_jax.train_config import TrainConfig
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CTLLM = (sys.executable, "-m", "ctllm_jax.cli")
+PEERS = ("torch==2.15.0", "transformers==5.24.0", "numpy==2.4.6")
+PARTS = ("step", "loop", "save", "start")
+BATCH_OF_LOOP = 4  # rows of 256: a step of about 100 ms on two cores
+LENGTH = 512  # of the rows of the step's batches; the other parts take configs/pretrain.py:tiny, whose rows have 256
+
+
+def main() -> None:
+    """Runs the parts that are asked for and prints their figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds, a small state to save")
+    parser.add_argument("--part", choices=PARTS, help="only this one")
+    parser.add_argument("--folder", help="keeps what is prepared, and finds what an earlier run prepared")
+    options = parser.parse_args()
+    parts, figures = [options.part] if options.part else PARTS, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, scratch = pathlib.Path(options.folder or scratch).resolve(), pathlib.Path(scratch)
+        if "step" in parts:
+            figures |= step(prepared(folder, LENGTH), scratch, rounds=3 if options.quick else 12)
+        if "loop" in parts:
+            figures |= loop(prepared(folder, 256), scratch, pairs=6 if options.quick else 60)
+        if "save" in parts:
+            figures |= save(scratch, width=256 if options.quick else 1024, rounds=3 if options.quick else 7)
+        if "start" in parts:
+            figures |= start(prepared(folder, 256), scratch, rounds=1 if options.quick else 3)
+    figures |= {"cores": cores(), "jax": jax.__version__, "quick": options.quick}
+    finish({name: figures[name] for name in sorted(figures, key=lambda name: not name.endswith("_ratio"))})
+
+
+def cores() -> int:
+    """Cores that this process may use: as many threads as both contestants take."""
+    return len(os.sched_getaffinity(0))
+
+
+def prepared(folder: pathlib.Path, length: int) -> pathlib.Path:
+    """A token store of the sample with rows of this length, made by the verbs themselves unless it is there."""
+
+    def ctllm(verb: str, name: str, **settings: object) -> pathlib.Path:
+        if not (folder / name / "manifest.json").exists():
+            flags = [f"--config.{key}={value}" for key, value in settings.items()]
+            measure([*CTLLM, verb, *flags, f"--workdir={folder / name}"])
+        return folder / name
+
+    corpus = ctllm("corpus", "corpus", input=(f"{ROOT}/sample/documents/*.jsonl",))
+    tokenizer = ctllm("tokenizer", "tokenizer", corpus=corpus, vocab_size=4096, character_coverage=0.99)
+    return ctllm("tokenize", f"store-{length}", corpus=corpus, tokenizer=tokenizer, sequence_length=length)
+
+
+def config_of(store: pathlib.Path, **changes: object) -> TrainConfig:
+    """configs/pretrain.py:tiny on this machine's CPU with changes; a key may reach into a group, as `model.remat`."""
+    config = pretrain.get_config("tiny")
+    config.data.store = str(store)
+    config.update_from_flattened_dict(changes)
+    return build(TrainConfig, config.to_dict())
+
+
+# ---- step
+
+
+@dataclasses.dataclass
+class Ours:
+    """The trainer's compiled step, taken some steps at a time."""
+
+    config: TrainConfig
+    state: TrainState
+    take: Callable
+    batches: Iterator[dict]
+    losses: list[float]
+
+    def __call__(self, steps: int) -> Cost:
+        wall, cpu, found = time.perf_counter(), time.process_time(), []
+        for _ in range(steps):
+            self.state, metrics = self.take(self.state, None, next(self.batches))
+            found.append(metrics)
+        found = jax.device_get(found)
+        cost = Cost(time.process_time() - cpu, time.perf_counter() - wall)
+        self.losses += [float(metrics["loss"] / metrics["count"]) for metrics in found]
+        return cost
+
+
+@dataclasses.dataclass
+class Theirs:
+    """`torch_step.py` in a process of its own, which waits while it is not its turn."""
+
+    process: subprocess.Popen
+    about: dict
+    losses: list[float]
+
+    def __call__(self, steps: int) -> Cost:
+        print(steps, file=self.process.stdin, flush=True)
+        found = json.loads(self.process.stdout.readline())
+        self.losses += found["losses"]
+        return Cost(found["cpu"], found["wall"])
+
+
+def step(store_folder: pathlib.Path, scratch: pathlib.Path, rounds: int, batch_size: int = 4, steps: int = 3) -> dict:
+    """Tokens per second of both, by turns, and whether they did the same work."""
+    store = open_store(store_folder)
+    vocabulary = store.tokenizer.vocab_size
+    shape = dict(num_layers=6, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=688, tie_embeddings=True)
+    shape |= dict(vocab_size=vocabulary, padded_vocab_size=vocabulary, max_length=LENGTH)
+    changes = {f"model.{name}": value for name, value in shape.items()}
+    # No documents apart in a row, which would cost Hugging Face's attention its fast path.
+    changes |= {"data.mask_documents": False, "optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
+    config = config_of(store_folder, batch_size=batch_size, **changes)
+    ours = own_step(config, store, scratch)
+    with contextlib.ExitStack() as stack:
+        contestants = {"ctllm-jax": ours}
+        for mode in ("eager", "compiled"):
+            contestants[f"PyTorch, {mode}"] = stack.enter_context(peer(scratch, mode))
+        warm = {name: contestant(steps) for name, contestant in contestants.items()}
+        turns = {name: lambda contestant=contestant: contestant(steps) for name, contestant in contestants.items()}
+        costs = take_turns(turns, rounds)
+    distance = max(
+        abs(theirs - own) / own
+        for name, contestant in contestants.items()
+        for own, theirs in zip(ours.losses, contestant.losses, strict=True)
+    )
+    tokens = batch_size * LENGTH * steps
+    speed = {name: tokens / min(cost.wall for cost in own) for name, own in costs.items()}
+    frugality = {name: tokens / min(cost.cpu for cost in own) for name, own in costs.items()}
+    about = contestants["PyTorch, eager"].about
+    assert about["parameters"] == count_params(config.model)
+    table(
+        f"step: {about['parameters']:,} parameters, {batch_size} x {LENGTH} tokens, fp32, {cores()} threads; "
+        f"jax {jax.__version__}, torch {about['torch']}, transformers {about['transformers']}",
+        ("", "tokens/s", "median", "tokens/CPU s", "first turn, s", "loss after all", "x ctllm-jax"),
+        [
+            (
+                name,
+                speed[name],
+                tokens / statistics.median(cost.wall for cost in costs[name]),
+                frugality[name],
+                warm[name].wall,
+                contestant.losses[-1],
+                speed[name] / speed["ctllm-jax"],
+            )
+            for name, contestant in contestants.items()
+        ],
+    )
+    print(f"losses of all {len(ours.losses)} steps agree within {distance:.1e}")
+    best = max((name for name in contestants if name != "ctllm-jax"), key=speed.get)
+    paired = [other.wall / own.wall for own, other in zip(costs["ctllm-jax"], costs[best], strict=True)]
+    return {
+        "step_to_torch_ratio": speed["ctllm-jax"] / speed[best],
+        "step_to_torch_paired_ratio": statistics.median(paired),
+        "step_to_torch_cpu_ratio": frugality["ctllm-jax"] / frugality[best],
+        "step_tokens_per_second": speed,
+        "step_best_peer": best,
+        "step_loss_distance": distance,
+    }
+
+
+def own_step(config: TrainConfig, store: TokenStore, scratch: pathlib.Path) -> Ours:
+    """Our contestant; its weights, batches and settings are left in `scratch` for the other."""
+    mesh, stream = make_mesh(config.mesh), make_stream(config.data, store, config.batch_size, config.seed)
+    optimizer = make_optimizer(config.optimizer, config.model, config.steps)
+    layout = state_shardings(config.model, optimizer, mesh)
+    params = jax.device_put(init_params(config.model, jax.random.key(config.seed)), layout.params)
+    export(config.model, params, store.tokenizer, scratch / "model", "float32")
+    batches = [global_batch(stream, number, mesh) for number in range(8)]
+    arrays = [jax.device_get(batch) for batch in batches]
+    labels = [np.where(one["weights"] > 0, one["labels"], -100)[:, :-1] for one in arrays]  # the peer shifts by itself
+    np.savez(
+        scratch / "batches.npz",
+        input_ids=[one["tokens"] for one in arrays],
+        labels=np.pad(labels, ((0, 0), (0, 0), (1, 0)), constant_values=-100),
+    )
+    write_json(scratch / "settings.json", dataclasses.asdict(config.optimizer))
+    objective = make_objective(config.objective, config.model, len(store.sources("train")))
+    take = jit_step(objective, optimizer, 1, layout, config.xla_options)
+    return Ours(config, start_state(params, optimizer, layout), take, itertools.cycle(batches), [])
+
+
+@contextlib.contextmanager
+def peer(scratch: pathlib.Path, mode: str) -> Iterator[Theirs]:
+    """The other contestant, ready to step."""
+    script = pathlib.Path(__file__).with_name("torch_step.py")
+    inputs = [scratch / "model", scratch / "batches.npz", scratch / "settings.json"]
+    command = [environment("train", PEERS), script, *inputs, mode, str(cores())]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Theirs(process, json.loads(process.stdout.readline()), [])
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+# ---- loop
+
+
+class Turns:
+    """Lets a run's own compiled step, bare, take turns with blocks of the run's loop.
+
+    A block of either begins with nothing under way and ends when all its steps are done. The bare step works on a copy
+    of the state and on a batch that is on the device.
+
+    Attributes:
+      loop, bare: the cost of each block, by turns, a bare one first and last.
+    """
+
+    def __init__(self, block: int):
+        self.loop: list[Cost] = []
+        self.bare: list[Cost] = []
+        self._block = block
+        self._step = self._state = self._batch = self._metrics = None
+
+    def jit_step(self, *arguments: object) -> Callable:
+        """Stands in for the trainer's `jit_step`."""
+        self._step = jit_step(*arguments)
+
+        def one(state, reference, batch):
+            if self._state is None:
+                self._state, self._batch = jax.tree.map(jnp.copy, state), batch
+            state, self._metrics = self._step(state, reference, batch)
+            return state, self._metrics
+
+        return one
+
+    def prefetched(self, stream, start: int, stop: int, mesh) -> Iterator[dict]:
+        """Stands in for the trainer's `prefetched`: the loop takes a block of steps between two bare ones."""
+        batches = prefetched(stream, start, stop, mesh)
+        yield from itertools.islice(batches, self._block)  # compiles, and is not counted
+        for _ in range(start + self._block, stop, self._block):
+            jax.block_until_ready(self._metrics)
+            self.bare.append(self._bare())
+            clock = Clock()
+            yield from itertools.islice(batches, self._block)
+            jax.block_until_ready(self._metrics)
+            self.loop.append(clock.cost())
+        self.bare.append(self._bare())
+
+    def _bare(self) -> Cost:
+        clock = Clock()
+        for _ in range(self._block):
+            self._state, metrics = self._step(self._state, None, self._batch)
+        jax.block_until_ready(metrics)
+        return clock.cost()
+
+
+def loop(store: pathlib.Path, scratch: pathlib.Path, pairs: int, block: int = 10) -> dict:
+    """What the trainer's loop adds to its step, in wall and CPU seconds; evaluation and saving are not in it."""
+    steps = (pairs + 1) * block
+    rare = {"eval.every": steps, "eval.batches": 1, "checkpoints.every": steps, "checkpoints.minutes": 0.0}
+    config, turns = config_of(store, batch_size=BATCH_OF_LOOP, steps=steps, **rare), Turns(block)
+    replaced = {"jit_step": turns.jit_step, "prefetched": turns.prefetched}
+    with mock.patch.multiple(train, **replaced), contextlib.redirect_stderr(io.StringIO()):
+        train.run(config, str(scratch / "loop"))
+    rows, figures = [], {}
+    for kind in ("wall", "cpu"):
+        bare = [getattr(cost, kind) / block for cost in turns.bare]
+        whole = [getattr(cost, kind) / block for cost in turns.loop]
+        added = [own - (before + after) / 2 for own, before, after in zip(whole, bare, bare[1:], strict=True)]
+        step, more = statistics.median(bare), statistics.median(added)
+        doubt = 1.25 * statistics.stdev(added) / len(added) ** 0.5  # of a median, were the differences normal
+        rows.append((f"{kind} s", 1000 * step, 1000 * more, 1000 * doubt, 100 * more / step, 100 * doubt / step))
+        figures |= {f"loop_{kind}_share": more / step, f"loop_{kind}_share_error": doubt / step}
+    table(
+        f"loop: {pairs} blocks of {block} steps between blocks of the bare step; a line is logged every "
+        f"{config.log.every} steps",
+        ("", "ms a bare step", "ms added", "+-", "% added", "+-"),
+        rows,
+    )
+    print("target: less than 1 % of a step of about 100 ms")
+    return {**figures, "loop_bare_step_s": statistics.median(cost.wall for cost in turns.bare) / block}
+
+
+class Clock:
+    """Wall and CPU seconds of this process from now on."""
+
+    def __init__(self):
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def cost(self) -> Cost:
+        """What has been spent so far."""
+        return Cost(time.process_time() - self._cpu, time.perf_counter() - self._wall)
+
+
+# ---- save
+
+
+def save(scratch: pathlib.Path, width: int, rounds: int) -> dict:
+    """How long `Checkpoints.save` holds the loop up when it writes in the background, and when it is waited for."""
+    size = {"model.d_model": width, "model.d_ff": 11 * width // 4, "model.head_dim": width // 4}
+    config = config_of(scratch, **size)
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, config.model, config.steps)
+    layout = state_shardings(config.model, optimizer, mesh)
+    params = jax.device_put(init_params(config.model, jax.random.key(0)), layout.params)
+    state = start_state(params, optimizer, layout)
+    rest = (state.optimizer, state.step, state.skipped)
+
+    def run(wait: bool) -> Cost:
+        folder = scratch / "save"
+        checkpoints = Checkpoints(folder, CheckpointConfig(1, 0.0, 1, 0, 0), ask_every=1)
+        clock = Clock()
+        checkpoints.save(1, state.params, rest, {"step": 1}, wait=wait)
+        cost = clock.cost()
+        checkpoints.close()
+        shutil.rmtree(folder)
+        return cost
+
+    run(True)  # compiles the checksums
+    costs = take_turns({"in the background": lambda: run(False), "waited for": lambda: run(True)}, rounds)
+    held, whole = ([cost.wall for cost in own] for own in costs.values())
+    gib = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 2**30
+    table(
+        f"save: {count_params(config.model):,} parameters with their moments, {gib:.2f} GiB, to {scratch}",
+        ("", "s held up", "median"),
+        [
+            (name, min(cost.wall for cost in own), statistics.median(cost.wall for cost in own))
+            for name, own in costs.items()
+        ],
+    )
+    share = statistics.median(held) / statistics.median(whole)
+    print(f"{100 * share:.1f} % of the time of a save that is waited for; target: less than 5 %")
+    return {"save_held_share": share, "save_held_s": statistics.median(held), "save_waited_s": statistics.median(whole)}
+
+
+# ---- start
+
+
+def start(store: pathlib.Path, scratch: pathlib.Path, rounds: int) -> dict:
+    """Seconds from the start of `ctllm train` to its first step in metrics.jsonl."""
+    cache = scratch / "cache"
+
+    def run(cold: bool) -> Cost:
+        if cold:
+            shutil.rmtree(cache, ignore_errors=True)
+        workdir = scratch / "start"
+        command = [*CTLLM, "train", "--config=configs/pretrain.py:tiny", f"--config.data.store={store}"]
+        clock = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, f"--workdir={workdir}"],
+            env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            while not has_stepped(workdir / "metrics.jsonl"):
+                if process.poll() is not None:
+                    raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
+                time.sleep(0.02)
+            return Cost(cpu_seconds(process.pid), time.perf_counter() - clock)
+        finally:
+            process.kill()
+            process.wait()
+            shutil.rmtree(workdir)
+
+    costs = take_turns({"empty cache": lambda: run(True), "filled cache": lambda: run(False)}, rounds)
+    table(
+        "start: to the first step of configs/pretrain.py:tiny, from the start of the process",
+        ("", "s", "median", "CPU s"),
+        [
+            (name, min(c.wall for c in own), statistics.median(c.wall for c in own), min(c.cpu for c in own))
+            for name, own in costs.items()
+        ],
+    )
+    print("target: less than 60 s with a filled cache")
+    cold, warm = (statistics.median(cost.wall for cost in own) for own in costs.values())
+    return {"start_warm_s": warm, "start_cold_s": cold}
+
+
+def has_stepped(metrics: pathlib.Path) -> bool:
+    """Whether a run has written down its first step."""
+    return metrics.exists() and '"kind": "train", "step": 1,' in metrics.read_text()
+
+
+def cpu_seconds(process: int) -> float:
+    """User and system seconds of a process so far."""
+    fields = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()
