@@ -151,7 +151,7 @@ def step(store_folder: pathlib.Path, scratch: pathlib.Path, rounds: int, batch_s
     shape |= dict(vocab_size=vocabulary, padded_vocab_size=vocabulary, max_length=LENGTH)
     changes = {f"model.{name}": value for name, value in shape.items()}
     # No documents apart in a row, which would cost Hugging Face's attention its fast path.
-    changes |= {"data.mask_documents": False, "optimizer.schedule": "constant", "optimizer.warmup_steps": 0}
+    changes |= {"data.mask_documents": False, "optimizer.schedule": "constant", "optimizer.warmup": "0 steps"}
     config = config_of(store_folder, batch_size=batch_size, **changes)
     ours = own_step(config, store, scratch)
     with contextlib.ExitStack() as stack:
@@ -204,7 +204,7 @@ def step(store_folder: pathlib.Path, scratch: pathlib.Path, rounds: int, batch_s
 def own_step(config: TrainConfig, store: TokenStore, scratch: pathlib.Path) -> Ours:
     """Our contestant; its weights, batches and settings are left in `scratch` for the other."""
     mesh, stream = make_mesh(config.mesh), make_stream(config.data, store, config.batch_size, config.seed)
-    optimizer = make_optimizer(config.optimizer, config.model, config.steps)
+    optimizer = make_optimizer(config.optimizer, config.model, config.clock(config.model.max_length))
     layout = state_shardings(config.model, optimizer, mesh)
     params = jax.device_put(init_params(config.model, jax.random.key(config.seed)), layout.params)
     export(config.model, params, store.tokenizer, scratch / "model", "float32")
@@ -292,7 +292,7 @@ def loop(store: pathlib.Path, scratch: pathlib.Path, pairs: int, block: int = 10
     """What the trainer's loop adds to its step, in wall and CPU seconds; evaluation and saving are not in it."""
     steps = (pairs + 1) * block
     rare = {"eval.every": steps, "eval.batches": 1, "checkpoints.every": steps, "checkpoints.minutes": 0.0}
-    config, turns = config_of(store, batch_size=BATCH_OF_LOOP, steps=steps, **rare), Turns(block)
+    config, turns = config_of(store, batch_size=BATCH_OF_LOOP, duration=f"{steps} steps", **rare), Turns(block)
     replaced = {"jit_step": turns.jit_step, "prefetched": turns.prefetched}
     with mock.patch.multiple(train, **replaced), contextlib.redirect_stderr(io.StringIO()):
         train.run(config, str(scratch / "loop"))
@@ -300,7 +300,7 @@ def loop(store: pathlib.Path, scratch: pathlib.Path, pairs: int, block: int = 10
     for kind in ("wall", "cpu"):
         bare = [getattr(cost, kind) / block for cost in turns.bare]
         whole = [getattr(cost, kind) / block for cost in turns.loop]
-        added = [own - (before + after) / 2 for own, before, after in zip(whole, bare, bare[1:], strict=True)]
+        added = [own - (before + after) / 2 for own, before, after in zip(whole, bare[:-1], bare[1:], strict=True)]
         step, more = statistics.median(bare), statistics.median(added)
         doubt = 1.25 * statistics.stdev(added) / len(added) ** 0.5  # of a median, were the differences normal
         rows.append((f"{kind} s", 1000 * step, 1000 * more, 1000 * doubt, 100 * more / step, 100 * doubt / step))
@@ -333,17 +333,19 @@ def save(scratch: pathlib.Path, width: int, rounds: int) -> dict:
     """How long `Checkpoints.save` holds the loop up when it writes in the background, and when it is waited for."""
     size = {"model.d_model": width, "model.d_ff": 11 * width // 4, "model.head_dim": width // 4}
     config = config_of(scratch, **size)
-    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config.optimizer, config.model, config.steps)
+    mesh, optimizer = (
+        make_mesh(config.mesh),
+        make_optimizer(config.optimizer, config.model, config.clock(config.model.max_length)),
+    )
     layout = state_shardings(config.model, optimizer, mesh)
     params = jax.device_put(init_params(config.model, jax.random.key(0)), layout.params)
     state = start_state(params, optimizer, layout)
-    rest = (state.optimizer, state.step, state.skipped)
 
     def run(wait: bool) -> Cost:
         folder = scratch / "save"
         checkpoints = Checkpoints(folder, CheckpointConfig(1, 0.0, 1, 0, 0), ask_every=1)
         clock = Clock()
-        checkpoints.save(1, state.params, rest, {"step": 1}, wait=wait)
+        checkpoints.save(1, state.params, state.rest, {"step": 1}, wait=wait)
         cost = clock.cost()
         checkpoints.close()
         shutil.rmtree(folder)

@@ -20,6 +20,7 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     config.optimizer.update(learning_rate=2e-5, final_learning_rate=0.0, warmup="100 steps")
     config.update(batch_size=128, duration="3 epochs")
     config.eval.every = 500
+    config.eval.prompts = ("怎样泡一壶好茶？", "为什么天空是蓝色的？", "How can I sleep better?")
     config.checkpoints.update(every=500, keep_every=0)
     if name == "tiny":
         config.optimizer.update(learning_rate=3e-4, warmup="5 steps")

@@ -21,6 +21,7 @@ from ctllm_jax.common.files import identity, read_jsonl, write_atomic
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.chat import ChatTemplate, check_messages, own_template
+from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.loading import LoadedModel, check_ids, load_model
 from ctllm_jax.model import ModelConfig, forward, init_cache
 
@@ -203,7 +204,7 @@ def keep_likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax
     return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
-def encode_prompt(model: LoadedModel, prompt: str | list[dict], template: ChatTemplate | None) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], template: ChatTemplate | None) -> list[int]:
     """Ids of a prompt: a conversation or a user's message in the template, or, without one, plain text to go on from.
 
     Plain text opens a document: after the beginning-of-document id, or the end-of-document id where there is
@@ -211,7 +212,6 @@ def encode_prompt(model: LoadedModel, prompt: str | list[dict], template: ChatTe
     """
     if template:
         return template.render_prompt(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
-    tokenizer = model.tokenizer
     opening = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return [opening, *tokenizer.encode(prompt)]
 
@@ -222,7 +222,8 @@ def sample(model: LoadedModel, prompts: Sequence[str | list[dict]], chat: bool, 
     template = own_template(model.tokenizer) if any(talks) else None
     stop_ids = {model.tokenizer.eos_id, *(template.end_ids if template else ())}
     encoded = [
-        encode_prompt(model, prompt, template if talk else None) for prompt, talk in zip(prompts, talks, strict=True)
+        encode_prompt(model.tokenizer, prompt, template if talk else None)
+        for prompt, talk in zip(prompts, talks, strict=True)
     ]
     outputs = generate(model, encoded, **dataclasses.asdict(config), stop_ids=stop_ids)
     return [

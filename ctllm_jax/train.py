@@ -27,7 +27,7 @@ from ctllm_jax.common.status import EXIT_RESUME
 from ctllm_jax.data.batches import Stream, make_stream, prefetched
 from ctllm_jax.data.store import TokenStore, open_store
 from ctllm_jax.duration import Clock
-from ctllm_jax.evaluate.in_loop import HeldOut
+from ctllm_jax.evaluate.in_loop import HeldOut, InLoop, Probes, SamplesLog, make_probes
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.metrics.log import open_log
 from ctllm_jax.metrics.meter import Meter
@@ -53,6 +53,7 @@ class Job:
     stream: Stream
     mesh: Mesh
     stage: Stage
+    probes: Probes
 
 
 def run(config: TrainConfig, workdir: str) -> dict:
@@ -72,6 +73,7 @@ def _run(config: TrainConfig, workdir: str) -> dict:
     check_fit(config, model, origin, store)
     inputs = {"store": store.fingerprint, "init": origin.digest if origin else None}
     stream = make_stream(config.data, store, config.batch_size, config.seed)
+    probes = make_probes(config.eval, store, model.max_length)
     clock = config.clock(store.sequence_length, sum(store.size("train", source) for source in store.sources("train")))
     with processes.first_process_first():
         first = jax.process_index() == 0
@@ -79,7 +81,7 @@ def _run(config: TrainConfig, workdir: str) -> dict:
     if stage.done:
         check_past_rates(config, stage.result["rates"], clock.run)
         return stage.result
-    job = Job(config, model, clock, store, stream, make_mesh(config.mesh), stage)
+    job = Job(config, model, clock, store, stream, make_mesh(config.mesh), stage, probes)
     check_layout(config, store, job.mesh)
     with (
         jax.set_mesh(job.mesh),
@@ -112,15 +114,18 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
     layout = state_shardings(job.model, optimizer, job.mesh)
     step_fn = jit_step(objective, optimizer, config.microbatches, layout, config.xla_options)
     held_out = HeldOut(config.eval, store, config.batch_size, config.data.mask_documents, job.mesh, objective)
+    in_loop = InLoop(held_out, job.probes, job.model, job.mesh)
+    samples = SamplesLog(job.stage.folder, first, writes=jax.process_index() == 0)
     log = open_log(config.log, job.stage, first, dataclasses.asdict(config), writes=jax.process_index() == 0)
     meter = Meter(log, config.log, sources, ledger)
     meter.measure(job.model, store, config.batch_size, job.mesh)
 
     # ---- The loop: dispatch a step, then read the metrics of the one before
     vote = processes.Vote(job.mesh)
-    held = held_out.look(state.params, reference)
+    held = in_loop.look(state.params, reference)
     if first == 0:
-        log.write("eval", 0, held)
+        log.write("eval", 0, {**held, **job.probes.chance})
+        samples.write(0, in_loop.sample(state.params))
     stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
     with Progress(f"train {config.objective.name}", steps, "steps", stream_out) as progress, meter.profiler:
         for step, batch in meter.steps(prefetched(job.stream, first, steps, job.mesh), first, progress):
@@ -134,7 +139,8 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
             if evaluated:
                 watch.at("evaluation", step)
                 meter.pause("evaluation")
-                held = held_out.look(state.params, reference)
+                held = in_loop.look(state.params, reference)
+                samples.write(step, in_loop.sample(state.params))
                 log.write("eval", step, {**held, **meter.go_on()})
             if last or stop or checkpoints.due(step):
                 watch.at("save", step)

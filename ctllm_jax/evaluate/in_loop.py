@@ -1,23 +1,167 @@
-"""Looks at the held-out split while training goes on."""
+"""What a run looks at while training goes on: held-out data, a few questions, samples from fixed prompts.
+
+Everything runs on the parameters as they lie, over the run's own mesh, in all processes; nothing of it reaches the
+training. Each look has one compiled program and one shape.
+
+Legend: B rows, L length, D model width, V vocabulary.
+"""
 
 import collections
 import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctllm_jax.data.batches import held_out
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import read_jsonl
+from ctllm_jax.cross_entropy import label_logprobs
+from ctllm_jax.data.batches import held_out, rows_arrays
+from ctllm_jax.data.chat import own_template
+from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import TokenStore
-from ctllm_jax.objectives import Objective
+from ctllm_jax.data.tokenizer import Tokenizer
+from ctllm_jax.evaluate.questions import LoadedTask, load_task, render
+from ctllm_jax.evaluate.scoring import encode_pair
+from ctllm_jax.generate import bucket, encode_prompt, write_samples
+from ctllm_jax.model import ModelConfig, head, head_logits, hidden_states
+from ctllm_jax.objectives import Batch, Objective
+from ctllm_jax.sharding import RULES
+from ctllm_jax.step import batch_sharding
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class InLoopConfig:
-    """How often a run looks at held-out data, and at how much of it."""
+    """How often a run looks at itself, and at what."""
 
     every: int  # steps between looks; there is one before the first step and one after the last
-    batches: int  # most batches of each source at a look
+    batches: int  # most batches of held-out data of each source at a look
+    tasks: tuple[str, ...]  # declarations of multiple-choice tasks, looked for here, then in the repository
+    items: int  # most questions of each task: spread evenly over its file, the same ones at every look
+    prompts: tuple[str, ...]  # continued in samples.jsonl; a user's messages where the store holds conversations
+    sample_tokens: int  # most tokens of a continuation
+
+    def __post_init__(self):
+        if self.items < 1 or self.sample_tokens < 1:
+            raise ValueError("items and sample_tokens must be at least 1; to switch them off give no tasks, no prompts")
+
+
+# ---- What is asked, made ready before a run begins
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question: a row for each choice, in which the choice's tokens count."""
+
+    rows: list[Row]
+    answer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt, its ids, and how many tokens may follow them."""
+
+    text: str
+    ids: list[int]
+    room: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Probes:
+    """What a run is asked at every look.
+
+    Attributes:
+      questions: by task.
+      stop_ids: ids that end a continuation.
+    """
+
+    tokenizer: Tokenizer
+    questions: dict[str, list[Question]]
+    prompts: list[Prompt]
+    stop_ids: frozenset[int]
+
+    @property
+    def chance(self) -> dict[str, float]:
+        """The accuracy of guessing, by task."""
+        return {
+            f"chance/{name}": sum(1 / len(question.rows) for question in own) / len(own)
+            for name, own in self.questions.items()
+        }
+
+
+def make_probes(config: InLoopConfig, store: TokenStore, max_length: int) -> Probes:
+    """Reads and encodes what the config names.
+
+    Raises:
+      UserError: a task is missing or faulty, two have the same name, or something is too long for the model.
+    """
+    tokenizer, questions = store.tokenizer, {}
+    for path in config.tasks:
+        inside = not pathlib.Path(path).exists() and (ROOT / path).exists()
+        loaded = load_task(str(ROOT / path) if inside else path)
+        if loaded.task.name in questions:
+            raise UserError(f"eval.tasks: two tasks are called {loaded.task.name}")
+        questions[loaded.task.name] = _questions(loaded, config.items, tokenizer, max_length)
+    template, prompts = own_template(tokenizer) if config.prompts and store.kind != "pretrain" else None, []
+    for text in config.prompts:
+        ids = encode_prompt(tokenizer, text, template)
+        room = min(config.sample_tokens, max_length - len(ids))
+        if room < 1:
+            raise UserError(
+                f"eval.prompts: {text[:40]!r} has {len(ids)} tokens; the model takes {max_length}, and nothing is left "
+                "for a continuation"
+            )
+        prompts.append(Prompt(text, ids, room))
+    stops = {tokenizer.eos_id, *(template.end_ids if template else ())}
+    return Probes(tokenizer, questions, prompts, frozenset(stops))
+
+
+def _questions(loaded: LoadedTask, most: int, tokenizer: Tokenizer, max_length: int) -> list[Question]:
+    """Evenly spread questions of a task. A context that does not fit loses its beginning, as in `ctllm eval`."""
+    count, found = min(most, len(loaded.questions)), []
+    for number in range(count):
+        question, rows = loaded.questions[number * len(loaded.questions) // count], []
+        prompt, choices = render(loaded, question)
+        for choice in choices:
+            context, own = encode_pair(tokenizer, prompt, loaded.task.delimiter + choice, bos=True)
+            if len(own) > max_length:
+                raise UserError(
+                    f"eval.tasks: {loaded.task.name}, question {question.id}: a choice of {len(own)} tokens; "
+                    f"the model takes {max_length}"
+                )
+            context = context[max(0, len(context) + len(own) - 1 - max_length) :]
+            mask = np.array([0] * len(context) + [1] * len(own), np.uint8)
+            rows.append(Row(np.array([*context, *own], np.int32), [len(mask)], [], mask, 0))
+        found.append(Question(rows, question.answer))
+    return found
+
+
+# ---- Looks
+
+
+class InLoop:
+    """Everything that a run looks at."""
+
+    def __init__(self, held_out: "HeldOut", probes: Probes, model: ModelConfig, mesh: Mesh):
+        self._held_out = held_out
+        self._questions = Questions(probes, model, mesh) if probes.questions else None
+        self._samples = Samples(probes, model, mesh) if probes.prompts else None
+
+    def look(self, params: dict, reference: dict | None) -> dict[str, float]:
+        """Figures of held-out data, as `HeldOut.look` gives them, and the accuracy of each task."""
+        accuracies = self._questions.look(params) if self._questions else {}
+        return {**self._held_out.look(params, reference), **accuracies}
+
+    def sample(self, params: dict) -> list[dict]:
+        """{"prompt", "text"} for each prompt."""
+        return self._samples.look(params) if self._samples else []
 
 
 class HeldOut:
@@ -62,3 +206,134 @@ def _means(totals: dict[str, collections.Counter], kind: str) -> dict[str, float
         if name in whole:
             result[name] = whole[name] / whole["count"]
     return result
+
+
+class Questions:
+    """Multiple choice: the choice of the largest log-probability wins, as `sum` of `ctllm eval`."""
+
+    def __init__(self, probes: Probes, model: ModelConfig, mesh: Mesh):
+        self._mesh, self._questions = mesh, probes.questions
+        rows = [row for own in probes.questions.values() for question in own for row in question.rows]
+        L = _length(max(len(row.tokens) for row in rows), model, mesh)
+        # A device takes as many tokens at a time as a row of training has, at most.
+        B = _rows(min(len(rows), max(1, model.max_length // L) * _ways(mesh, "batch")), mesh)
+        self._arrays = [rows_arrays(rows[start : start + B], L, "chat", True) for start in range(0, len(rows), B)]
+        self._shape = B
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._score = jax.jit(functools.partial(_logprobs, model), out_shardings=everywhere)
+
+    def look(self, params: dict) -> dict[str, float]:
+        """The share of each task's questions that are answered rightly."""
+        found = [self._score(params, _spread(arrays, self._shape, self._mesh)) for arrays in self._arrays]
+        scores = iter(np.concatenate(jax.device_get(found)))
+        return {
+            f"accuracy/{name}": float(
+                np.mean([np.argmax([next(scores) for _ in question.rows]) == question.answer for question in own])
+            )
+            for name, own in self._questions.items()
+        }
+
+
+def _logprobs(model: ModelConfig, params: dict, batch: Batch) -> jax.Array:
+    """Log-probability of each row's weighted labels [B]."""
+    x_BLD = hidden_states(model, params, batch["tokens"], batch["positions"], batch["segments"])
+    logprob_BL, _ = label_logprobs(x_BLD, head(model, params), batch["labels"], model.vocab_size)
+    return jnp.sum(logprob_BL * batch["weights"], axis=-1)
+
+
+class Samples:
+    """What the model goes on with, the most probable token each time."""
+
+    def __init__(self, probes: Probes, model: ModelConfig, mesh: Mesh):
+        self._mesh, self._probes = mesh, probes
+        L = _length(max(len(prompt.ids) + prompt.room for prompt in probes.prompts), model, mesh)
+        tokens_BL, length_B = np.zeros((len(probes.prompts), L), np.int32), np.zeros(len(probes.prompts), np.int32)
+        for row, prompt in enumerate(probes.prompts):
+            tokens_BL[row, : len(prompt.ids)], length_B[row] = prompt.ids, len(prompt.ids)
+        self._arrays = {"tokens": tokens_BL, "length": length_B}
+        steps = max(prompt.room for prompt in probes.prompts)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._go_on = jax.jit(functools.partial(_go_on, model, steps), out_shardings=everywhere)
+
+    def look(self, params: dict) -> list[dict]:
+        """{"prompt", "text"} for each prompt."""
+        prompts = self._probes.prompts
+        batch = _spread(self._arrays, _rows(len(prompts), self._mesh), self._mesh)
+        tokens_BL = jax.device_get(self._go_on(params, batch["tokens"], batch["length"]))[: len(prompts)]
+        found = []
+        for prompt, tokens_L in zip(prompts, tokens_BL, strict=True):
+            new = tokens_L[len(prompt.ids) :][: prompt.room].tolist()
+            end = next((place for place, token in enumerate(new) if token in self._probes.stop_ids), len(new))
+            found.append({"prompt": prompt.text, "text": self._probes.tokenizer.decode(new[:end])})
+        return found
+
+
+def _go_on(model: ModelConfig, steps: int, params: dict, tokens_BL: jax.Array, length_B: jax.Array) -> jax.Array:
+    """Puts the most probable token behind each row, `steps` times.
+
+    The whole row is computed anew for each token: a few short rows cost less than the look at held-out data, and any
+    mesh and attention backend that trains can do it, which a cache could not.
+    """
+    slot_L = jnp.arange(tokens_BL.shape[1])
+    positions_BL = jnp.broadcast_to(slot_L, tokens_BL.shape)
+
+    def one(_, state):
+        tokens_BL, length_B = state
+        segments_BL = (slot_L < length_B[:, None]).astype(jnp.int32)
+        x_BLD = hidden_states(model, params, tokens_BL, positions_BL, segments_BL)
+        x_B1D = jnp.take_along_axis(x_BLD, length_B[:, None, None] - 1, axis=1)
+        logits_BV = head_logits(x_B1D, head(model, params))[:, 0, : model.vocab_size]
+        next_B1 = jnp.argmax(logits_BV, axis=-1)[:, None].astype(jnp.int32)
+        return jnp.where(slot_L == length_B[:, None], next_B1, tokens_BL), length_B + 1
+
+    return jax.lax.fori_loop(0, steps, one, (tokens_BL, length_B))[0]
+
+
+def _ways(mesh: Mesh, axis: str) -> int:
+    """Devices that a logical axis lies over."""
+    return math.prod(mesh.shape[name] for name in RULES[axis])
+
+
+def _rows(count: int, mesh: Mesh) -> int:
+    """The next number of rows that lies evenly over the mesh."""
+    return -(-count // _ways(mesh, "batch")) * _ways(mesh, "batch")
+
+
+def _length(longest: int, model: ModelConfig, mesh: Mesh) -> int:
+    """The next length of few that lies evenly over the mesh."""
+    return -(-bucket(longest, model.max_length) // _ways(mesh, "length")) * _ways(mesh, "length")
+
+
+def _spread(arrays: dict[str, np.ndarray], rows: int, mesh: Mesh) -> Batch:
+    """Arrays [., L] or [.] that every process has, laid out over the mesh; empty rows fill them up."""
+
+    def put(array: np.ndarray) -> jax.Array:
+        whole = np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
+        layout = batch_sharding(mesh, (), narrow=array.ndim == 1)
+        return jax.make_array_from_callback(whole.shape, layout, lambda index: whole[index])
+
+    return {name: put(array) for name, array in arrays.items()}
+
+
+# ---- samples.jsonl
+
+
+class SamplesLog:
+    """A run's samples.jsonl: {"step", "prompt", "text"} a line, whole at any time.
+
+    What lies beyond the step that the run goes on from is dropped, as in metrics.jsonl.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, resume_step: int, writes: bool):
+        """`writes` is False in all processes but the first."""
+        self._path, self._writes = run_dir / "samples.jsonl", writes
+        old = read_jsonl(self._path) if writes and self._path.exists() else []
+        self._entries = [entry for entry in old if resume_step and entry["step"] <= resume_step]
+        if len(self._entries) < len(old):
+            write_samples(self._path, self._entries)
+
+    def write(self, step: int, samples: Sequence[dict]) -> None:
+        """Adds the samples of a step."""
+        if self._writes and samples:
+            self._entries += [{"step": step, **sample} for sample in samples]
+            write_samples(self._path, self._entries)
