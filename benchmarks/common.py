@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+CTLLM = (sys.executable, "-m", "ctllm_jax.cli")
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ctllm-jax" / "benchmarks"
 
 
@@ -44,6 +45,14 @@ def environment(name: str, requirements: Sequence[str]) -> str:
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True, stdout=sys.stderr)
         done.touch()
     return str(python)
+
+
+def made(folder: pathlib.Path, verb: str, settings: Mapping[str, object], config: str = "") -> pathlib.Path:
+    """The folder that `ctllm VERB` makes with these settings of its config; made unless it is finished there."""
+    if not (folder / "manifest.json").exists():
+        flags = [f"--config={config}"] * bool(config) + [f"--config.{key}={value}" for key, value in settings.items()]
+        subprocess.run([*CTLLM, verb, *flags, f"--workdir={folder}"], check=True)
+    return folder
 
 
 def pin() -> None:

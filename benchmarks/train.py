@@ -21,7 +21,6 @@ import pathlib
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -31,7 +30,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Cost, environment, finish, measure, table, take_turns
+from common import CTLLM, Cost, environment, finish, made, table, take_turns
 
 from configs import pretrain
 from ctllm_jax import train
@@ -49,7 +48,6 @@ from ctllm_jax.step import TrainState, jit_step, start_state, state_shardings
 from ctllm_jax.train_config import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CTLLM = (sys.executable, "-m", "ctllm_jax.cli")
 PEERS = ("torch==2.15.0", "transformers==5.24.0", "numpy==2.4.6")
 PARTS = ("step", "loop", "save", "start")
 BATCH_OF_LOOP = 4  # rows of 256: a step of about 100 ms on two cores
@@ -85,16 +83,11 @@ def cores() -> int:
 
 def prepared(folder: pathlib.Path, length: int) -> pathlib.Path:
     """A token store of the sample with rows of this length, made by the verbs themselves unless it is there."""
-
-    def ctllm(verb: str, name: str, **settings: object) -> pathlib.Path:
-        if not (folder / name / "manifest.json").exists():
-            flags = [f"--config.{key}={value}" for key, value in settings.items()]
-            measure([*CTLLM, verb, *flags, f"--workdir={folder / name}"])
-        return folder / name
-
-    corpus = ctllm("corpus", "corpus", input=(f"{ROOT}/sample/documents/*.jsonl",))
-    tokenizer = ctllm("tokenizer", "tokenizer", corpus=corpus, vocab_size=4096, character_coverage=0.99)
-    return ctllm("tokenize", f"store-{length}", corpus=corpus, tokenizer=tokenizer, sequence_length=length)
+    corpus = made(folder / "corpus", "corpus", {"input": (f"{ROOT}/sample/documents/*.jsonl",)})
+    trained = {"corpus": corpus, "vocab_size": 4096, "character_coverage": 0.99}
+    tokenizer = made(folder / "tokenizer", "tokenizer", trained)
+    packed = {"corpus": corpus, "tokenizer": tokenizer, "sequence_length": length}
+    return made(folder / f"store-{length}", "tokenize", packed)
 
 
 def config_of(store: pathlib.Path, **changes: object) -> TrainConfig:
@@ -402,7 +395,7 @@ def start(store: pathlib.Path, scratch: pathlib.Path, rounds: int) -> dict:
         clock = time.perf_counter()
         process = subprocess.Popen(
             [*command, f"--workdir={workdir}"],
-            env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
             stderr=subprocess.DEVNULL,
         )
         try:

@@ -24,6 +24,7 @@ from ctllm_jax.common.files import write_json
 from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.common.status import EXIT_RESUME
+from ctllm_jax.compiled import keep_compiled
 from ctllm_jax.data.batches import Stream, make_stream, prefetched
 from ctllm_jax.data.store import TokenStore, open_store
 from ctllm_jax.duration import Clock
@@ -67,6 +68,7 @@ def run(config: TrainConfig, workdir: str) -> dict:
 
 
 def _run(config: TrainConfig, workdir: str) -> dict:
+    keep_compiled()
     store = open_store(config.data.store)
     origin = load_model(config.init_from) if config.init_from else None
     model = origin.config if origin else config.model

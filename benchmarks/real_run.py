@@ -1,0 +1,101 @@
+"""A run on real documents: from raw files to a model of 6.8 M parameters, its curves and samples, and a small sweep.
+
+    python benchmarks/real_run.py --input 'raw/*.jsonl.gz' [--steps 2000] [--folder DIR] [--no-sweep]
+
+The documents, with the sample's English and code, go through `ctllm corpus`, `tokenizer` (8,192 pieces) and `tokenize`
+(rows of 512). The model is configs/pretrain.py:tiny with 6 layers of width 256; bf16 and our kernels on an accelerator,
+fp32 in plain JAX on a CPU. The sweep sees the same number of tokens with other learning rates and batches. Every stage
+and run is a folder below --folder; what is finished there is not done again, what was cut short goes on.
+"""
+
+import argparse
+import pathlib
+import tempfile
+
+import jax
+from common import finish, made, table
+
+from ctllm_jax.common.files import read_json, read_jsonl
+from ctllm_jax.data.store import open_store
+from ctllm_jax.metrics import read_metrics
+
+SAMPLE = pathlib.Path(__file__).resolve().parent.parent / "sample" / "documents"
+BATCH, RATE = 32, 3e-3
+SWEEP = ((32, 1e-3), (32, 6e-3), (32, 1.2e-2), (16, RATE), (64, RATE))  # (batch, peak learning rate)
+KERNELS = {"cpu": ("float32", "xla"), "gpu": ("bfloat16", "pallas_gpu"), "tpu": ("bfloat16", "pallas_tpu")}
+LOOKS = 4  # at held-out data, after the first
+
+
+def main() -> None:
+    """Makes what is missing and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help="globs of documents (jsonl or jsonl.gz)")
+    parser.add_argument("--steps", type=int, default=2000, help="of the run, in batches of 32 rows")
+    parser.add_argument("--folder", help="keeps everything; without it a temporary one, deleted at the end")
+    parser.add_argument("--no-sweep", action="store_true", help="the run alone")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(options.folder or scratch).resolve()
+        store = store_of(options.input, folder)
+        run = trained(folder, store, options.steps, BATCH, RATE)
+        figures = show(run, store)
+        if not options.no_sweep:
+            others = [trained(folder, store, options.steps, batch, rate) for batch, rate in SWEEP]
+            figures |= show_sweep([run, *others], [(BATCH, RATE), *SWEEP])
+    finish(figures | {"steps": options.steps, "device": jax.devices()[0].device_kind})
+
+
+def store_of(patterns: list[str], folder: pathlib.Path) -> pathlib.Path:
+    """The documents as a token store."""
+    sources = (*patterns, str(SAMPLE / "en.jsonl"), str(SAMPLE / "code.jsonl"))
+    corpus = made(folder / "corpus", "corpus", {"input": sources})
+    tokenizer = made(folder / "tokenizer", "tokenizer", {"corpus": corpus, "vocab_size": 8192})
+    packed = {"corpus": corpus, "tokenizer": tokenizer, "sequence_length": 512, "validation_share": 0.03}
+    return made(folder / "store", "tokenize", packed)
+
+
+def trained(folder: pathlib.Path, store: pathlib.Path, steps: int, batch: int, rate: float) -> pathlib.Path:
+    """A run of as many tokens as `steps` batches of BATCH rows."""
+    steps = steps * BATCH // batch
+    dtype, attention = KERNELS[jax.default_backend()]
+    shape = dict(num_layers=6, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=688, tie_embeddings=True)
+    shape |= dict(vocab_size=8192, padded_vocab_size=8192, max_length=512, dtype=dtype, attention=attention)
+    settings = {f"model.{name}": value for name, value in shape.items()}
+    settings |= {"optimizer.learning_rate": rate, "optimizer.final_learning_rate": 1e-4, "optimizer.warmup": "5%"}
+    settings |= {"data.store": store, "batch_size": batch, "duration": f"{steps} steps"}
+    settings |= {"eval.every": max(1, steps // LOOKS), "eval.batches": 20, "checkpoints.every": max(1, steps // LOOKS)}
+    return made(folder / f"run-{batch}-{rate:g}", "train", settings, "configs/pretrain.py:tiny")
+
+
+def show(run: pathlib.Path, store_folder: pathlib.Path) -> dict:
+    """Prints a run's curve, its speed and its samples."""
+    store, looks, steps = open_store(store_folder), read_metrics(run, "eval"), read_metrics(run, "train")
+    names = [name for name in looks[-1] if name.startswith(("bits_per_byte/", "accuracy/"))]
+    manifest = read_json(run / "manifest.json")
+    learned = sum(entry["learned"] for entry in store.info["splits"]["train"].values())
+    speeds = sorted(entry["tokens_per_second"] for entry in steps if "tokens_per_second" in entry)
+    norms = max(entry["grad_norm"] for entry in steps)
+    table(
+        f"{run.name}: {manifest['result']['parameters']:,} parameters, a store of {learned:,} tokens to learn",
+        ("step", "loss", *names),
+        [(str(look["step"]), look["loss"], *(look[name] for name in names)) for look in looks],
+    )
+    print(
+        f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median), {manifest['seconds']:,.0f} s in all; "
+        f"{manifest['result']['skipped']} steps skipped, largest gradient norm {norms:.1f}"
+    )
+    samples = [entry for entry in read_jsonl(run / "samples.jsonl") if entry["step"] == looks[-1]["step"]]
+    print(*(f"{entry['prompt']!r} -> {entry['text']!r}" for entry in samples), sep="\n")
+    return {"loss": looks[-1]["loss"], **{name: looks[-1][name] for name in names}}
+
+
+def show_sweep(runs: list[pathlib.Path], settings: list[tuple[int, float]]) -> dict:
+    """Prints the loss that each run ended with."""
+    losses = [read_metrics(run, "eval")[-1]["loss"] for run in runs]
+    rows = sorted((batch, rate, loss) for (batch, rate), loss in zip(settings, losses, strict=True))
+    table("sweep, the same number of tokens each", ("batch", "learning rate", "held-out loss"), rows)
+    return {"sweep": {f"{batch}, {rate:g}": loss for batch, rate, loss in rows}}
+
+
+if __name__ == "__main__":
+    main()
