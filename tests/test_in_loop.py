@@ -60,10 +60,9 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(store, tasks):
-    """Changes to the config of a run of 6 steps that is looked at three times."""
+    """Changes to the config of test_train's run, whose step is compiled once for both."""
     looked_at = {"tasks": tasks, "items": 20, "prompts": PROMPTS, "sample_tokens": 8}
-    changes = {f"eval__{name}": value for name, value in looked_at.items()}
-    return {"duration": "6 steps", "eval__every": 3, "checkpoints__every": 3, **changes}
+    return {f"eval__{name}": value for name, value in looked_at.items()}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def finished(store, settings, tmp_path_factory):
 
 def test_the_accuracy_is_that_of_ctllm_eval_and_chance_is_said_once(finished, tasks):
     looks = read_metrics(finished, "eval")
-    assert [entry["step"] for entry in looks] == [0, 3, 6]
+    assert [entry["step"] for entry in looks] == [0, 4, 8, 12]
     model = load_model(str(finished))
     for path, items in zip(tasks, (20, 5), strict=True):
         loaded = load_task(path)
@@ -90,7 +89,7 @@ def test_the_accuracy_is_that_of_ctllm_eval_and_chance_is_said_once(finished, ta
 
 def test_the_samples_are_what_generation_with_a_cache_gives(finished):
     samples = read_jsonl(finished / "samples.jsonl")
-    assert [(entry["step"], entry["prompt"]) for entry in samples] == [(s, p) for s in (0, 3, 6) for p in PROMPTS]
+    assert [(entry["step"], entry["prompt"]) for entry in samples] == [(s, p) for s in (0, 4, 8, 12) for p in PROMPTS]
     greedy = SamplingConfig(max_tokens=8, temperature=0.0, top_k=0, top_p=1.0, seed=0)
     expected = sample(load_model(str(finished)), PROMPTS, False, greedy)
     assert [entry["text"] for entry in samples[-3:]] == [entry["text"] for entry in expected]
@@ -99,15 +98,15 @@ def test_the_samples_are_what_generation_with_a_cache_gives(finished):
 
 @pytest.mark.parametrize("looking", [True, False])
 def test_a_run_that_goes_on_says_the_same_and_learns_the_same_without(finished, store, settings, tmp_path, looking):
-    """Taken up at step 3, with the lines of step 6 already there; what is looked at may change on the way."""
+    """Taken up at step 10, with the lines of step 12 already there; what is looked at may change on the way."""
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "manifest.json").unlink()
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
     changes = settings if looking else {**settings, "eval__tasks": [], "eval__prompts": []}
     train.run(config_of(store.folder, **changes), str(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "run"), params_of(finished))
     samples, whole = (read_jsonl(folder / "samples.jsonl") for folder in (tmp_path / "run", finished))
-    assert samples == [entry for entry in whole if looking or entry["step"] <= 3]
+    assert samples == [entry for entry in whole if looking or entry["step"] <= 10]
     last, before = (read_metrics(folder, "eval")[-1] for folder in (tmp_path / "run", finished))
     assert last["loss"] == before["loss"]
     assert last.get("accuracy/toy") == (before["accuracy/toy"] if looking else None)
@@ -124,7 +123,7 @@ def test_any_mesh_gives_the_same(finished, store, tasks):
         samples = Samples(probes, model.config, mesh).look(params)
     look = read_metrics(finished, "eval")[-1]
     assert accuracies == {name: look[name] for name in ("accuracy/toy", "accuracy/more")}
-    assert [{"step": 6, **entry} for entry in samples] == read_jsonl(finished / "samples.jsonl")[-3:]
+    assert [{"step": 12, **entry} for entry in samples] == read_jsonl(finished / "samples.jsonl")[-3:]
 
 
 def test_a_store_of_conversations_has_the_prompts_in_its_template(tmp_path):
