@@ -10,6 +10,7 @@ and run is a folder below --folder; what is finished there is not done again, wh
 
 import argparse
 import pathlib
+import statistics
 import tempfile
 
 import jax
@@ -17,7 +18,7 @@ from common import finish, made, table
 
 from ctllm_jax.common.files import read_json, read_jsonl
 from ctllm_jax.data.store import open_store
-from ctllm_jax.metrics import read_metrics
+from ctllm_jax.metrics.log import read_metrics
 
 SAMPLE = pathlib.Path(__file__).resolve().parent.parent / "sample" / "documents"
 BATCH, RATE = 32, 3e-3
@@ -73,7 +74,8 @@ def show(run: pathlib.Path, store_folder: pathlib.Path) -> dict:
     names = [name for name in looks[-1] if name.startswith(("bits_per_byte/", "accuracy/"))]
     manifest = read_json(run / "manifest.json")
     learned = sum(entry["learned"] for entry in store.info["splits"]["train"].values())
-    speeds = sorted(entry["tokens_per_second"] for entry in steps if "tokens_per_second" in entry)
+    speeds = [entry["tokens_per_second"] for entry in steps if "tokens_per_second" in entry]
+    speed = f"{statistics.median(speeds):,.0f} tokens/s (median), " if speeds else ""  # a trial is too short for it
     norms = max(entry["grad_norm"] for entry in steps)
     table(
         f"{run.name}: {manifest['result']['parameters']:,} parameters, a store of {learned:,} tokens to learn",
@@ -81,7 +83,7 @@ def show(run: pathlib.Path, store_folder: pathlib.Path) -> dict:
         [(str(look["step"]), look["loss"], *(look[name] for name in names)) for look in looks],
     )
     print(
-        f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median), {manifest['seconds']:,.0f} s in all; "
+        f"{speed}{manifest['seconds']:,.0f} s in all; "
         f"{manifest['result']['skipped']} steps skipped, largest gradient norm {norms:.1f}"
     )
     samples = [entry for entry in read_jsonl(run / "samples.jsonl") if entry["step"] == looks[-1]["step"]]

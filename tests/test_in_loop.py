@@ -20,7 +20,7 @@ from ctllm_jax.evaluate.in_loop import InLoopConfig, Questions, Samples, Samples
 from ctllm_jax.evaluate.questions import load_task
 from ctllm_jax.generate import SamplingConfig, sample
 from ctllm_jax.loading import load_model
-from ctllm_jax.metrics import read_metrics
+from ctllm_jax.metrics.log import read_metrics
 from ctllm_jax.model import abstract_params, logical_axes
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
 

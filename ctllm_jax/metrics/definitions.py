@@ -67,6 +67,13 @@ METRICS = (
         "losses.py",
     ),
     Metric("accuracy/TASK", _EVAL, "share", "questions of a task that are answered rightly", "evaluate/in_loop.py"),
+    Metric(
+        "chance/TASK",
+        _EVAL,
+        "share",
+        "`accuracy/TASK` of guessing; in the line of step 0 alone",
+        "evaluate/in_loop.py",
+    ),
     Metric("margin", _BOTH, "nats", "DPO: `reward_chosen` less `reward_rejected`", "losses.py"),
     Metric(
         "reward_chosen",
