@@ -2,8 +2,8 @@
 
     ctllm train --config=configs/sft.py --config.init_from=RUN --config.data.store=STORE --workdir=RUN-SFT
 
-CT-LLM's values as far as they are known (3 epochs, batch 128, peak 2e-5, decay 0.1). `:tiny` fits
-the quickstart's model and data.
+CT-LLM's values as far as they are known (3 epochs, batch 128, peak 2e-5, decay 0.1). `:tiny` fits the quickstart's
+model and data.
 """
 
 from ml_collections import ConfigDict, config_dict

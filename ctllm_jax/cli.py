@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import json
 import os
-import pathlib
 import select
 import sys
 from collections.abc import Mapping
@@ -19,10 +18,10 @@ from ml_collections import config_flags
 
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import ROOT, here_or_shipped
 from ctllm_jax.common.quiet import quiet_libraries
 from ctllm_jax.common.status import EXIT_MISTAKE
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXIT_CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
@@ -277,10 +276,8 @@ def _spell_out(name: str, verb: Verb, arguments: list[str]) -> list[str]:
 def _from_repository(argument: str) -> str:
     """Lets `--config=configs/NAME.py` work from any folder."""
     flag, _, value = argument.partition("=")
-    path = value.partition(":")[0]
-    if flag == "--config" and not pathlib.Path(path).exists() and (ROOT / path).is_file():
-        return f"{flag}={ROOT / value}"
-    return argument
+    path, colon, name = value.partition(":")
+    return f"{flag}={here_or_shipped(path)}{colon}{name}" if flag == "--config" else argument
 
 
 def _plain(error: Exception) -> str:

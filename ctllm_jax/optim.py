@@ -27,9 +27,7 @@ class OptimizerConfig:
     weight_decay: float
     clip_norm: float
     spike_window: int  # gradient norms that a new one is compared with
-    spike_deviations: (
-        float  # a norm so many standard deviations above their mean is a spike: its step is skipped (0: none)
-    )
+    spike_deviations: float  # so many above their mean and it is a spike, whose step is skipped (0: no norm is)
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:

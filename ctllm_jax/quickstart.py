@@ -15,11 +15,9 @@ import sys
 from ctllm_jax import __version__
 from ctllm_jax.common.children import die_with_parent
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import expand, identity, read_json, write_atomic, write_json
+from ctllm_jax.common.files import ROOT, expand, identity, read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.quickstart_report import collect, page, table
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)

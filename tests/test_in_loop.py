@@ -20,7 +20,7 @@ from ctllm_jax.evaluate.in_loop import InLoopConfig, Questions, Samples, Samples
 from ctllm_jax.evaluate.questions import load_task
 from ctllm_jax.generate import SamplingConfig, sample
 from ctllm_jax.loading import load_model
-from ctllm_jax.metrics.log import read_metrics
+from ctllm_jax.metrics import definitions, read_metrics
 from ctllm_jax.model import abstract_params, logical_axes
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
 
@@ -74,6 +74,7 @@ def finished(store, settings, tmp_path_factory):
 
 def test_the_accuracy_is_that_of_ctllm_eval_and_chance_is_said_once(finished, tasks):
     looks = read_metrics(finished, "eval")
+    assert all(definitions.find("eval", key) for look in looks for key in look)
     assert [entry["step"] for entry in looks] == [0, 4, 8, 12]
     model = load_model(str(finished))
     for path, items in zip(tasks, (20, 5), strict=True):

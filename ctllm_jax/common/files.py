@@ -14,6 +14,7 @@ from typing import Any
 
 from ctllm_jax.common.errors import UserError
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]  # the repository
 _EDGE = 64 * 1024  # bytes hashed at either end of an input file by `identity`
 
 
@@ -118,6 +119,11 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
             raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
         rows.append(row)
     return rows
+
+
+def here_or_shipped(path: str) -> str:
+    """A path as it is if it leads somewhere from here, else that of the repository's own file, if there is one."""
+    return path if pathlib.Path(path).exists() or not (ROOT / path).is_file() else str(ROOT / path)
 
 
 def expand(patterns: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import read_jsonl
+from ctllm_jax.common.files import here_or_shipped, read_jsonl
 from ctllm_jax.cross_entropy import label_logprobs
 from ctllm_jax.data.batches import held_out, rows_arrays
 from ctllm_jax.data.chat import own_template
@@ -33,8 +33,6 @@ from ctllm_jax.model import ModelConfig, head, head_logits, hidden_states
 from ctllm_jax.objectives import Batch, Objective
 from ctllm_jax.sharding import RULES
 from ctllm_jax.step import batch_sharding
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +102,7 @@ def make_probes(config: InLoopConfig, store: TokenStore, max_length: int) -> Pro
     """
     tokenizer, questions = store.tokenizer, {}
     for path in config.tasks:
-        inside = not pathlib.Path(path).exists() and (ROOT / path).exists()
-        loaded = load_task(str(ROOT / path) if inside else path)
+        loaded = load_task(here_or_shipped(path))
         if loaded.task.name in questions:
             raise UserError(f"eval.tasks: two tasks are called {loaded.task.name}")
         questions[loaded.task.name] = _questions(loaded, config.items, tokenizer, max_length)

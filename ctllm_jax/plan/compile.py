@@ -38,9 +38,10 @@ from ctllm_jax.train_config import TrainConfig
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ctllm-jax" / "plan"
 # Settings that do not touch the step's program: how often it is looked at, what happens beside it.
-_BESIDE = ("seed", "distributed", "log", "eval", "checkpoints")
-_SOURCES = ("model.py", "attention/*.py", "cross_entropy.py", "losses.py", "objectives.py", "optim.py", "sharding.py")
-_SOURCES += ("step.py", "plan/compile.py", "plan/hlo.py", "plan/gpu_target.py")
+_BESIDE = ("seed", "distributed", "log", "eval", "checkpoints", "watch")
+_SOURCES = ("model.py", "attention/*.py", "rotary.py", "precision.py", "cross_entropy.py", "losses.py", "objectives.py")
+_SOURCES += ("duration.py", "optim.py", "sharding.py", "step.py")
+_SOURCES += ("plan/compile.py", "plan/hlo.py", "plan/gpu_target.py")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # there is no cloud machine to ask
