@@ -90,6 +90,7 @@ def generate(
         if not 0 < len(prompt) < limit:
             raise UserError(f"prompt {number} has {len(prompt)} tokens; there must be 1 to {limit - 1} ({model.name})")
     check_ids(model, prompts)
+    config = decodable(model.config, model.tokenizer)
     stops = jnp.asarray(sorted(set(stop_ids)) or [-1], jnp.int32)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -98,7 +99,7 @@ def generate(
             rows = order[start : start + BATCH_ROWS]
             batch = _pad([prompts[i] for i in rows], rows, min(max_tokens, limit), limit)
             new_BS, count_B = _decode(
-                model.config,
+                config,
                 bucket(min(max_tokens, limit), limit),
                 temperature > 0,
                 model.params,
@@ -114,6 +115,11 @@ def generate(
                 outputs[i] = new_BS[row, : count_B[row]].tolist()
             progress.add(len(rows))
     return outputs
+
+
+def decodable(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The model as one that gives probability only to ids that the tokenizer has too."""
+    return dataclasses.replace(config, vocab_size=min(config.vocab_size, tokenizer.vocab_size))
 
 
 def bucket(length: int, most: int) -> int:

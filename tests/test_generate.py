@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
@@ -120,6 +121,15 @@ def test_sampled_tokens_come_with_the_models_probabilities(model):
     share, expected = drawn.count(best) / 2000, float(probability_V[best])
     assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / 2000)
     assert max(drawn) < model.config.vocab_size
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_written(model):
+    """A model may have been made for more ids than its tokenizer has; a text could not hold them."""
+    tokenizer = types.SimpleNamespace(vocab_size=100)
+    narrow = dataclasses.replace(model, tokenizer=tokenizer)
+    sampling = {**SAMPLED, "top_k": 0, "top_p": 1.0}
+    wide, found = (generate(one, PROMPTS, max_tokens=20, stop_ids=[], **sampling) for one in (model, narrow))
+    assert max(map(max, wide)) >= 100 > max(map(max, found))
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,19 @@ def test_a_store_of_conversations_has_the_prompts_in_its_template(tmp_path):
     assert {*template.end_ids, store.tokenizer.eos_id} == probes.stop_ids
 
 
+def test_a_model_of_more_ids_than_the_tokenizer_writes_none_of_them(store):
+    """Its head prefers an id that no text can hold."""
+    probes = make_probes(in_loop(prompts=("山",)), store, 64)
+    config = tiny_config(vocab_size=384)
+    assert store.tokenizer.vocab_size < 384
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype) / 9, abstract_params(config))
+    params["head"][:, 380] = 1.0
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, context=1))
+    with jax.set_mesh(mesh):
+        (sample,) = Samples(probes, config, mesh).look(params)
+    assert sample["prompt"] == "山" and isinstance(sample["text"], str)
+
+
 def test_a_continuation_ends_before_its_stop(store, monkeypatch):
     probes = make_probes(in_loop(prompts=("山", "庙里")), store, 64)
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, context=1))

@@ -28,7 +28,7 @@ from ctllm_jax.data.store import TokenStore
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.evaluate.questions import LoadedTask, load_task, render
 from ctllm_jax.evaluate.scoring import encode_pair
-from ctllm_jax.generate import bucket, encode_prompt, write_samples
+from ctllm_jax.generate import bucket, decodable, encode_prompt, write_samples
 from ctllm_jax.model import ModelConfig, head, head_logits, hidden_states
 from ctllm_jax.objectives import Batch, Objective
 from ctllm_jax.sharding import RULES
@@ -250,7 +250,8 @@ class Samples:
         self._arrays = {"tokens": tokens_BL, "length": length_B}
         steps = max(prompt.room for prompt in probes.prompts)
         everywhere = NamedSharding(mesh, PartitionSpec())
-        self._go_on = jax.jit(functools.partial(_go_on, model, steps), out_shardings=everywhere)
+        go_on = functools.partial(_go_on, decodable(model, probes.tokenizer), steps)
+        self._go_on = jax.jit(go_on, out_shardings=everywhere)
 
     def look(self, params: dict) -> list[dict]:
         """{"prompt", "text"} for each prompt."""
