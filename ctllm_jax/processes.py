@@ -185,8 +185,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def leave(news: str) -> None:
-    """Ends this process at once with EXIT_LOST, whatever its threads are waiting for; `news` says why."""
+    """Ends this process with EXIT_LOST, whatever its threads are waiting for; `news` says why.
+
+    Process 0 gives the others a moment to do the same: with it goes what they talk over, and JAX aborts them.
+    """
     index = jax.process_index()
+    if index == 0 and jax.process_count() > 1:
+        time.sleep(_PARTING)
     text = f"ctllm: error: {news}; process {index} ends: start the job again and it goes on from its last checkpoint\n"
     os.write(sys.__stderr__.fileno(), text.encode())  # not through sys.stderr: another thread may hold it
     os._exit(EXIT_LOST)

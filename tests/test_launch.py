@@ -10,17 +10,13 @@ import sys
 import textwrap
 import time
 
-import jax
-import numpy as np
 import pytest
 from command import ctllm
 from test_processes import OPTIONS
+from test_train import assert_same_run
 from tiny_stores import tiny_store
 
 from ctllm_jax import cli
-from ctllm_jax.common.files import read_json
-from ctllm_jax.loading import load_model
-from ctllm_jax.metrics import read_metrics
 from launch import run as launch_run
 from launch.lines import Lines
 from launch.local import processes
@@ -377,22 +373,6 @@ def pids_of(workdir: pathlib.Path) -> dict[int, int]:
             if f"--workdir={workdir}".encode() in command and b"launch" not in command:
                 found[int(names[b"JAX_PROCESS_ID"])] = int(folder.name)
     return found
-
-
-def assert_same_run(workdir: pathlib.Path, other: pathlib.Path) -> None:
-    """Parameters, metrics (but for times) and result are equal to the last bit."""
-    jax.tree.map(np.testing.assert_array_equal, load_model(str(workdir)).params, load_model(str(other)).params)
-    timings = {"time", "tokens_per_second"}
-    ours, theirs = (
-        [
-            {name: value for name, value in entry.items() if name not in timings}
-            for kind in ("train", "eval")
-            for entry in read_metrics(folder, kind)
-        ]
-        for folder in (workdir, other)
-    )
-    assert ours == theirs and ours
-    assert read_json(workdir / "manifest.json")["result"] == read_json(other / "manifest.json")["result"]
 
 
 @pytest.mark.slow

@@ -221,8 +221,12 @@ class Questions:
 
     def look(self, params: dict) -> dict[str, float]:
         """The share of each task's questions that are answered rightly."""
-        found = [self._score(params, _spread(arrays, self._shape, self._mesh)) for arrays in self._arrays]
-        scores = iter(np.concatenate(jax.device_get(found)))
+        # One after the other: the collectives of two programs under way may meet in another order in each process of a
+        # job on CPUs, and then none ends.
+        found = [
+            jax.device_get(self._score(params, _spread(arrays, self._shape, self._mesh))) for arrays in self._arrays
+        ]
+        scores = iter(np.concatenate(found))
         return {
             f"accuracy/{name}": float(
                 np.mean([np.argmax([next(scores) for _ in question.rows]) == question.answer for question in own])
