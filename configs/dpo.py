@@ -14,7 +14,19 @@ from configs import sft
 def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     """`name` is "ct_llm_2b" or "tiny"."""
     config = sft.get_config(name)
-    config.objective.update(name="dpo", dpo_beta=0.5)
+    config.objective.update(
+        name="dpo",
+        preference=dict(
+            loss="sigmoid",
+            beta=0.5,
+            label_smoothing=0.0,
+            divergence="reverse_kl",
+            sft_weight=0.0,
+            tail_weight=1.0,
+            policy_weighted=False,
+            reference="cached",
+        ),
+    )
     config.optimizer.update(learning_rate=1e-6, warmup="3%")
     config.update(duration="2 epochs")
     if name == "tiny":

@@ -21,7 +21,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
     name, _, slice_name = name.partition("@")
     config = ConfigDict(
         dict(
-            objective=dict(name="lm", z_loss=0.0, dpo_beta=0.0, cross_entropy="auto"),
+            objective=dict(name="lm", z_loss=0.0, cross_entropy="auto", logit_metrics=False, preference=None),
             model=models.named(name),
             init_from=None,
             data=dict(store="", rates=dict(CT_LLM_TOKEN_SHARES), rate_changes=(), mask_documents=True),

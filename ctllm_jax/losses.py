@@ -1,6 +1,8 @@
 """Losses as pure functions. Sums over valid tokens, never means of means: the caller divides by the global count.
 
-Legend: B sequences, L positions, V vocabulary, P preference pairs.
+Those of preference pairs are in `ctllm_jax.preference`.
+
+Legend: B sequences, L positions, V vocabulary.
 """
 
 import jax
@@ -34,29 +36,37 @@ def lm_loss(
     return jnp.sum(nll_B) + z_loss * jnp.sum(weights_BL * lse_BL**2), nll_B
 
 
-def dpo_loss(
-    policy_P2: jax.Array, reference_P2: jax.Array, valid_P: jax.Array, beta: float
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Direct preference optimisation, sigmoid loss (arXiv 2305.18290, eq. 7): -log s(beta ((pi-ref)_w - (pi-ref)_l)).
+def dft_loss(logprob_BL: jax.Array, weights_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Dynamic fine-tuning (arXiv 2508.05629): each token's cross-entropy times its probability, which is held fixed.
+
+    Unlikely tokens then pull no harder than likely ones.
 
     Args:
-      policy_P2: summed log-probabilities of (chosen, rejected) completions under the policy.
-      reference_P2: the same under the reference.
-      valid_P: which pairs count.
-      beta: strength of the pull towards the reference.
+      logprob_BL, weights_BL: as in `lm_loss`.
 
     Returns:
-      (loss summed over pairs, sums over pairs: `count` and the diagnostics).
+      (objective summed over counted labels; plain negative log-likelihood of each sequence, [B]).
     """
-    rewards_P2 = beta * (policy_P2 - reference_P2)
-    margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-    count_P = valid_P.astype(jnp.float32)
-    loss = jnp.sum(-jax.nn.log_sigmoid(margin_P) * count_P)
-    return loss, {
-        "count": jnp.sum(count_P),
-        "loss": loss,
-        "reward_chosen": jnp.sum(rewards_P2[:, 0] * count_P),
-        "reward_rejected": jnp.sum(rewards_P2[:, 1] * count_P),
-        "margin": jnp.sum(margin_P * count_P),
-        "accuracy": jnp.sum((margin_P > 0) * count_P),
+    probability_BL = jax.lax.stop_gradient(jnp.exp(logprob_BL))
+    loss = -jnp.sum(probability_BL * logprob_BL * weights_BL)
+    return loss, -jnp.sum(logprob_BL * weights_BL, axis=-1)
+
+
+def logit_metrics(logits_BLV: jax.Array, labels_BL: jax.Array, vocab_size: int) -> dict[str, jax.Array]:
+    """What the logits themselves say at each position, fp32 [B, L], without a gradient.
+
+    Args:
+      logits_BLV: minus infinity from `vocab_size` on.
+
+    Returns:
+      entropy: of the predicted distribution, in nats. token_accuracy: whether the label is the likeliest id.
+      mean_logit: over the vocabulary.
+    """
+    logits_BLV = jax.lax.stop_gradient(logits_BLV).astype(jnp.float32)
+    own_BLV = jnp.where(jnp.arange(logits_BLV.shape[-1]) < vocab_size, logits_BLV, 0)
+    mean_BL = jnp.sum(jax.nn.softmax(logits_BLV) * own_BLV, axis=-1)
+    return {
+        "entropy": jax.nn.logsumexp(logits_BLV, axis=-1) - mean_BL,
+        "token_accuracy": (jnp.argmax(logits_BLV, axis=-1) == labels_BL).astype(jnp.float32),
+        "mean_logit": jnp.sum(own_BLV, axis=-1) / vocab_size,
     }

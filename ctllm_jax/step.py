@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.model import ModelConfig, abstract_params, logical_axes
-from ctllm_jax.objectives import BATCH_FIELDS, Batch, Objective
+from ctllm_jax.objectives import BATCH_FIELDS, Batch, Objective, whole_step
 from ctllm_jax.optim import Optimizer, is_spike
 from ctllm_jax.sharding import shardings, spec
 
@@ -110,6 +110,7 @@ def gradient(
         found = jax.grad(objective, has_aux=True)(params, reference, piece)
         return jax.tree.map(jnp.add, sums, found), None
 
+    batch = whole_step(batch)
     # Every part takes rows from every device: part j has the rows i * microbatches + j.
     pieces = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
     first = jax.tree.map(lambda x: x[0], pieces)
@@ -172,7 +173,7 @@ def abstract_state(model: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> Trai
 
 
 def batch_sharding(mesh: Mesh, sides: tuple[int, ...], narrow: bool) -> NamedSharding:
-    """Where a batch's arrays lie: [B, L], [B, 2, L] with sides (2,), or [B] if narrow."""
+    """Where a batch's arrays lie: [B, L], [B, 2, L] with sides (2,), or [B] and [B, 2] if narrow."""
     return NamedSharding(mesh, spec(("batch",) if narrow else ("batch", *(None for _ in sides), "length")))
 
 
@@ -183,7 +184,10 @@ def abstract_batch(batch_size: int, length: int, sides: tuple[int, ...], mesh: M
         name: jax.ShapeDtypeStruct((batch_size, *sides, length), dtype, sharding=wide)
         for name, dtype in BATCH_FIELDS.items()
     }
-    return {**batch, "source": jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=narrow)}
+    batch["source"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=narrow)
+    if sides:
+        batch["reference"] = jax.ShapeDtypeStruct((batch_size, *sides), jnp.float32, sharding=narrow)
+    return batch
 
 
 def jit_step(

@@ -35,6 +35,7 @@ from ctllm_jax.metrics.meter import Meter
 from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
 from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer
+from ctllm_jax.reference import scored_store
 from ctllm_jax.restore import restore_newest
 from ctllm_jax.sharding import make_mesh
 from ctllm_jax.step import TrainState, jit_step, start_state, state_shardings
@@ -102,6 +103,9 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
         _write_run(job)
     optimizer = make_optimizer(config.optimizer, job.model, job.clock)
     state, reference = _start_state(job, optimizer, origin)
+    if config.objective.reference == "cached":
+        store = scored_store(job.stage.folder, store, config, job.model, state.params, origin.digest, job.mesh)
+        job = dataclasses.replace(job, store=store, stream=dataclasses.replace(job.stream, store=store))
     first, ledger = 0, dict.fromkeys(sources, 0)
     saved = restore_newest(job.stage.folder, _like(state.params), _like(state.rest))
     if saved:
@@ -179,14 +183,14 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
 
 
 def _start_state(job: Job, optimizer, origin: LoadedModel | None) -> tuple[TrainState, dict | None]:
-    """(state at step 0 laid out over the mesh, DPO's frozen reference)."""
+    """(state at step 0 laid out over the mesh, DPO's frozen reference if it is live)."""
     layout = state_shardings(job.model, optimizer, job.mesh)
     if origin is None:
         draw = jax.jit(functools.partial(init_params, job.model), out_shardings=layout.params)
         params = draw(jax.random.key(job.config.seed))
     else:
         params = jax.device_put(jax.device_get(origin.params), layout.params)  # every process has read all of them
-    reference = jax.tree.map(jnp.copy, params) if job.config.objective.name == "dpo" else None
+    reference = jax.tree.map(jnp.copy, params) if job.config.objective.reference == "live" else None
     return start_state(params, optimizer, layout), reference
 
 

@@ -48,6 +48,9 @@ class TrainConfig:
         parse(self.duration)
         if self.batch_size % self.microbatches:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches")
+        if self.microbatches > 1 and self.objective.preference and self.objective.preference.whole_step:
+            loss = self.objective.preference.loss
+            raise ValueError(f"preference loss {loss!r} compares the pairs of a step; it needs microbatches 1")
         if (self.model is None) == (self.init_from is None):
             raise ValueError("give either model (a fresh start) or init_from (its architecture is taken over)")
         if self.checkpoints.keep_best and self.checkpoints.every % self.eval.every:
@@ -123,6 +126,8 @@ def check_fit(config: TrainConfig, model: ModelConfig, origin: LoadedModel | Non
     if store.kind not in STORE_KINDS[config.objective.name]:
         wanted = " or ".join(STORE_KINDS[config.objective.name])
         raise UserError(f"{store.folder} is a {store.kind} store; objective {config.objective.name} reads {wanted}")
+    if config.objective.name == "dpo" and origin is None:
+        raise UserError("objective dpo starts from a model, which is its reference too: give init_from")
     if store.tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{store.folder}: its tokenizer has {store.tokenizer.vocab_size} ids, the model only {model.vocab_size}"

@@ -195,7 +195,7 @@ batch = {name: jax.device_put(values[name].astype(like.dtype), like.sharding) fo
 with jax.set_mesh(mesh):
     params = jax.jit(lambda key: init_params(model, key), out_shardings=layout.params)(jax.random.key(0))
     state = start_state(params, optimizer, layout)
-    step = jit_step(make_objective(ObjectiveConfig("lm", 0.0, 0.0, "auto"), model, 1), optimizer, 2, layout)
+    step = jit_step(make_objective(ObjectiveConfig("lm", 0.0, "auto", False, None), model, 1), optimizer, 2, layout)
     losses = []
     for _ in range(3):
         state, metrics = step(state, None, batch)

@@ -11,6 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_models import tiny_model
+from tiny_objectives import dpo, lm
 from tiny_stores import batch_of, packed_row, preference_row
 
 from ctllm_jax.common.errors import UserError
@@ -18,7 +19,7 @@ from ctllm_jax.cross_entropy import DENSE_SHARE, UNKNOWN_MEMORY, choose_form, de
 from ctllm_jax.hardware import CHIPS
 from ctllm_jax.losses import lm_loss, token_logprobs
 from ctllm_jax.model import abstract_params, head_logits, logical_axes
-from ctllm_jax.objectives import ObjectiveConfig, make_objective
+from ctllm_jax.objectives import make_objective
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings, spec
 
 B, L, D, V = 8, 16, 24, 48  # V is padded
@@ -192,7 +193,7 @@ def pair(name: str):
 
 
 def objective(name: str, form: str, model):
-    return make_objective(ObjectiveConfig(name, 1e-4, 0.5, cross_entropy=form), model.config, 2)
+    return make_objective(dpo(form) if name == "dpo" else lm(1e-4, form), model.config, 2)
 
 
 @pytest.mark.parametrize(("name", "tied"), [("lm", True), ("dpo", False)])
@@ -241,7 +242,7 @@ def test_the_automatic_form_is_dense_while_its_logits_fit_the_limit():
         assert choose_form("chunked", tokens, padded, mesh, None) == "chunked"
     assert [choose_form("auto", 8192, padded, {}, CHIPS[name]) for name in ("v5e", "v6e")] == ["chunked", "dense"]
     with pytest.raises(ValueError, match="'tiled' is unknown; there are: dense, chunked, auto"):
-        ObjectiveConfig("lm", 0.0, 0.0, cross_entropy="tiled")
+        lm(cross_entropy="tiled")
 
 
 def temporary_bytes(logprobs, tokens, width, padded, ids, dtype, sharding=None) -> int:

@@ -8,21 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from align_reference import golden, preference_pairs, sft_rows
+from align_reference import golden, sft_rows
 from tiny_models import NO_REFERENCE, REFERENCE, tiny_model
+from tiny_objectives import dpo, lm
 from tiny_stores import batch_of, packed_row, preference_row
 
 from ctllm_jax.data.record import Row
 from ctllm_jax.loading import load_model
-from ctllm_jax.losses import dpo_loss, lm_loss, token_logprobs
+from ctllm_jax.losses import dft_loss, lm_loss, logit_metrics, token_logprobs
 from ctllm_jax.objectives import ObjectiveConfig, make_objective
 from ctllm_jax.optim import Optimizer
 from ctllm_jax.step import TrainState, train_step
 
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
 LENGTH = 32
-LM = ObjectiveConfig("lm", z_loss=0.0, dpo_beta=0.0, cross_entropy="dense")
-DPO = ObjectiveConfig("dpo", z_loss=0.0, dpo_beta=0.5, cross_entropy="dense")
+LM, DPO = lm(cross_entropy="dense"), dpo("dense")
 
 
 def pretrain_rows(count: int = 8) -> list[Row]:
@@ -69,32 +69,21 @@ def test_lm_loss_of_uniform_logits_is_the_logarithm_of_the_vocabulary():
     np.testing.assert_allclose(total / 10, np.log(64), rtol=1e-6)
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_dpo_loss_equals_the_formula_in_float64(beta):
-    random = np.random.default_rng(1)
-    policy_P2, reference_P2 = (-100 * random.random((2, 16, 2))).astype(np.float32)
-    valid_P = random.random(16) < 0.7
-    loss, sums = dpo_loss(jnp.asarray(policy_P2), jnp.asarray(reference_P2), jnp.asarray(valid_P), beta)
-    rewards_P2 = beta * (policy_P2.astype(np.float64) - reference_P2)[valid_P]
-    margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-    expected = {
-        "count": valid_P.sum(),
-        "loss": np.logaddexp(0, -margin_P).sum(),
-        "reward_chosen": rewards_P2[:, 0].sum(),
-        "reward_rejected": rewards_P2[:, 1].sum(),
-        "margin": margin_P.sum(),
-        "accuracy": (margin_P > 0).sum(),
-    }
-    assert sums.keys() == expected.keys() and float(loss) == float(sums["loss"])
-    for name, value in expected.items():
-        np.testing.assert_allclose(sums[name], value, rtol=1e-5, err_msg=name)
+def test_dft_weighs_each_tokens_gradient_by_its_probability():
+    logprob_BL, weights_BL = jnp.log(jnp.array([[0.5, 0.01, 0.9]])), jnp.array([[1.0, 1.0, 0.0]])
+    (total, nll_B), grad_BL = jax.value_and_grad(dft_loss, has_aux=True)(logprob_BL, weights_BL)
+    np.testing.assert_allclose(total, -0.5 * np.log(0.5) - 0.01 * np.log(0.01), rtol=1e-6)
+    np.testing.assert_allclose(nll_B, [-np.log(0.5) - np.log(0.01)], rtol=1e-6)
+    np.testing.assert_allclose(grad_BL, [[-0.5, -0.01, 0.0]], rtol=1e-6)
 
 
-def test_dpo_gradient_pulls_the_answers_apart_by_the_sigmoid_of_the_margin():
-    policy_P2, reference_P2 = jnp.array([[-5.0, -3.0]]), jnp.array([[-4.0, -4.0]])
-    grad_P2 = jax.grad(lambda p: dpo_loss(p, reference_P2, jnp.ones(1, bool), 0.5)[0])(policy_P2)
-    pull = 0.5 / (1 + np.exp(-1.0))  # beta x s(-margin), margin -1
-    np.testing.assert_allclose(grad_P2, [[-pull, pull]], rtol=1e-6)
+@pytest.mark.parametrize("padded", [64, 80])
+def test_logit_metrics_of_uniform_and_of_certain_logits(padded):
+    logits_BLV = jnp.full((1, 2, padded), 3.0).at[0, 1, 5].set(100.0).at[..., 64:].set(-jnp.inf)
+    found = logit_metrics(logits_BLV, jnp.array([[1, 5]]), 64)
+    np.testing.assert_allclose(found["entropy"], [[np.log(64), 0.0]], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found["mean_logit"], [[3.0, 3.0 + 97 / 64]], rtol=1e-6)
+    assert found["token_accuracy"].tolist() == [[0.0, 1.0]]
 
 
 # ---- Objectives
@@ -246,51 +235,19 @@ def test_microbatches_change_neither_the_step_nor_its_metrics(model, reference, 
 
 
 @needs_reference
-def test_dpo_loss_and_rewards_equal_trls():
-    (expected,) = (entry for entry in golden("dpo_golden")["cases"] if entry["name"] == "sigmoid_b0.5")
-    policy, frozen = (load_model(str(REFERENCE / name)) for name in ("tiny_gqa", "tiny_gqa_ref"))
-    batch = batch_of(preference_pairs(), expected["seq_len"], "preference")
-    _, sums = jax.jit(make_objective(DPO, policy.config, 1))(policy.params, frozen.params, batch)
-    assert float(sums["count"]) == 8
-    np.testing.assert_allclose(sums["loss"] / 8, expected["loss"], rtol=1e-4)
-    for ours, theirs in {
-        "reward_chosen": "rewards/chosen",
-        "reward_rejected": "rewards/rejected",
-        "margin": "rewards/margins",
-        "accuracy": "rewards/accuracies",
-    }.items():
-        np.testing.assert_allclose(sums[ours] / 8, expected["metrics"][theirs], rtol=1e-3, atol=2e-4, err_msg=ours)
-
-
-@needs_reference
-def test_dpo_losses_from_given_log_probabilities_equal_those_of_trl_and_of_the_original_code():
-    values = golden("dpo_golden")
-    cases = {case["name"]: case for case in values["cases"]}
-    for original in values["original_dpo"][:2]:
-        beta = original["config"]["beta"]
-        case = cases[f"sigmoid_b{beta}"]
-        policy_P2 = jnp.array([case["policy_chosen_logps"], case["policy_rejected_logps"]]).T
-        frozen_P2 = jnp.array([case["ref_chosen_logps"], case["ref_rejected_logps"]]).T
-        whole, _ = dpo_loss(policy_P2, frozen_P2, jnp.ones(8, bool), beta)
-        np.testing.assert_allclose(whole / 8, case["loss"], rtol=1e-5)
-        for row, expected in enumerate(original["losses"]):
-            loss, sums = dpo_loss(policy_P2, frozen_P2, jnp.arange(8) == row, beta)
-            np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-6)
-            np.testing.assert_allclose(sums["reward_chosen"], original["chosen_rewards"][row], rtol=1e-4)
-            np.testing.assert_allclose(sums["reward_rejected"], original["rejected_rewards"][row], rtol=1e-4)
-
-
-@needs_reference
-def test_sft_losses_and_gradient_norms_equal_trls():
+@pytest.mark.parametrize("name", ["lm", "dft"])
+def test_sft_losses_gradient_norms_and_accuracies_equal_trls(name):
     model = load_model(str(REFERENCE / "tiny_gqa"))
     cases = golden("sft_golden")
     longest = max(len(ids) for case in cases.values() for ids in case["input_ids"])
-    step = jax.jit(jax.value_and_grad(make_objective(LM, model.config, 2), has_aux=True))
-    for name in ("completion_only", "full_sequence", "assistant_only", "assistant_only_trunc128"):
-        case, rows = cases[name], sft_rows(cases[name])
-        (_, sums), grads = step(model.params, None, batch_of(rows, longest, "chat", empty=8 - len(rows)))
+    objective = make_objective(lm(name=name, logit_metrics=True), model.config, 2)
+    step = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    for mode in [mode for mode in cases if (mode == "dft") == (name == "dft")]:
+        case, rows = cases[mode], sft_rows(cases[mode])
+        (loss, sums), grads = step(model.params, None, batch_of(rows, longest, "chat", empty=8 - len(rows)))
         count = float(sums["count"])
         assert count == sum(case["label_tokens_per_row"])
-        np.testing.assert_allclose(sums["loss"] / count, case["loss"], rtol=1e-4, err_msg=name)
-        np.testing.assert_allclose(sums["loss"], sum(case["nll_sum_per_row"]), rtol=1e-4, err_msg=name)
-        np.testing.assert_allclose(norm(grads) / count, case["grad_norm"], rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(loss / count, case["loss"], rtol=1e-4, err_msg=mode)
+        np.testing.assert_allclose(sums["loss"], sum(case["nll_sum_per_row"]), rtol=1e-4, err_msg=mode)
+        np.testing.assert_allclose(norm(grads) / count, case["grad_norm"], rtol=1e-3, err_msg=mode)
+        np.testing.assert_allclose(sums["token_accuracy"] / count, case["mean_token_accuracy"], atol=1e-6)

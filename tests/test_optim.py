@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from align_reference import ALIGN, golden, preference_pairs, sft_rows
 from tiny_models import NO_REFERENCE, REFERENCE, tiny_config
+from tiny_objectives import dpo, lm
 from tiny_stores import batch_of
 
 from ctllm_jax import hf
@@ -17,7 +18,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.duration import Clock
 from ctllm_jax.loading import load_model
 from ctllm_jax.model import abstract_params
-from ctllm_jax.objectives import ObjectiveConfig, make_objective
+from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import OptimizerConfig, decay_mask, make_optimizer, schedule
 from ctllm_jax.sharding import MeshConfig, make_mesh
 from ctllm_jax.step import start_state, state_shardings, train_step
@@ -276,10 +277,10 @@ def test_six_steps_equal_those_of_torch(kind):
     expected, model = golden(f"{kind}_train"), load_model(str(REFERENCE / "tiny_gqa"))
     if kind == "sft":
         rows, reference, length = sft_rows(golden("sft_golden")["completion_only"]), None, 300
-        objective = make_objective(ObjectiveConfig("lm", 0.0, 0.0, "auto"), model.config, 2)
+        objective = make_objective(lm(), model.config, 2)
     else:
         rows, reference, length = preference_pairs(), load_model(str(REFERENCE / "tiny_gqa_ref")).params, 473
-        objective = make_objective(ObjectiveConfig("dpo", 0.0, expected["beta"], "auto"), model.config, 2)
+        objective = make_objective(dpo(beta=expected["beta"]), model.config, 2)
     config = dataclasses.replace(CONSTANT, learning_rate=expected["lr"])
     optimizer = make_optimizer(config, model.config, clock(6))
     compiled = jax.jit(functools.partial(train_step, objective=objective, optimizer=optimizer, microbatches=1))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_objectives import dpo
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -90,9 +91,7 @@ def test_flops_are_the_models_and_what_is_computed_again():
 
 def test_dpo_counts_the_reference():
     config = config_for("v5e:4x4")
-    config = dataclasses.replace(
-        config, objective=dataclasses.replace(config.objective, name="dpo"), batch_size=256, microbatches=16
-    )
+    config = dataclasses.replace(config, objective=dpo(), batch_size=256, microbatches=16)
     target = parse_slice("v5e:4x4")
     memory = arithmetic.arguments(config, target)
     assert memory["reference"] == memory["parameters"]

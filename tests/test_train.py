@@ -1,5 +1,6 @@
 """The training loop: it learns, and kill, stop and resume leave no trace in the result."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from test_checkpoint import cut, largest
 from test_watch import metadata_server, until
+from tiny_objectives import dpo
 from tiny_stores import tiny_store, train_values
 
 from ctllm_jax import stopping, train
@@ -399,7 +401,7 @@ def test_dpo_starts_level_with_its_reference_and_a_stop_does_not_move_the_refere
         stores["preference"],
         model=None,
         init_from=str(finished[0]),
-        objective__name="dpo",
+        objective=dataclasses.asdict(dpo(reference="cached")),
         optimizer__learning_rate=1e-3,
         duration="6 steps",
         checkpoints__every=100,

@@ -1,7 +1,10 @@
 """What does not go together in a training config, or between it, its store and its mesh, is refused by name."""
 
+import dataclasses
+
 import pytest
 from test_train import config_of
+from tiny_objectives import dpo
 from tiny_stores import tiny_store
 
 from ctllm_jax import train
@@ -18,7 +21,7 @@ def stores(tmp_path_factory):
     ("kind", "change", "message"),
     [
         ("preference", {}, "is a preference store; objective lm reads pretrain or chat"),
-        ("pretrain", {"objective__name": "dpo"}, "is a pretrain store; objective dpo reads preference"),
+        ("pretrain", {"objective": dataclasses.asdict(dpo())}, "is a pretrain store; objective dpo reads preference"),
         ("pretrain", {"model__vocab_size": 300}, "its tokenizer has 370 ids, the model only 300"),
         ("pretrain", {"model__max_length": 31}, "rows of 32 tokens, the model takes 31"),
         ("pretrain", {"data__rates": {"code": 1.0}}, "mixture rate given for 'code'"),
@@ -57,7 +60,7 @@ def test_a_layout_that_does_not_divide_is_refused_by_name(stores, tmp_path, chan
         ({"microbatches": 3}, "batch_size 8 does not divide into 3 microbatches"),
         ({"init_from": "somewhere"}, "give either model .* or init_from"),
         ({"model": None}, "give either model .* or init_from"),
-        ({"objective__name": "ppo"}, "objective 'ppo' is unknown; there are: lm, dpo"),
+        ({"objective__name": "ppo"}, "objective 'ppo' is unknown; there are: lm, dft, dpo"),
         ({"model__remat": "some"}, "remat 'some' is unknown"),
         ({"checkpoints__kept": 0}, "every and kept must be at least 1"),
         ({"checkpoints__keep_every": 7}, "keep_every 7 is no multiple of every 5"),

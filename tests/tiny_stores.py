@@ -90,7 +90,13 @@ def batch_of(rows: list[Row], length: int, kind: str, empty: int = 0, mask_docum
 def train_values(store: pathlib.Path) -> dict:
     """The config of a run of 12 steps over 8 devices."""
     return {
-        "objective": {"name": "lm", "z_loss": 1e-4, "dpo_beta": 0.5, "cross_entropy": "auto"},
+        "objective": {
+            "name": "lm",
+            "z_loss": 1e-4,
+            "cross_entropy": "auto",
+            "logit_metrics": False,
+            "preference": None,
+        },
         "model": dataclasses.asdict(tiny_config(max_length=32)),
         "init_from": None,
         "data": {"store": str(store), "rates": {"zh": 0.75, "en": 0.25}, "rate_changes": [], "mask_documents": True},

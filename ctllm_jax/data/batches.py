@@ -87,7 +87,7 @@ def make_stream(config: DataConfig, store: TokenStore, batch_size: int, seed: in
 
 
 def rows_arrays(rows: Sequence[Row], length: int, kind: str, mask_documents: bool) -> dict[str, np.ndarray]:
-    """What the model reads of rows: tokens, positions, segments, labels, weights; [N, L], or [N, 2, L] for pairs."""
+    """What the model reads of rows: BATCH_FIELDS, [N, L]; for pairs [N, 2, L], and `reference` [N, 2]."""
     sides = 2 if kind == "preference" else 1
     arrays = {name: np.zeros((len(rows) * sides, length), dtype) for name, dtype in BATCH_FIELDS.items()}
     for number, row in enumerate(rows):
@@ -98,7 +98,8 @@ def rows_arrays(rows: Sequence[Row], length: int, kind: str, mask_documents: boo
         else:
             _fill(arrays, number, row.tokens, row.mask, row.lengths if mask_documents else [len(row.tokens)])
     if kind == "preference":
-        return {name: array.reshape(len(rows), 2, length) for name, array in arrays.items()}
+        arrays = {name: array.reshape(len(rows), 2, length) for name, array in arrays.items()}
+        arrays["reference"] = np.array([row.reference for row in rows], np.float32).reshape(-1, 2)
     return arrays
 
 
@@ -137,17 +138,17 @@ def _lay_out(
     arrays = read(rows)
     where = {row: place for place, row in enumerate(rows)}
 
-    def put(array: np.ndarray) -> jax.Array:
-        narrow = array.ndim == 1
+    def put(name: str, array: np.ndarray) -> jax.Array:
+        narrow = name not in BATCH_FIELDS
 
         def piece(index):
             chosen = [where[row] for row in range(*index[0].indices(batch_size))]
             return array[chosen][(slice(None), *index[1:])]
 
         sharding = batch_sharding(mesh, sides, narrow) if narrow else wide
-        return jax.make_array_from_callback((batch_size,) if narrow else shape, sharding, piece)
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, piece)
 
-    return {name: put(array) for name, array in arrays.items()}
+    return {name: put(name, array) for name, array in arrays.items()}
 
 
 def global_batch(stream: Stream, step: int, mesh: Mesh) -> Batch:

@@ -38,6 +38,8 @@ class Row:
       mask: uint8 [L], 1 where the token is learned; None where all are.
       bytes: UTF-8 bytes of text that the tokens stand for (special tokens none).
       starts: place of each segment's first token within its document; empty where all are 0.
+      reference: of a pair, the answers' log-probabilities under a reference; not part of the record, see
+        `ctllm_jax.reference`.
     """
 
     tokens: np.ndarray
@@ -46,6 +48,7 @@ class Row:
     mask: np.ndarray | None
     bytes: int
     starts: Sequence[int] = ()
+    reference: Sequence[float] = (0.0, 0.0)
 
 
 def encode_row(row: Row) -> bytes:

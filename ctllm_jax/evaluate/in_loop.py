@@ -199,10 +199,7 @@ def _means(totals: dict[str, collections.Counter], kind: str) -> dict[str, float
     if kind == "pretrain":
         bits = {"": whole, **{f"/{source}": total for source, total in totals.items()}}
         result |= {f"bits_per_byte{name}": t["loss"] / np.log(2) / t["bytes"] for name, t in bits.items()}
-    for name in ("accuracy", "margin", "reward_chosen", "reward_rejected"):
-        if name in whole:
-            result[name] = whole[name] / whole["count"]
-    return result
+    return result | {name: whole[name] / whole["count"] for name in sorted(names - {"count", "loss", "bytes"})}
 
 
 class Questions:

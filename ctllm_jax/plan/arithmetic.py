@@ -77,13 +77,13 @@ def count(model: ModelConfig) -> int:
 
 
 def arguments(config: TrainConfig, target: Slice) -> dict[str, int]:
-    """Bytes of a device's arguments: parameters, moments, reference (DPO), batch; padded as a TPU lays them out."""
+    """Bytes of a device's arguments: parameters, moments, a live reference, batch; padded as a TPU lays them out."""
     padded = target.chip.platform == "tpu"
     model, optimizer, mesh = _laid_out(config, target)
     state = _state_bytes(model, optimizer, mesh, padded)
     batch = _batch_bytes(config.batch_size, model.max_length, config.sides, mesh, padded)
     counted = {"parameters": state["all"], "moments": state["moments"], "batch": batch}
-    return counted if config.sides == 1 else {**counted, "reference": counted["parameters"]}
+    return {**counted, "reference": counted["parameters"]} if config.objective.reference == "live" else counted
 
 
 def parameter_bytes(config: TrainConfig, target: Slice) -> dict[str, int]:
@@ -231,7 +231,7 @@ def work(config: TrainConfig, target: Slice) -> Work:
     gathered = parameters["layers"] * item // FP32 * part.ways("embed")
     activations = model.num_layers * part.tokens * kept_per_token(model, part.mesh["tensor"])
     traffic = 7 * parameters["all"] + part.microbatches * (5 * gathered + 2 * activations)
-    reference = 4 / 3 if config.sides == 2 else 1.0  # DPO's reference goes forward only: a third of the work more
+    reference = 4 / 3 if config.objective.reference == "live" else 1.0  # it goes forward only: a third of the work more
     return Work(tokens * causal * reference, tokens * full * reference, tokens * (causal * reference + again), traffic)
 
 

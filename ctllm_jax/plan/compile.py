@@ -40,7 +40,7 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() 
 # Settings that do not touch the step's program: how often it is looked at, what happens beside it.
 _BESIDE = ("seed", "distributed", "log", "eval", "checkpoints", "watch")
 _SOURCES = ("model.py", "attention/*.py", "rotary.py", "precision.py", "cross_entropy.py", "losses.py", "objectives.py")
-_SOURCES += ("duration.py", "optim.py", "sharding.py", "step.py")
+_SOURCES += ("preference.py", "duration.py", "optim.py", "sharding.py", "step.py")
 _SOURCES += ("plan/compile.py", "plan/hlo.py", "plan/gpu_target.py")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -172,7 +172,7 @@ def lower(config: TrainConfig, target: Slice) -> jax.stages.Lowered:
     layout = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jit_step(objective, optimizer, config.microbatches, layout, config.xla_options)
     with jax.set_mesh(mesh):
-        return step.lower(state, state.params if sides else None, batch)
+        return step.lower(state, state.params if config.objective.reference == "live" else None, batch)
 
 
 def compile_step(config: TrainConfig, target: Slice) -> Compiled:
