@@ -30,7 +30,7 @@ from ctllm_jax.data.chat import LEARN, load_template
 from ctllm_jax.data.order import keyed
 from ctllm_jax.data.record import FORMAT, KINDS, Row, ids_name, shard_name, write_ids, write_shard
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from data_pipeline import chat_tasks, map_cc, records, tasks
+from data_pipeline import answers, chat_tasks, map_cc, records, tasks
 from data_pipeline.packing import chunks, pack, wrap
 from data_pipeline.runner import BeamConfig, make_pipeline
 
@@ -133,6 +133,9 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
         "rejected_records": len(found.rejected),
     }
     _tell(result["splits"])
+    if config.kind != "pretrain":
+        for sentence in answers.warnings(result["splits"]["train"], config.kind, config.sequence_length, tokenizer):
+            print(f"tokenize: {sentence}", file=sys.stderr)
     if not any(entry["rows"] for entry in result["splits"]["train"].values()):
         raise UserError(f"{workdir}: nothing is left to train on (validation_share {config.validation_share})")
     return stage.finish(result)
@@ -212,7 +215,7 @@ class BuildShard(beam.DoFn):
             rows = PACKINGS[config.packing](documents, config.sequence_length, seed)
         for row in rows:
             counts.update(rows=1, tokens=len(row.tokens), learned=_learned(row), bytes=row.bytes)
-        note = {"file": window.shard, **{key: counts[key] for key in COUNTS}}
+        note = {"file": window.shard, **{key: counts[key] for key in _counted(config.kind)}}
         if rows:
             shard = folder / window.shard
             with atomic_file(shard) as temporary:
@@ -224,7 +227,10 @@ class BuildShard(beam.DoFn):
         yield
 
 
-COUNTS = ("rows", "documents", "tokens", "learned", "bytes", "truncated", "dropped")
+def _counted(kind: str) -> tuple[str, ...]:
+    """What is counted of each source and split. `tokens_chosen` and `tokens_rejected` are answers' tokens."""
+    counts = ("rows", "documents", "tokens", "learned", "bytes", "truncated", "dropped")
+    return (*counts, "tokens_chosen", "tokens_rejected") if kind == "preference" else counts
 
 
 def _documents(window: Window, config: TokenizeConfig, counts: collections.Counter, progress: TextIO) -> Iterator[Row]:
@@ -241,9 +247,12 @@ def _documents(window: Window, config: TokenizeConfig, counts: collections.Count
         tokens = [example[side][:length] for side in sides]
         masks = [example["loss_mask" if side == "targets" else f"{side}_mask"][:length] for side in sides]
         counts["truncated"] += any(len(example[side]) > length for side in sides)
-        if not all(mask[1:].any() for mask in masks):  # nothing would be learned
+        learned = [int(mask[1:].sum()) for mask in masks]
+        if not all(learned) or (len(sides) == 2 and np.array_equal(*tokens)):  # nothing would be learned
             counts["dropped"] += 1
             continue
+        if len(sides) == 2:
+            counts.update(tokens_chosen=learned[0], tokens_rejected=learned[1])
         lengths = [len(part) for part in tokens]
         mask = np.concatenate(masks).astype(np.uint8)
         yield Row(np.concatenate(tokens), lengths, [document_id] * len(sides), mask, text_bytes)
@@ -302,12 +311,13 @@ def _documents_done(folder: pathlib.Path, window: Window) -> int:
 def _collect(folder: pathlib.Path, windows: Sequence[Window], config: TokenizeConfig) -> dict:
     """{split: {source: shards, summed counts, share of positions that are padding}} from the notes."""
     splits: dict[str, dict] = {split: {} for split in tasks.SPLITS}
+    counted = _counted(config.kind)
     for window in windows:
         note = read_json(_note(folder, window))
-        entry = splits[window.split].setdefault(window.source, {"shards": [], **dict.fromkeys(COUNTS, 0)})
+        entry = splits[window.split].setdefault(window.source, {"shards": [], **dict.fromkeys(counted, 0)})
         if note["rows"]:
             entry["shards"].append({name: note[name] for name in ("file", "rows", "identity")})
-        for key in COUNTS:
+        for key in counted:
             entry[key] += note[key]
     sequences = 2 if config.kind == "preference" else 1  # of a row
     for entry in (entry for sources in splits.values() for entry in sources.values()):

@@ -33,6 +33,7 @@ class Tokenizer:
       file: the model file it was read from.
       vocab_size: number of ids.
       bos_id, eos_id: ids that open and close a document; bos_id is None where the vocabulary has none.
+      pad_id: what others fill rows up with, or None; here padding is told by its place.
       digest: SHA-256 (16 hex digits) of the model file.
     """
 
@@ -40,6 +41,7 @@ class Tokenizer:
     vocab_size: int
     bos_id: int | None
     eos_id: int
+    pad_id: int | None
     digest: str
 
     def encode(self, text: str) -> list[int]:
@@ -98,6 +100,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else None
         self.eos_id = self._model.eos_id()
+        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else None
         if self.eos_id < 0:
             raise UserError(f"{file}: the vocabulary has no end-of-document piece")
 
@@ -157,7 +160,7 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_id = self._special(settings.get("eos_token"))
         if eos_id is None:
             raise UserError(f"{settings_file}: eos_token is missing or not in the vocabulary")
-        self.eos_id = eos_id
+        self.eos_id, self.pad_id = eos_id, self._special(settings.get("pad_token"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
