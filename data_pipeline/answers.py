@@ -23,8 +23,8 @@ def warnings(entries: Mapping[str, Mapping], kind: str, length: int, tokenizer: 
     found = []
     if total["truncated"]:
         found.append(
-            f"{_share(total, 'truncated')} longer than {length} tokens were cut: their last answer has no end, and a "
-            "model that never sees the end does not learn to stop; raise sequence_length"
+            f"{_share(total, 'truncated')} were longer than {length} tokens and cut: with keep 'start' the last answer "
+            "has no end, from which a model learns not to stop; with keep 'end' its question may be gone"
         )
     if total["dropped"]:
         what = "left no answer" if kind == "chat" else "left no answer, or two that do not differ"

@@ -4,16 +4,49 @@ A record's source is its `source`, else its `language`, else the kind of the rec
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
+from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.chat import ChatTemplate, CtllmTemplate
+from ctllm_jax.data.record import id_hash
 from ctllm_jax.data.tokenizer import Tokenizer
 from data_pipeline.splits import is_held_out
 from data_pipeline.tasks import BATCH, SPLITS
+
+
+def in_ratio(records: Sequence[dict], ratio: Mapping[str, float]) -> list[dict]:
+    """As many records as have their languages in an exact ratio, to the record; the others are left out.
+
+    Which ones of a language stay is decided by the hash of their ids, so a smaller part lies within a larger one.
+
+    Args:
+      records: each with its `language`.
+      ratio: {language: its part}; any positive scale.
+
+    Raises:
+      UserError: a record's language is not in the ratio, or one with a part has no record.
+    """
+    by_language: dict[str, list[dict]] = {}
+    for record in records:
+        by_language.setdefault(record.get("language", "none"), []).append(record)
+    parts = {name: part for name, part in ratio.items() if part}
+    if by_language.keys() - ratio.keys() or parts.keys() - by_language.keys():
+        counts = ", ".join(f"{name} {len(own):,}" for name, own in sorted(by_language.items()))
+        raise UserError(
+            f"ratio has parts for {', '.join(sorted(parts))}; the records' languages are: {counts}. Name them all; a "
+            "part of 0 leaves a language out"
+        )
+    scale = min(len(by_language[name]) / part for name, part in parts.items())
+    kept = set()
+    for name, part in parts.items():
+        ids = sorted((record["id"] for record in by_language[name]), key=id_hash)
+        kept.update(ids[: math.floor(part * scale + 1e-9)])
+    return [record for record in records if record["id"] in kept]
 
 
 def chat_tasks(

@@ -45,9 +45,11 @@ class TokenizeConfig:
     corpus: str | None  # folder of `ctllm corpus`, for pretrain
     input: tuple[str, ...]  # jsonl files or globs, for chat and preference
     tokenizer: str  # folder of `ctllm tokenizer`, or a model file
-    template: str  # of chats: "ctllm" (ours), "tokenizer" (the Jinja template that came with it), or a Jinja file
+    template: str  # of chats: "ctllm" (ours), "tokenizer" (that came with it), "chatml", "llama2", or a Jinja file
     learn: str  # of a conversation, kind chat: "assistant" (every answer), "last" (the final one) or "all"
+    ratio: dict[str, float]  # kinds chat and preference: records by language, exactly; empty takes all
     sequence_length: int
+    keep: str  # kinds chat and preference: of an example longer than a row the "start" or the "end" (the last answer)
     packing: str  # of documents: "best_fit", or "wrapped" (end to end and cut at row ends, as the released models saw)
     validation_share: float  # part of the documents held out, by the hash of their id
     shards: int  # of each source and split; 0: as many as the source has files
@@ -65,6 +67,14 @@ class TokenizeConfig:
             raise ValueError(f"learn {self.learn!r} is unknown; there are: {', '.join(LEARN)}")
         if self.kind != "chat" and self.learn != "assistant":
             raise ValueError(f"learn {self.learn!r} is for kind chat; of kind {self.kind} what is learned is fixed")
+        if self.kind == "pretrain" and self.ratio:
+            raise ValueError("ratio is for kinds chat and preference; mixture rates of documents belong to training")
+        if any(part < 0 for part in self.ratio.values()) or (self.ratio and not any(self.ratio.values())):
+            raise ValueError(f"ratio {self.ratio}: its parts must not be negative, nor all 0")
+        if self.keep not in ("start", "end"):
+            raise ValueError(f"keep {self.keep!r} is unknown; there are: start, end")
+        if self.kind == "pretrain" and self.keep != "start":
+            raise ValueError("keep is for kinds chat and preference; of documents nothing is cut away")
         if self.packing not in PACKINGS:
             raise ValueError(f"packing {self.packing!r} is unknown; there are: {', '.join(PACKINGS)}")
         if self.kind != "pretrain" and self.packing != "best_fit":
@@ -155,6 +165,8 @@ def _register(config: TokenizeConfig, tokenizer: Tokenizer) -> tuple[dict[str, s
     found = records.read_records(files, check)
     if not found.kept:
         raise UserError(f"{', '.join(files)}: no usable {config.kind} record among {len(found.rejected)}")
+    if config.ratio:
+        found = dataclasses.replace(found, kept=chat_tasks.in_ratio(found.kept, config.ratio))
     if config.kind == "chat":
         return chat_tasks.chat_tasks(found.kept, tokenizer, config.validation_share, template, config.learn), found
     return chat_tasks.preference_tasks(found.kept, tokenizer, config.validation_share, template), found
@@ -244,8 +256,9 @@ def _documents(window: Window, config: TokenizeConfig, counts: collections.Count
             row = Row(tokens, [len(tokens)], [document_id], None, text_bytes)
             yield from chunks(row, length) if config.packing == "best_fit" else [row]
             continue
-        tokens = [example[side][:length] for side in sides]
-        masks = [example["loss_mask" if side == "targets" else f"{side}_mask"][:length] for side in sides]
+        part = slice(length) if config.keep == "start" else slice(-length, None)
+        tokens = [example[side][part] for side in sides]
+        masks = [example["loss_mask" if side == "targets" else f"{side}_mask"][part] for side in sides]
         counts["truncated"] += any(len(example[side]) > length for side in sides)
         learned = [int(mask[1:].sum()) for mask in masks]
         if not all(learned) or (len(sides) == 2 and np.array_equal(*tokens)):  # nothing would be learned

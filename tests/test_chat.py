@@ -10,7 +10,9 @@ import seqio
 from align_reference import LEARNED, conversations, golden, preference_pairs
 from tiny_models import NO_REFERENCE, REFERENCE, tiny_tokenizer
 from tiny_records import say
+from tiny_stages import hugging_face
 
+from configs.mixtures import CT_LLM_SFT_RATIOS
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.chat import CtllmTemplate, load_template, own_template
 from ctllm_jax.data.tokenizer import ASSISTANT, CHAT_PIECES, END, USER, load_tokenizer
@@ -115,6 +117,34 @@ def test_the_end_of_turn_is_learned_though_the_tag_leaves_it_out(jinja):
 
 
 @needs_reference
+def test_templates_by_name_learn_every_answer_and_the_end_of_its_turn():
+    tokenizer = load_tokenizer(REFERENCE / "tiny_mha")
+    chatml, llama = (load_template(name, tokenizer) for name in ("chatml", "llama2"))
+
+    def text(template, messages) -> str:
+        return template._encoder.decode(template.render(messages)[0], skip_special_tokens=False)
+
+    assert text(chatml, TWO_TURNS[:3]) == (
+        "<|im_start|>system\n好<|im_end|>\n<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>\n"
+    )
+    assert learned_text(chatml, TWO_TURNS) == "答<|im_end|>\n再答<|im_end|>\n"
+    assert text(llama, TWO_TURNS) == (
+        "<s>[INST] <<SYS>>\n好\n<</SYS>>\n\n问 [/INST] 答 </s><s>[INST] 再问 [/INST] 再答 </s>"
+    )
+    assert learned_text(llama, TWO_TURNS) == " 答 </s> 再答 </s>"
+    assert (chatml.end_ids, llama.end_ids) == ((4,), (2,))
+    for template in (chatml, llama):
+        prompt = template.render_prompt(TWO_TURNS[:-1])
+        assert template.render(TWO_TURNS)[0][: len(prompt)] == prompt
+
+
+def test_a_template_whose_marks_the_vocabulary_lacks_is_refused(tmp_path):
+    hugging_face(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="no special token ends a turn of template 'chatml'"):
+        load_template("chatml", load_tokenizer(tmp_path / "tokenizer"))
+
+
+@needs_reference
 @pytest.mark.parametrize("piece", ["<|im_end|>", "<s>", "<pad>"])
 def test_text_that_spells_a_special_token_is_refused(theirs, piece):
     for messages in (say(f"a{piece}b", "c"), say("a", f"{piece}<|im_start|>assistant")):
@@ -187,7 +217,9 @@ def test_templates_that_are_not_there_are_refused(tmp_path):
 
 @needs_reference
 def test_a_template_file_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="template '/nowhere': neither 'ctllm' nor 'tokenizer' nor a file"):
+    with pytest.raises(
+        UserError, match="template '/nowhere': no such file, and none of ctllm, tokenizer, chatml, llama2"
+    ):
         load_template("/nowhere", load_tokenizer(REFERENCE / "tiny_mha"))
 
 
@@ -261,3 +293,38 @@ def test_of_a_pair_only_the_answers_are_learned(theirs):
         ids, mask = theirs.render([*record["prompt"], {"role": "assistant", "content": record[side]}], "last")
         assert example[side].tolist() == ids and example[f"{side}_mask"].tolist() == mask
         assert sum(mask) == len(theirs.tokenizer.encode(record[side])) + 1
+
+
+# ---- Languages
+
+
+def spoken(zh: int, en: int) -> list[dict]:
+    return [{"id": f"{name}{i}", "language": name} for name, count in (("zh", zh), ("en", en)) for i in range(count)]
+
+
+@pytest.mark.parametrize("name", CT_LLM_SFT_RATIOS)
+def test_languages_are_kept_in_the_papers_ratios_exactly(name):
+    ratio, records = CT_LLM_SFT_RATIOS[name], spoken(840, 840)
+    kept = chat_tasks.in_ratio(records, ratio)
+    counts = [sum(record["language"] == language for record in kept) for language in ("zh", "en")]
+    assert counts == [840 * ratio[language] / max(ratio.values()) for language in ("zh", "en")]
+    assert [record for record in records if record in kept] == kept  # in their order
+    assert kept == chat_tasks.in_ratio(records, {language: part / 3 for language, part in ratio.items()})
+
+
+def test_a_smaller_part_of_a_language_lies_within_a_larger_one():
+    kept = [chat_tasks.in_ratio(spoken(64, 64), CT_LLM_SFT_RATIOS[name]) for name in ("8:1", "4:1", "2:1", "1:1")]
+    ids = [{record["id"] for record in own} for own in kept]
+    assert ids[0] < ids[1] < ids[2] < ids[3]
+
+
+def test_the_scarcer_language_decides_how_much_there_is():
+    kept = chat_tasks.in_ratio(spoken(100, 7), {"zh": 4.0, "en": 1.0})
+    assert [sum(record["language"] == name for record in kept) for name in ("zh", "en")] == [28, 7]
+
+
+@pytest.mark.parametrize("ratio", [{"zh": 1.0}, {"zh": 1.0, "en": 1.0, "fr": 1.0}])
+def test_a_ratio_names_every_language_of_the_records(ratio):
+    with pytest.raises(UserError, match="the records' languages are: en 2, zh 3. Name them all"):
+        chat_tasks.in_ratio(spoken(3, 2), ratio)
+    assert chat_tasks.in_ratio(spoken(3, 0), {"zh": 1.0, "en": 0.0}) == spoken(3, 0)

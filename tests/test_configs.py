@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from configs import hardware
+from configs.mixtures import CT_LLM_SFT_RATIOS
 from ctllm_jax.cli import VERBS
 from ctllm_jax.common.config import build
 
@@ -45,6 +46,7 @@ CASES = [
     Case("tokenizer", "given", "tokenizer", (("corpus", "CORPUS"), ("model", "MODEL"))),
     Case("tokenize", "pretrain", "tokenize", (("corpus", "CORPUS"),)),
     Case("tokenize", "chat", "tokenize", (("input", ("CHATS",)),)),
+    *(Case("tokenize", f"chat@{ratio}", "tokenize", (("input", ("CHATS",)),)) for ratio in CT_LLM_SFT_RATIOS),
     Case("tokenize", "preference", "tokenize", (("input", ("PAIRS",)),)),
     Case("pretrain", "ct_llm_2b", "train"),
     Case("pretrain", "tiny", "train"),

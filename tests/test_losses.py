@@ -131,16 +131,18 @@ def test_the_lm_objective_counts_by_source_what_it_counts_in_all(model):
     assert sums["source_tokens"].tolist() == expected and float(sums["count"]) == sum(expected)
 
 
-def test_the_same_documents_give_the_same_loss_packed_or_one_to_a_row(model):
-    packed = pretrain_rows()
-    single = [
-        Row(row.tokens[end - size : end], [size], [name], None, 0)
-        for row in packed
-        for name, size, end in zip(row.ids, row.lengths, np.cumsum(row.lengths), strict=True)
-    ]
+@pytest.mark.parametrize("kind", ["pretrain", "chat"])
+def test_the_same_documents_give_the_same_loss_packed_or_one_to_a_row(model, kind):
+    random = np.random.default_rng(3)
+    packed = [packed_row(random, LENGTH, str(n), masked=kind == "chat") for n in range(8)]
+    single = []
+    for row in packed:
+        for name, size, end in zip(row.ids, row.lengths, np.cumsum(row.lengths), strict=True):
+            part = slice(end - size, end)
+            single.append(Row(row.tokens[part], [size], [name], None if row.mask is None else row.mask[part], 0))
     assert len(single) > len(packed)
-    one, grads = sums_over(LM, model.params, None, packed, "pretrain")
-    other, other_grads = sums_over(LM, model.params, None, single, "pretrain")
+    one, grads = sums_over(LM, model.params, None, packed, kind)
+    other, other_grads = sums_over(LM, model.params, None, single, kind)
     assert float(one["count"]) == float(other["count"])
     np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-6)
     assert_close(other_grads, grads, 1e-5)

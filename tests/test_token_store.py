@@ -245,6 +245,21 @@ def test_what_is_rejected_truncated_and_dropped_is_counted(root, kind, reasons, 
     assert totals == {"documents": documents, "truncated": truncated, "dropped": 1}
 
 
+def test_answers_stay_where_the_end_of_an_example_is_kept_and_its_lengths_are_counted(root, tmp_path):
+    result = token_store.run(config_of(root, "preference", keep="end"), str(tmp_path / "out"))
+    totals = collections.Counter()
+    for sources in result["splits"].values():
+        for entry in sources.values():
+            totals.update({name: entry[name] for name in ("truncated", "dropped", "learned")})
+            totals["answers"] += entry["tokens_chosen"] + entry["tokens_rejected"]
+    assert totals["truncated"] == 2 and totals["dropped"] == 0  # the long question lost its beginning
+    assert totals["answers"] == totals["learned"]
+    store = open_store(tmp_path / "out")
+    end = store.tokenizer.piece_id(END)
+    rows = [row for split in result["splits"] for source in store.sources(split) for row in store.rows(split, source)]
+    assert {int(part[-1]) for row in rows for part in np.split(row.tokens, [row.lengths[0]])} == {end}
+
+
 def test_lines_that_are_no_records_are_rejected_with_their_place(root, tmp_path):
     good = [json.dumps({"id": f"g{i}", "messages": say("问", "答")}, ensure_ascii=False).encode() for i in range(12)]
     lines = [*good, b"not json", b"[1]", b'{"messages": "\xff"}', b"", b'{"id": ["x"], "messages": []}']

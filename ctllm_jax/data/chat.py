@@ -87,7 +87,8 @@ def load_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
     """The template of a name.
 
     Args:
-      name: "ctllm" (ours), "tokenizer" (the one that came with a Hugging Face tokenizer), or the path of a Jinja file.
+      name: "ctllm" (ours), "tokenizer" (the one that came with a Hugging Face tokenizer), "chatml", "llama2", or the
+        path of a Jinja file.
       tokenizer: for all but ours, one of a tokenizer.json.
 
     Raises:

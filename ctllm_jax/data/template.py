@@ -21,6 +21,20 @@ from ctllm_jax.common.files import read_json
 from ctllm_jax.data.chat import ChatTemplate, Messages
 from ctllm_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
+# Templates that models are widely trained with, for tokenizers that came without one.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{% set system = '' %}{% set turns = messages %}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set turns = messages[1:] %}{% endif %}"
+    "{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {"chatml": CHATML, "llama2": LLAMA_2}
+
 Span = tuple[int, int]  # characters of a rendered text, from inclusive, to exclusive
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -172,20 +186,27 @@ class JinjaTemplate(ChatTemplate):
 
 
 def load_jinja(name: str, tokenizer: Tokenizer) -> JinjaTemplate:
-    """The Jinja template in a file, or, by the name "tokenizer", the one that came with the tokenizer.
+    """The Jinja template in a file; by the name "tokenizer", the one that came with the tokenizer; or one of TEMPLATES.
 
     Raises:
-      UserError: there is none, it is broken, or the tokenizer is no tokenizer.json.
+      UserError: there is none, it is broken, the vocabulary lacks its marks, or the tokenizer is no tokenizer.json.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         raise UserError(f"{tokenizer.file}: template {name!r} needs a Hugging Face tokenizer.json; ours is 'ctllm'")
     path = pathlib.Path(name)
+    if name in TEMPLATES:
+        template = JinjaTemplate(TEMPLATES[name], tokenizer, f"template {name!r}")
+        if not template.end_ids:
+            raise UserError(
+                f"{tokenizer.file}: no special token ends a turn of template {name!r}; take another template"
+            )
+        return template
     if name == "tokenizer":
         jinja, path = _jinja_of(tokenizer), tokenizer.file
         if jinja is None:
             raise UserError(f"{path}: no chat template beside it; give config.template the path of a Jinja file")
     elif not path.is_file():
-        raise UserError(f"template {name!r}: neither 'ctllm' nor 'tokenizer' nor a file")
+        raise UserError(f"template {name!r}: no such file, and none of ctllm, tokenizer, {', '.join(TEMPLATES)}")
     else:
         jinja = path.read_text(encoding="utf-8")
     return JinjaTemplate(jinja, tokenizer, path)
