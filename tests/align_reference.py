@@ -3,8 +3,10 @@
 import json
 
 import numpy as np
+from flax import traverse_util
 from tiny_models import REFERENCE
 
+from ctllm_jax import hf
 from ctllm_jax.data.record import Row
 
 ALIGN = REFERENCE / "align"
@@ -49,3 +51,24 @@ LEARNED = {
 def conversations(case: dict) -> list[list[dict]]:
     """The messages that a batch was made from."""
     return [row["messages"] if "messages" in row else row["prompt"] + row["completion"] for row in case["rows"]]
+
+
+def assert_diagnostics(sums: dict, expected: dict, atol: float) -> None:
+    """Rewards and log-probabilities, as means over pairs, are TRL's."""
+    count = float(sums["count"])
+    names = {"reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected", "margin": "rewards/margins"}
+    names |= {"accuracy": "rewards/accuracies", "logprob_chosen": "logps/chosen", "logprob_rejected": "logps/rejected"}
+    for own, theirs in names.items():
+        np.testing.assert_allclose(sums[own] / count, expected[theirs], rtol=1e-5, atol=atol, err_msg=own)
+
+
+def torch_names(config, params) -> dict[str, np.ndarray]:
+    """Our parameters under transformers' names and in its shapes."""
+    found = {}
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    for path, names in hf.names_by_path(config).items():
+        leaf = np.asarray(leaves[path])
+        for layer, name in enumerate(names):
+            own = leaf[layer] if path.startswith("layers/") else leaf
+            found[name] = own.reshape(hf.their_shape(own.shape, name, True)[::-1]).T if hf.TABLE[path][1] else own
+    return found

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from align_reference import ALIGN, golden, preference_pairs, sft_rows
+from align_reference import ALIGN, assert_diagnostics, golden, preference_pairs, sft_rows, torch_names
 from tiny_models import NO_REFERENCE, REFERENCE, tiny_config
 from tiny_objectives import dpo, lm
 from tiny_stores import batch_of
 
-from ctllm_jax import hf
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.duration import Clock
@@ -289,22 +288,13 @@ def test_six_steps_equal_those_of_torch(kind):
     batches = [batch_of(part, length, "chat" if kind == "sft" else "preference") for part in (rows[:4], rows[4:])]
     for number, entry in enumerate(expected["log"]):
         state, metrics = compiled(state, reference, batches[number % 2])
-        np.testing.assert_allclose(metrics["loss"] / metrics["count"], entry["loss"], rtol=1e-3, err_msg=str(number))
-        np.testing.assert_allclose(metrics["grad_norm"], entry["grad_norm"], rtol=2e-3, err_msg=str(number))
+        np.testing.assert_allclose(metrics["loss"] / metrics["count"], entry["loss"], rtol=1e-4, err_msg=str(number))
+        np.testing.assert_allclose(metrics["grad_norm"], entry["grad_norm"], rtol=1e-3, err_msg=str(number))
+        if kind == "dpo":
+            assert_diagnostics(metrics, entry, atol=2e-4)
     final = np.load(ALIGN / f"{kind}_train_final.npz")
     before, after = torch_names(model.config, model.params), torch_names(model.config, state.params)
     for name, theirs in final.items():
         # Where a gradient is little but rounding, Adam makes a whole step of it: so not element by element.
         away, moved = (np.linalg.norm(theirs - ours[name]) for ours in (after, before))
         assert away < 5e-3 * moved, name
-
-
-def torch_names(config, params) -> dict[str, np.ndarray]:
-    """Our parameters under transformers' names and in its shapes."""
-    found = {}
-    for path, names in hf.names_by_path(config).items():
-        leaf = np.asarray(by_path(params)[path])
-        for layer, name in enumerate(names):
-            own = leaf[layer] if path.startswith("layers/") else leaf
-            found[name] = own.reshape(hf.their_shape(own.shape, name, True)[::-1]).T if hf.TABLE[path][1] else own
-    return found

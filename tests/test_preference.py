@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from align_reference import ALIGN, golden, preference_pairs
+from align_reference import ALIGN, assert_diagnostics, golden, preference_pairs, torch_names
 from test_losses import norm
-from test_optim import torch_names
 from tiny_models import NO_REFERENCE, REFERENCE, tiny_model
 from tiny_objectives import PREFERENCE, dpo
 from tiny_stores import batch_of, preference_row
@@ -202,15 +201,6 @@ def assert_case(case: dict, loss, sums: dict, gradient_norm: float) -> None:
     np.testing.assert_allclose(loss / count, case["loss"], rtol=1e-3 if beyond else 1e-4, atol=2e-6)
     np.testing.assert_allclose(gradient_norm / count, case["grad_norm"], rtol=2e-3 if beyond else 1e-3)
     assert_diagnostics(sums, expected, atol=2e-4)
-
-
-def assert_diagnostics(sums: dict, expected: dict, atol: float) -> None:
-    """Rewards and log-probabilities, as means over pairs, are TRL's."""
-    count = float(sums["count"])
-    names = {"reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected", "margin": "rewards/margins"}
-    names |= {"accuracy": "rewards/accuracies", "logprob_chosen": "logps/chosen", "logprob_rejected": "logps/rejected"}
-    for own, theirs in names.items():
-        np.testing.assert_allclose(sums[own] / count, expected[theirs], rtol=1e-5, atol=atol, err_msg=own)
 
 
 def assert_logit_metrics(expected: dict, sums: dict) -> None:
