@@ -288,7 +288,8 @@ def test_six_steps_equal_those_of_torch(kind):
     batches = [batch_of(part, length, "chat" if kind == "sft" else "preference") for part in (rows[:4], rows[4:])]
     for number, entry in enumerate(expected["log"]):
         state, metrics = compiled(state, reference, batches[number % 2])
-        np.testing.assert_allclose(metrics["loss"] / metrics["count"], entry["loss"], rtol=1e-4, err_msg=str(number))
+        loss = metrics["loss"] / metrics["count"]  # of a few 1e-4 it hangs on the last bit of sums of 1,000 nats
+        np.testing.assert_allclose(loss, entry["loss"], rtol=1e-4, atol=1e-6, err_msg=str(number))
         np.testing.assert_allclose(metrics["grad_norm"], entry["grad_norm"], rtol=1e-3, err_msg=str(number))
         if kind == "dpo":
             assert_diagnostics(metrics, entry, atol=2e-4)
