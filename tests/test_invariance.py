@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 from tiny_models import tiny_config
+from tiny_objectives import dpo, lm
 from tiny_stores import batch_of, packed_row, preference_row
 
 from ctllm_jax.data.record import Row
 from ctllm_jax.model import ModelConfig, abstract_params, logical_axes
-from ctllm_jax.objectives import ObjectiveConfig, make_objective
+from ctllm_jax.objectives import make_objective
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
 from ctllm_jax.step import abstract_batch, gradient
 
@@ -60,8 +61,7 @@ def computed(
 ) -> tuple[dict, dict]:
     """(gradient by parameter, sums) of a batch, laid over a mesh of as many devices as the axes take."""
     config = tiny_config(dtype=dtype, param_dtype=dtype, d_ff=64, remat=remat)
-    name = "lm" if kind == "chat" else "dpo"
-    objective = make_objective(ObjectiveConfig(name, 1e-4 if name == "lm" else 0.0, 0.3, form), config, 2)
+    objective = make_objective(lm(1e-4, form) if kind == "chat" else dpo(form, beta=0.3), config, 2)
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: np.prod(axes)])
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext(), jax.set_mesh(mesh):
         layout = shardings(mesh, abstract_params(config), logical_axes(config))
