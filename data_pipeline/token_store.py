@@ -256,9 +256,9 @@ def _documents(window: Window, config: TokenizeConfig, counts: collections.Count
             row = Row(tokens, [len(tokens)], [document_id], None, text_bytes)
             yield from chunks(row, length) if config.packing == "best_fit" else [row]
             continue
-        part = slice(length) if config.keep == "start" else slice(-length, None)
-        tokens = [example[side][part] for side in sides]
-        masks = [example["loss_mask" if side == "targets" else f"{side}_mask"][part] for side in sides]
+        kept = slice(length) if config.keep == "start" else slice(-length, None)
+        tokens = [example[side][kept] for side in sides]
+        masks = [example["loss_mask" if side == "targets" else f"{side}_mask"][kept] for side in sides]
         counts["truncated"] += any(len(example[side]) > length for side in sides)
         learned = [int(mask[1:].sum()) for mask in masks]
         if not all(learned) or (len(sides) == 2 and np.array_equal(*tokens)):  # nothing would be learned

@@ -22,6 +22,7 @@ def stores(tmp_path_factory):
     [
         ("preference", {}, "is a preference store; objective lm reads pretrain or chat"),
         ("pretrain", {"objective": dataclasses.asdict(dpo())}, "is a pretrain store; objective dpo reads preference"),
+        ("preference", {"objective": dataclasses.asdict(dpo())}, "objective dpo starts from a model"),
         ("pretrain", {"model__vocab_size": 300}, "its tokenizer has 370 ids, the model only 300"),
         ("pretrain", {"model__max_length": 31}, "rows of 32 tokens, the model takes 31"),
         ("pretrain", {"data__rates": {"code": 1.0}}, "mixture rate given for 'code'"),
@@ -60,6 +61,10 @@ def test_a_layout_that_does_not_divide_is_refused_by_name(stores, tmp_path, chan
         ({"microbatches": 3}, "batch_size 8 does not divide into 3 microbatches"),
         ({"init_from": "somewhere"}, "give either model .* or init_from"),
         ({"model": None}, "give either model .* or init_from"),
+        (
+            {"objective": dataclasses.asdict(dpo(loss="aot")), "microbatches": 2},
+            "preference loss 'aot' compares the pairs of a step; it needs microbatches 1",
+        ),
         ({"objective__name": "ppo"}, "objective 'ppo' is unknown; there are: lm, dft, dpo"),
         ({"model__remat": "some"}, "remat 'some' is unknown"),
         ({"checkpoints__kept": 0}, "every and kept must be at least 1"),

@@ -46,8 +46,8 @@ METRICS = (
         "loss",
         _BOTH,
         "nats per token, or pair",
-        "cross-entropy of the predicted tokens, without z-loss; for DPO the loss of arXiv 2305.18290",
-        "losses.py",
+        "cross-entropy of the predicted tokens, without z-loss; of pairs the preference loss",
+        "losses.py, preference.py",
     ),
     Metric("loss/SOURCE", _BOTH, "nats per token", "`loss` over the tokens of one source", "objectives.py"),
     Metric(
@@ -58,13 +58,17 @@ METRICS = (
         "evaluate/in_loop.py",
     ),
     Metric("bits_per_byte/SOURCE", _EVAL, "bits per byte", "the same over one source", "evaluate/in_loop.py"),
-    Metric("tokens", _TRAIN, "tokens per pair", "DPO: learned tokens of both answers", "objectives.py"),
+    Metric("dft_loss", _BOTH, "nats per token", "DFT: what is minimised; `loss` is plain cross-entropy", "losses.py"),
+    Metric("entropy", _BOTH, "nats per token", "of the predicted distributions (with logit_metrics)", "losses.py"),
+    Metric("token_accuracy", _BOTH, "share", "tokens that were the likeliest (with logit_metrics)", "losses.py"),
+    Metric("mean_logit", _BOTH, "1", "of the whole vocabulary (with logit_metrics)", "losses.py"),
+    # ---- Pairs
     Metric(
         "accuracy",
         _BOTH,
         "share",
         "DPO: pairs whose chosen answer has the larger reward",
-        "losses.py",
+        "preference.py",
     ),
     Metric("accuracy/TASK", _EVAL, "share", "questions of a task that are answered rightly", "evaluate/in_loop.py"),
     Metric(
@@ -74,15 +78,28 @@ METRICS = (
         "`accuracy/TASK` of guessing; in the line of step 0 alone",
         "evaluate/in_loop.py",
     ),
-    Metric("margin", _BOTH, "nats", "DPO: `reward_chosen` less `reward_rejected`", "losses.py"),
+    Metric("margin", _BOTH, "nats", "DPO: `reward_chosen` less `reward_rejected`", "preference.py"),
     Metric(
         "reward_chosen",
         _BOTH,
         "nats",
         "DPO: beta times how much likelier the chosen answer is than under the reference, in log-probability",
-        "losses.py",
+        "preference.py",
     ),
-    Metric("reward_rejected", _BOTH, "nats", "the same of the rejected answer", "losses.py"),
+    Metric("reward_rejected", _BOTH, "nats", "the same of the rejected answer", "preference.py"),
+    Metric("logprob_SIDE", _BOTH, "nats", "DPO: log-probability of the chosen or rejected answer", "preference.py"),
+    Metric("tokens_SIDE", _BOTH, "tokens", "DPO: learned tokens of the chosen or rejected answer", "preference.py"),
+    Metric(
+        "kl",
+        _BOTH,
+        "nats per answer",
+        "DPO: mean over both answers of log-probability under the reference less that under the policy; where the "
+        "reference wrote the answers, an unbiased estimate of KL(reference || policy); else it may be negative",
+        "preference.py",
+    ),
+    Metric("entropy_SIDE", _BOTH, "nats per token", "DPO: `entropy` over the tokens of one side", "objectives.py"),
+    Metric("token_accuracy_SIDE", _BOTH, "share", "DPO: `token_accuracy` of one side", "objectives.py"),
+    Metric("mean_logit_SIDE", _BOTH, "1", "DPO: `mean_logit` of one side", "objectives.py"),
     # ---- How
     Metric(
         "grad_norm",
