@@ -76,7 +76,7 @@ def whole_step(batch: Batch) -> Batch:
     Pairs get "token_share" [B, 2], equal in all rows: the step's pairs by its answer tokens, of either side. Sums over
     tokens times it are, divided by the pairs, means over the tokens of the step.
     """
-    if batch["tokens"].ndim == 2:
+    if "reference" not in batch:  # only pairs have it
         return batch
     tokens_2 = jnp.sum(batch["weights"], axis=(0, 2))
     share_2 = jnp.sum(_valid_pairs(batch)) / jnp.maximum(tokens_2, 1.0)

@@ -1,6 +1,11 @@
 """The reference's log-probabilities: computed once, kept with the run, checked when they are read again."""
 
 import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -13,11 +18,14 @@ from ctllm_jax import reference
 from ctllm_jax.common.config import build
 from ctllm_jax.common.files import read_json, write_json
 from ctllm_jax.data.batches import rows_arrays
+from ctllm_jax.hf_export import export
+from ctllm_jax.metrics import read_metrics
 from ctllm_jax.model import abstract_params, logical_axes
 from ctllm_jax.objectives import answer_logprobs
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
 from ctllm_jax.train_config import TrainConfig
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 OBJECTIVE = dpo(reference="cached")
 
 
@@ -91,3 +99,39 @@ def test_a_kill_before_the_last_file_leaves_nothing_that_is_taken_for_whole(scor
     assert reference._read(note.parent, told["fingerprint"], {("train", "zh"): 21}) is not None
     (tmp_path / "reference" / "train-zh.npy").unlink()
     assert reference._read(note.parent, told["fingerprint"], {("train", "zh"): 21}) is None
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_reference_of_one(store, tmp_path):
+    model = tiny_model()
+    export(model.config, model.params, model.tokenizer, tmp_path / "hf", "float32")
+    options = [f"--config.data.store={store.folder}", f"--config.init_from={tmp_path / 'hf'}", "--config.batch_size=4"]
+    options += ["--config.duration=4 steps", "--config.log.every=1", "--config.eval.every=2"]
+    for processes, name in ((1, "one"), (2, "two")):
+        dpo_job(processes, *options, f"--workdir={tmp_path / name}")
+    (tmp_path / "two" / "manifest.json").unlink()  # the run is taken up again, and process 0 reads for both
+    dpo_job(2, *options, f"--workdir={tmp_path / 'two'}")
+    for file in sorted((tmp_path / "one" / "reference").glob("*.npy")):
+        np.testing.assert_allclose(np.load(file), np.load(tmp_path / "two" / "reference" / file.name), rtol=1e-5)
+    one, two = ([line["loss"] for line in read_metrics(tmp_path / name, "train")] for name in ("one", "two"))
+    assert len(one) == 4
+    np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+def dpo_job(processes: int, *options: str) -> None:
+    """`ctllm train` with configs/dpo.py:tiny in processes of two devices in all; all must succeed."""
+    running = []
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    for index in range(processes):
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(2 // processes)}
+        command = [sys.executable, "-m", "ctllm_jax.cli", "train", "--config=configs/dpo.py:tiny", *options]
+        if processes > 1:
+            environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+            environment["JAX_PROCESS_ID"] = str(index)
+            command.append("--config.distributed=True")
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    logs = [process.communicate(timeout=240)[1] for process in running]
+    assert all(process.returncode == 0 for process in running), "\n".join(log[-2000:] for log in logs)

@@ -47,7 +47,7 @@ METRICS = (
         _BOTH,
         "nats per token, or pair",
         "cross-entropy of the predicted tokens, without z-loss; of pairs the preference loss",
-        "losses.py, preference.py",
+        "objectives.py",
     ),
     Metric("loss/SOURCE", _BOTH, "nats per token", "`loss` over the tokens of one source", "objectives.py"),
     Metric(
