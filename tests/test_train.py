@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from test_checkpoint import cut, largest
+from test_checkpoint import cut
 from test_watch import metadata_server, until
 from tiny_objectives import dpo
 from tiny_stores import tiny_store, train_values
@@ -258,7 +258,8 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_not_bits(finished, stores, 
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / "manifest.json").unlink()
     checkpoints = tmp_path / "run" / "checkpoints"
-    cut(largest(checkpoints / "12" / "optimizer"))
+    for file in (checkpoints / "12" / "optimizer").glob("**/d/*"):
+        cut(file)  # every one: half of a small file may hold nothing but index nodes that were written anew elsewhere
     (checkpoints / "10" / "commit_success.txt").unlink()
     train.run(config_of(stores["pretrain"]), str(tmp_path / "run"))
     said = capsys.readouterr().err
