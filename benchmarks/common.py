@@ -22,11 +22,15 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a child process and its children took, in seconds; `output` is what it wrote to standard output."""
+    """What a child process and its children took.
+
+    cpu, wall: seconds; output: what it wrote to standard output; peak_mib: the largest resident memory of one process.
+    """
 
     cpu: float
     wall: float
     output: str = ""
+    peak_mib: float = 0.0
 
 
 def environment(name: str, requirements: Sequence[str]) -> str:
@@ -84,7 +88,7 @@ def measure(command: Sequence[str], **variables: str) -> Cost:
             raise RuntimeError(f"{' '.join(command)}: exit status {child.returncode}\n{tail}")
     finally:
         log_file.unlink(missing_ok=True)
-    return Cost(usage.ru_utime + usage.ru_stime, wall, output)
+    return Cost(usage.ru_utime + usage.ru_stime, wall, output, usage.ru_maxrss / 1024)
 
 
 def take_turns(contestants: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
