@@ -46,7 +46,8 @@ def get_config(filters: str = "default") -> ConfigDict:
 
 def _default() -> ConfigDict:
     read_more = ("readmore", "read more", "Read more", "Read More", "READ MORE", "展开", "更多", "。。。")
-    languages = {subset: {"labels": ("zh", "yue", "wuu"), "min_score": 0.4} for subset in _CHINESE_SUBSETS}
+    chinese = {"labels": ("zh", "yue", "wuu"), "min_score": 0.4, "min_han": 0.5}
+    languages = {subset: chinese for subset in _CHINESE_SUBSETS}
     return ConfigDict(
         {
             "rewrite": {"punctuation": False, "links": "remove", "licence_headers": True},

@@ -133,6 +133,20 @@ def test_confident_english_is_chinese_for_the_released_script_alone(preset, reje
     assert "language_score" not in broken(preset, text)
 
 
+@pytest.mark.parametrize(
+    ("text", "passes"),
+    [
+        ("孟子说：仁德的言辞不如仁德的声望深入人心，良善的政措不如良善的教育更能赢得民众。", True),  # "ja" to the model
+        ("東京は日本の首都であり、世界でも有数の大都市である。多くの人々が暮らしている。", False),
+    ],
+)
+def test_han_characters_alone_tell_chinese_and_kana_do_not(text, passes):
+    language = Language(labels=("xx",), min_score=0.4, min_han=0.5)  # a model that is never right
+    one = dataclasses.replace(config("default"), languages={"zh_cc": language})
+    reasons = {reason["rule"] for reason in Filters(one).judge("zh_cc", [text], [""])[0].reasons}
+    assert ("language_label" not in reasons) == passes
+
+
 def test_copies_of_a_text_are_repetition_for_all_but_the_released_script():
     copies = "春眠不觉晓处闻啼鸟夜来风雨声花落知多少。" * 6
     assert {f"duplicate_{n}gram" for n in range(5, 11)} <= broken("default", copies) & broken("ct_llm", copies)

@@ -64,6 +64,8 @@ def test_a_value_at_its_limit_passes_and_one_just_beyond_fails(family, name, bou
         ("chinese", "bracketed", "【一二】三四五六七八", 0.2),
         ("chinese", "bracketed", "【一\n二】", 0),
         ("chinese", "digits", "１2，三四", 0.5),  # punctuation does not count below the line
+        ("chinese", "han", "山ab、𠀀", 0.5),
+        ("chinese", "kana_hangul", "山のｶ가", 0.75),
         ("chinese", "read_more_lines", "点击展开\n查看更多\n正文\n正文。。。", 0.75),
         ("chinese", "bullet_lines", "• 一\n  ● 二\n三\n四", 0.5),
         ("chinese", "mean_line_length", "一二三\n\n四", 2),
@@ -135,6 +137,13 @@ def test_a_table_padded_with_spaces_is_no_repetition():
     )
 
 
+def test_rulers_and_the_lines_of_tables_are_no_repetition():
+    ruled = "甲乙丙\n======\n| ---- | ---- |\n丁戊己____庚"
+    short = "甲乙丙\n=\n| - | - |\n丁戊己_庚"
+    for name in ("top_2gram", "top_4gram", "duplicate_5gram"):
+        assert measured("chinese", name, ruled) == measured("chinese", name, short)
+
+
 def test_a_documents_values_do_not_depend_on_its_neighbours():
     texts = [PROSE, PROSE * 3, "短", "another text entirely, of other words"]
     together = measures.measure("chinese", TextBatch(texts, CONFIG.measures))
@@ -175,10 +184,11 @@ def test_code_is_not_asked_for_its_language():
         {"rules": {"chinese": {"colour": Limits(max=1)}}},
         {"rules": {"klingon": {}}},
         {"languages": {"zh_mars": CONFIG.languages["en"]}},
+        {"languages": {"en": CONFIG.languages["zh_cc"]}},
     ],
 )
 def test_a_rule_or_subset_that_does_not_exist_is_an_error(change):
-    with pytest.raises(UserError, match="colour|klingon|zh_mars"):
+    with pytest.raises(UserError, match="colour|klingon|zh_mars|min_han"):
         dataclasses.replace(CONFIG, **change)
 
 

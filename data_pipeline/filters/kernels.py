@@ -13,6 +13,8 @@ from data_pipeline.filters.tables import (
     BULLET,
     CODES,
     DIGIT,
+    HAN,
+    KANA_HANGUL,
     PUNCTUATION,
     SENTENCE_END,
     SPACE,
@@ -33,7 +35,10 @@ TEXT_COUNTS = (
     "bullet_lines",
     "ascii_punctuation",
 )
-FOLDED_COUNTS = ("digits", "not_punctuation", "punctuation", "distinct_in_prefix", "distinct")
+FOLDED_COUNTS = (
+    *("digits", "not_punctuation", "punctuation", "distinct_in_prefix", "distinct"),
+    *("word_characters", "han", "kana_hangul"),
+)
 _compiled = numba.njit(cache=True, nogil=True)
 
 
@@ -156,6 +161,9 @@ def count_folded(points_T, ends_N, flags):
             out[0] += (flag & DIGIT) != 0
             out[1] += (flag & (WORD | SPACE)) != 0
             out[2] += (flag & PUNCTUATION) != 0
+            out[5] += (flag & WORD) != 0
+            out[6] += (flag & HAN) != 0
+            out[7] += (flag & KANA_HANGUL) != 0
             if times[point] == 0:
                 seen[distinct] = point
                 distinct += 1

@@ -72,6 +72,11 @@ def _digits(batch: TextBatch) -> np.ndarray:
     return batch.counted_folded["digits"] / np.maximum(batch.counted_folded["not_punctuation"], 1)
 
 
+def _of_words(name: str) -> Measure:
+    """A count of kernels.FOLDED_COUNTS over the letters and digits."""
+    return lambda batch: batch.counted_folded[name] / np.maximum(batch.counted_folded["word_characters"], 1)
+
+
 def _distinct_in_prefix(batch: TextBatch) -> np.ndarray:
     return batch.counted_folded["distinct_in_prefix"] / np.clip(batch.folded_lengths, 1, PREFIX)
 
@@ -154,10 +159,13 @@ def _encoded(text: str) -> list[int]:
 
 
 def _character_repetition(batch: TextBatch) -> dict[str, np.ndarray]:
-    """Character n-grams; a run of white space counts as one character, so that padding is no repetition."""
+    """Character n-grams; a run of white space, or of one mark, counts as one character: a ruler is no repetition."""
     points_T, ends_N = batch.points
-    space_T = (tables.flags()[points_T] & tables.SPACE) != 0
-    continues_T = np.concatenate([[False], space_T[1:] & space_T[:-1]])[: len(space_T)]
+    flags_T = tables.flags()[points_T]
+    space_T = (flags_T & tables.SPACE) != 0
+    mark_T = ((flags_T & tables.WORD) == 0) | (points_T == ord("_"))
+    same_T = (points_T[1:] == points_T[:-1]) & mark_T[1:]
+    continues_T = np.concatenate([[False], (space_T[1:] & space_T[:-1]) | same_T])[: len(space_T)]
     continues_T[ends_N[:-1][ends_N[:-1] < len(space_T)]] = False  # a document's first character continues nothing
     run_T = np.concatenate([continues_T[1:], [False]]) & ~continues_T & space_T
     symbols_T = np.where(run_T, np.uint32(ord(" ")), points_T)[~continues_T]
@@ -181,6 +189,8 @@ CHINESE: dict[str, Measure] = {
     "hash_runs": _per_character("hash_runs"),
     "ellipsis_runs": _per_character("ellipsis_runs"),
     "digits": _digits,
+    "han": _of_words("han"),
+    "kana_hangul": _of_words("kana_hangul"),
     "read_more_lines": _per_line("read_more_lines"),
     "bullet_lines": _per_line("bullet_lines"),
     "mean_line_length": _per_line("line_characters"),

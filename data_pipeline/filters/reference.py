@@ -13,6 +13,9 @@ import unicodedata
 from data_pipeline.filters.batch import MeasureConfig, segmenter, utf8
 from data_pipeline.filters.repetition import DUPLICATED, TOP
 
+_HAN = re.compile(r"(?=\w)[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_KANA_HANGUL = re.compile(r"(?=\w)[\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff\uac00-\ud7af]")
+
 
 def chinese(text: str, config: MeasureConfig, original: str | None = None) -> dict[str, float]:
     """Every measure of a document by name; `original` is its text before links or punctuation were rewritten."""
@@ -25,6 +28,8 @@ def chinese(text: str, config: MeasureConfig, original: str | None = None) -> di
         "hash_runs": hash_runs(text),
         "ellipsis_runs": ellipsis_runs(text),
         "digits": digits(folded),
+        "han": share(len(_HAN.findall(folded)), len(re.findall(r"\w", folded))),
+        "kana_hangul": share(len(_KANA_HANGUL.findall(folded)), len(re.findall(r"\w", folded))),
         "read_more_lines": read_more_lines(text, config),
         "bullet_lines": bullet_lines(text),
         "mean_line_length": mean_line_length(text),
@@ -130,8 +135,8 @@ def duplicate_sentence_characters(text: str) -> float:
 
 
 def character_repetition(text: str) -> dict[str, float]:
-    """`repetition` of the first million characters, a run of white space counting as one."""
-    characters = re.sub(r"\s{2,}", " ", text)[:1_000_000]
+    """`repetition` of the first million characters; a run of white space, or of one mark, counts as one."""
+    characters = re.sub(r"([\W_])\1+", r"\1", re.sub(r"\s{2,}", " ", text))[:1_000_000]
     return repetition([*characters], [1] * len(characters))
 
 

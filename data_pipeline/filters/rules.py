@@ -14,6 +14,7 @@ from data_pipeline.filters.language import LanguageConfig, LanguageId
 
 LANGUAGE_RULES = ("language_label", "language_score")
 URL_RULE = "url_list"
+_KANA_HANGUL = 0.02  # share up to which a name or a quotation explains them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,19 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """Labels of fastText's lid.176 that a subset accepts (empty: any), and the least score."""
+    """Labels of fastText's lid.176 that a subset accepts (empty: any), and the least score.
+
+    min_han: from this share of Han characters on, with next to no kana and hangul, the model is overruled: it takes
+    classical and technical Chinese for Japanese or Serbo-Croatian now and then. None: it never is.
+    """
 
     labels: tuple[str, ...]
     min_score: float
+    min_han: float | None = None
+
+    def shown_by_script(self, signals: Mapping[str, float]) -> bool:
+        """Whether the characters alone tell that a text is Chinese."""
+        return self.min_han is not None and signals["han"] >= self.min_han and signals["kana_hangul"] <= _KANA_HANGUL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +66,9 @@ class FilterConfig:
                 if name not in measures.names(family):
                     known = ", ".join(measures.names(family))
                     raise UserError(f"filters.rules.{family}: no measure is called {name!r}; known: {known}")
-        for subset in self.languages:
+        for subset, language in self.languages.items():
+            if language.min_han is not None and measures.family(subset) != "chinese":
+                raise UserError(f"filters.languages.{subset}: min_han is for Chinese subsets")
             if subset not in SUBSETS:
                 raise UserError(f"filters.languages: unknown subset {subset!r}; known: {', '.join(SUBSETS)}")
 
@@ -109,7 +121,8 @@ class Filters:
             if language is not None:
                 label, score = self._language(rewritten[i])
                 signals |= {"language": label, "language_score": round(score, 6)}
-                reasons += _language_reasons(label, signals["language_score"], language)
+                if not language.shown_by_script(signals):
+                    reasons += _language_reasons(label, signals["language_score"], language)
             verdicts.append(Verdict(rewritten[i], aside[i], signals, reasons))
         return verdicts
 

@@ -15,7 +15,14 @@ import numpy as np
 CODES = 0x110000
 SENTENCE_ENDS = '.!?;"…。！？；”'
 BULLETS = "•●○■□▪▫※·➢‣▶◀◦–"
-SPACE, WORD, DIGIT, PUNCTUATION, ASCII_PUNCTUATION, SENTENCE_END, BULLET = (1 << bit for bit in range(7))
+_HAN = (range(0x3400, 0x4DC0), range(0x4E00, 0xA000), range(0xF900, 0xFB00), range(0x20000, 0x40000))
+_KANA_HANGUL = (
+    *(range(0x1100, 0x1200), range(0x3040, 0x3100), range(0x3130, 0x3190), range(0x31F0, 0x3200)),
+    range(0xAC00, 0xD7B0),
+)
+SPACE, WORD, DIGIT, PUNCTUATION, ASCII_PUNCTUATION, SENTENCE_END, BULLET, HAN, KANA_HANGUL = (
+    1 << bit for bit in range(9)
+)
 
 
 def _assigned() -> Iterator[int]:
@@ -34,14 +41,17 @@ def categories() -> np.ndarray:
 
 @functools.cache
 def flags() -> np.ndarray:
-    """[CODES] uint8, a sum of: SPACE (as str.strip takes it), WORD (regular expressions' \\w), DIGIT (their \\d),
-    PUNCTUATION (category P), ASCII_PUNCTUATION (and …), SENTENCE_END, BULLET."""
-    table = np.zeros(CODES, np.uint8)
+    """[CODES] uint16, a sum of: SPACE (as str.strip takes it), WORD (regular expressions' \\w), DIGIT (their \\d),
+    PUNCTUATION (category P), ASCII_PUNCTUATION (and …), SENTENCE_END, BULLET, HAN and KANA_HANGUL (of WORD)."""
+    table = np.zeros(CODES, np.uint16)
     for code in _assigned():
         character = chr(code)
         table[code] = SPACE * character.isspace() + WORD * character.isalnum() + DIGIT * character.isdecimal()
     table[ord("_")] |= WORD
     table[categories() == ord("P")] |= PUNCTUATION
+    for flag, ranges in ((HAN, _HAN), (KANA_HANGUL, _KANA_HANGUL)):
+        codes = np.concatenate([np.arange(part.start, part.stop) for part in ranges])
+        table[codes[(table[codes] & WORD) != 0]] |= flag
     for flag, members in (
         (ASCII_PUNCTUATION, string.punctuation + "…"),
         (SENTENCE_END, SENTENCE_ENDS),
