@@ -118,9 +118,9 @@ def test_every_chinese_rule_has_a_case(preset):
 
 def test_the_language_score_is_compared_at_its_limit():
     text = "今天我们去河边散步，然后回家吃饭。"
-    score = filters("default").judge("zh_cc", [text], [""])[0].signals["language_score"]
+    score = filters("ct_llm").judge("zh_cc", [text], [""])[0].signals["language_score"]
     for limit, passes in ((score, True), (score + 1e-6, False)):
-        one = dataclasses.replace(config("default"), languages={"zh_cc": Language(("zh",), limit)})
+        one = dataclasses.replace(config("ct_llm"), languages={"zh_cc": Language(("zh",), limit)})
         reasons = Filters(one).judge("zh_cc", [text], [""])[0].reasons
         assert ("language_score" not in {reason["rule"] for reason in reasons}) == passes
 

@@ -30,8 +30,9 @@ class Limits:
 class Language:
     """Labels of fastText's lid.176 that a subset accepts (empty: any), and the least score.
 
-    min_han: from this share of Han characters on, with next to no kana and hangul, the model is overruled: it takes
-    classical and technical Chinese for Japanese or Serbo-Croatian now and then. None: it never is.
+    min_han: from this share of Han characters on, with next to no kana and hangul, a text is Chinese and the model is
+    not asked (there is no score then): it takes classical and technical Chinese for Japanese or Serbo-Croatian now and
+    then. None: it always is.
     """
 
     labels: tuple[str, ...]
@@ -118,11 +119,12 @@ class Filters:
             if listed:
                 first = bool(reasons) and reasons[0]["rule"] == "bracketed"
                 reasons.insert(first, {"rule": URL_RULE, "value": listed})
-            if language is not None:
+            if language is not None and language.shown_by_script(signals):
+                signals["language"] = "zh"
+            elif language is not None:
                 label, score = self._language(rewritten[i])
                 signals |= {"language": label, "language_score": round(score, 6)}
-                if not language.shown_by_script(signals):
-                    reasons += _language_reasons(label, signals["language_score"], language)
+                reasons += _language_reasons(label, signals["language_score"], language)
             verdicts.append(Verdict(rewritten[i], aside[i], signals, reasons))
         return verdicts
 
