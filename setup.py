@@ -51,6 +51,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
+    package_data={"ctllm_jax.evaluate.tasks": ["*.toml"]},
     packages=setuptools.find_namespace_packages(include=["ctllm_jax*", "data_pipeline*", "configs*", "launch*"]),
     install_requires=BASE,
     extras_require={

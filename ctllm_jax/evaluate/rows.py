@@ -1,0 +1,203 @@
+"""What some benchmarks' rows need before templates can name their parts: nested files, several questions a row, labels.
+
+Each function takes a published row and gives the rows of its questions, with fields added. Declarations name them under
+`prepare`. Where a benchmark circulates in several schemas, all of them are read.
+"""
+
+import ast
+import re
+from collections.abc import Callable
+
+from ctllm_jax.evaluate.math_answers import boxed
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+Rows = list[dict]
+
+
+def _lettered(row: dict, texts: list[str]) -> dict:
+    return {**row, **dict(zip(LETTERS, texts, strict=False))}
+
+
+def hellaswag(row: dict) -> Rows:
+    """`query`, A to D, `gold`; of published rows (ctx_a, ctx_b, endings) without WikiHow's marks, or of ready ones."""
+    if "endings" in row:
+        context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+        query, choices, gold = _clean(context), [_clean(text) for text in row["endings"]], row["label"]
+    else:
+        query, choices = row.get("query", row.get("context")), row["choices"]
+        gold = row.get("gold", row.get("label"))
+    # OpenCompass cuts the activity at ": ", at most twice, and keeps what is left.
+    return [_lettered({"query": query, "ctx": query.split(": ", 2)[-1], "gold": gold}, choices)]
+
+
+def _clean(text: str) -> str:
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def c3(row: dict) -> Rows:
+    """Questions on a passage: [sentences, [{question, choice, answer}], id]; fewer than four choices are filled up with
+    the first, as OpenCompass does."""
+    passage, questions = row["row"][:2]
+    content = " ".join(passage)
+    found = []
+    for entry in questions:
+        choices = [*entry["choice"], *[entry["choice"][0]] * (4 - len(entry["choice"]))]
+        label = entry["choice"].index(entry["answer"])
+        found.append(_lettered({"content": content, "question": entry["question"], "label": label}, choices))
+    return found
+
+
+def arc(row: dict) -> Rows:
+    """ARC, OpenBookQA and CommonsenseQA as JSON lines: `question`, A to E, `answer`, `choices` (their number)."""
+    question = row["question"]
+    if isinstance(question, dict):
+        choices, question = question["choices"], question["stem"]
+    else:
+        choices = row["choices"]
+    if isinstance(choices, dict):
+        choices = [{"text": t, "label": n} for t, n in zip(choices["text"], choices["label"], strict=True)]
+    answer = LETTERS[[choice["label"] for choice in choices].index(row["answerKey"])]
+    base = {**row, "question": question, "answer": answer, "choices": len(choices)}
+    return [_lettered(base, [choice["text"] for choice in choices])]
+
+
+def openbookqa(row: dict) -> Rows:
+    """OpenBookQA, also as its TSV files: choices written "(A) text (B) text ..."."""
+    if "Choices" not in row:
+        return arc(row)
+    texts = re.split(r"\s*\([A-D]\)\s+", row["Choices"])[1:]
+    return [_lettered({"question": row["Question Stem"], "answer": row["Answer Key"], "choices": len(texts)}, texts)]
+
+
+def siqa(row: dict) -> Rows:
+    """`label` 1 to 3, from the labels' file or from `correct`."""
+    return [{**row, "label": row.get("label") or "ABC".index(row["correct"]) + 1}]
+
+
+def boolq(row: dict) -> Rows:
+    """`label` "true" or "false". SuperGLUE's passages begin with a title, which `text` leaves out, with the question's
+    first letter in upper case (OpenCompass's BoolQDatasetV3); those published before it have neither."""
+    label = str(row.get("label", row.get("answer"))).lower()
+    if "label" not in row:
+        return [{**row, "label": label, "text": row["passage"], "asked": row["question"]}]
+    question = row["question"]
+    text = " -- ".join(row["passage"].split(" -- ")[1:])
+    return [{**row, "label": label, "text": text, "asked": question[0].upper() + question[1:]}]
+
+
+def superglue(row: dict) -> Rows:
+    """`label` as text in lower case: true, false, entailment, ..."""
+    return [{**row, "label": str(row["label"]).lower()}]
+
+
+def multirc(row: dict) -> Rows:
+    """One row an answer of a question: `text`, `question`, `answer`, `label` 0 or 1."""
+    passage = row["passage"]
+    return [
+        {"text": passage["text"], "question": entry["question"], "answer": answer["text"], "label": answer["label"]}
+        for entry in passage["questions"]
+        for answer in entry["answers"]
+    ]
+
+
+def winogrande(row: dict) -> Rows:
+    """`left` and `right` of the blank."""
+    left, _, right = row["sentence"].partition("_")
+    return [{**row, "left": left, "right": right, "tail": right.strip()}]
+
+
+def nli(row: dict) -> Rows:
+    """CLUE's inference sets: `sentence1`, `sentence2`, `label`; both spellings of fields and labels. Rows that the
+    annotators did not agree on ("-") are left out."""
+    names = {"蕴含": "entailment", "矛盾": "contradiction", "中立": "neutral"}
+    label = names.get(row["label"], row["label"])
+    pair = {"sentence1": row.get("sentence1", row.get("text_a")), "sentence2": row.get("sentence2", row.get("text_b"))}
+    return [] if label == "-" else [{**row, **pair, "label": label}]
+
+
+def csl(row: dict) -> Rows:
+    """`keywords` joined by full-width commas."""
+    return [{**row, "keywords": "，".join(row["keyword"])}]
+
+
+def chid(row: dict) -> Rows:
+    """A to G: the sentence with each idiom in its gap."""
+    return [_lettered(row, [row["content"].replace("#idiom#", idiom) for idiom in row["candidates"]])]
+
+
+def cluewsc(row: dict) -> Rows:
+    """`span1`, `span2`, `label` 0 or 1."""
+    target = row["target"]
+    spans = {"span1": target["span1_text"], "span2": target["span2_text"]}
+    return [{**row, **spans, "label": int(row["label"] == "true")}]
+
+
+def squad(row: dict) -> Rows:
+    """SQuAD files: one row a question with `answers`; for unanswerable ones the plausible answers and
+    "impossible to answer" (OpenCompass)."""
+    found = []
+    for paragraph in (paragraph for article in row["data"] for paragraph in article["paragraphs"]):
+        for question in paragraph["qas"]:
+            impossible = question.get("is_impossible", False)
+            given = question["plausible_answers" if impossible else "answers"]
+            texts = list(dict.fromkeys(answer["text"] for answer in given))
+            texts += ["impossible to answer"] if impossible else []
+            found.append({"context": paragraph["context"], "question": question["question"], "answers": texts})
+    return found
+
+
+def open_questions(row: dict) -> Rows:
+    """TriviaQA and Natural Questions: `answers`, a list or its Python text."""
+    answers = row.get("answers", row.get("golden_answers", row.get("answer")))
+    return [{**row, "answers": ast.literal_eval(answers) if isinstance(answers, str) else list(answers)}]
+
+
+def gsm8k(row: dict) -> Rows:
+    """`gold`: what stands after "#### ", without commas."""
+    return [{**row, "gold": row["answer"].split("#### ")[1].replace(",", "")}]
+
+
+def math(row: dict) -> Rows:
+    """`gold`: the solution's last boxed expression."""
+    return [{**row, "gold": boxed(row["solution"])}]
+
+
+def mbpp(row: dict) -> Rows:
+    """`tests`: the assertions, one a line."""
+    return [{**row, "tests": "\n".join(row["test_list"])}]
+
+
+def lambada(row: dict) -> Rows:
+    """`context` and `word`: the text before and after its last space, or OpenCompass's ready ones."""
+    if "prompt" in row:
+        return [{**row, "context": row["prompt"], "word": row["label"]}]
+    context, _, word = row["text"].rpartition(" ")
+    return [{**row, "context": context, "word": word}]
+
+
+def xcopa(row: dict) -> Rows:
+    """`stem`: the premise without its full stop; `connector`, as lm-eval-harness words it in Chinese."""
+    connector = {"cause": "因为", "effect": "所以"}[row["question"]]
+    return [{**row, "stem": row["premise"].strip()[:-1], "connector": connector}]
+
+
+def lettered_options(row: dict) -> Rows:
+    """AGIEval: options "(A)text"; A to E and `options_text`, the passage as text."""
+    options = row["options"] or []
+    texts = [re.sub(r"^\([A-Z]\)", "", option) for option in options]
+    return [_lettered({**row, "passage": row["passage"] or "", "options_text": " ".join(options)}, texts)]
+
+
+def gaokao(row: dict) -> Rows:
+    """GAOKAO-Bench files: `question`, `gold` (all letters), `score`, one row an example."""
+    return [{**entry, "gold": list(entry["answer"])} for entry in row["example"]]
+
+
+PREPARE: dict[str, Callable[[dict], Rows]] = {
+    function.__name__: function
+    for function in (
+        *(hellaswag, c3, arc, openbookqa, siqa, boolq, superglue, multirc, winogrande, nli, csl, chid, cluewsc, squad),
+        *(open_questions, gsm8k, math, mbpp, lambada, xcopa, lettered_options, gaokao),
+    )
+}
