@@ -49,6 +49,7 @@ class Shots:
     between: str = "\n\n"
     close: str = "\n\n"
     bare: str = ""  # stands in place of all of them where none fits
+    drop: bool = True  # where a written answer's prompt is too long, examples go before its beginning does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +201,8 @@ def load_benchmark(task: Task, data: str) -> Benchmark:
     found, examples = {}, {}
     for subset, title in task.titles.items():
         found[subset] = items(task.split, subset, title, slice(*task.rows) if task.rows else slice(None))
+        if not found[subset]:
+            raise UserError(f"{task.name}: no questions in {folder}{subset and f' of {subset}'}")
         examples[subset] = _examples(task, subset, title, items)
     return Benchmark(task, found, examples, fingerprint([PROTOCOL_VERSION, dataclasses.asdict(task), digests]))
 

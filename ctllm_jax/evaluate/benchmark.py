@@ -1,0 +1,198 @@
+"""Evaluates a declared task: options by log-likelihood, documents, answers that a model writes.
+
+A task's items are worked on in blocks. A block's log, one entry an item, is a pure function of the block, so a run that
+was cut short goes on with the blocks that are missing and ends in the same bytes.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.evaluate.declarations import Benchmark, Item, Task, fill
+from ctllm_jax.evaluate.encoding import encode_open, encode_options
+from ctllm_jax.evaluate.engine import Score, score_groups
+from ctllm_jax.evaluate.extract import EXTRACTORS, agreement, failed
+from ctllm_jax.evaluate.scoring import rolling
+from ctllm_jax.evaluate.summary import mean, perplexity, summarise
+from ctllm_jax.generate import generate
+from ctllm_jax.loading import LoadedModel
+
+BLOCK = {"generate": 64}  # items of a block, where not DEFAULT_BLOCK
+DEFAULT_BLOCK = 512
+
+# What decides between options: (score, text, score of the text alone) -> the larger wins.
+NORMS: dict[str, Callable[[Score, str, Score | None], float]] = {
+    "ppl": lambda score, text, alone: score.whole_logprob / score.length,
+    "sum": lambda score, text, alone: score.sum_logprob,
+    "tokens": lambda score, text, alone: score.sum_logprob / max(1, score.tokens),
+    "characters": lambda score, text, alone: score.sum_logprob / max(1, len(text)),
+    "bytes": lambda score, text, alone: score.sum_logprob / max(1, len(text.encode())),
+    "mutual": lambda score, text, alone: score.sum_logprob - alone.sum_logprob,
+}
+HEADLINE = {"ppl": "ppl", "ll": "sum", "lm_eval": "sum", "word": "greedy"}  # the protocol's own
+
+
+def blocks(benchmark: Benchmark, limit: int | None) -> Iterator[tuple[str, str, list[Item]]]:
+    """(name, subset, items) of each block, of at most `limit` items of each subset."""
+    size = BLOCK.get(benchmark.task.kind, DEFAULT_BLOCK)
+    for subset, items in benchmark.items.items():
+        items = items[:limit]
+        for start in range(0, len(items), size):
+            yield f"{subset or 'all'}-{start // size:04d}", subset, items[start : start + size]
+
+
+def evaluate_block(
+    model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool, batch_tokens: int
+) -> list[dict]:
+    """The log entries of a block's items."""
+    if benchmark.task.kind == "generate":
+        return _written(model, benchmark, subset, items, bos)
+    if benchmark.task.kind == "rolling":
+        return _documents(model, benchmark.task, items, batch_tokens)
+    return _chosen(model, benchmark, subset, items, bos, batch_tokens)
+
+
+def _chosen(
+    model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool, batch_tokens: int
+) -> list[dict]:
+    task = benchmark.task
+    encoded = encode_options(model, benchmark, subset, items, bos)
+    groups = [[*own.requests, *own.alone] for own in encoded]
+    scores = score_groups(model, groups, batch_tokens, f"{task.name} {subset}".strip())
+    log = []
+    for item, own, found in zip(items, encoded, scores, strict=True):
+        options, alone = found[: len(own.requests)], found[len(own.requests) :] or [None] * len(own.requests)
+        texts = [fill(template, item.fields) for template in task.options]
+        names = [name for name in NORMS if name != "mutual" or task.mutual]
+        values = {name: [NORMS[name](*part) for part in zip(options, texts, alone, strict=True)] for name in names}
+        log.append(
+            {
+                "id": item.id,
+                "gold": item.gold,
+                "options": texts,
+                "logprobs": [score.sum_logprob for score in options],
+                "tokens": [score.tokens for score in options],
+                "whole_logprobs": [score.whole_logprob for score in options],
+                "lengths": [score.length for score in options],
+                "is_greedy": [score.is_greedy for score in options],
+                "picked": {name: int(np.argmax(own)) for name, own in values.items()},
+                "margins": {name: _margin(own) for name, own in values.items()},
+                "shots": own.shots,
+                "cut": max(score.cut for score in options),
+            }
+        )
+    return log
+
+
+def _margin(values: list[float]) -> float | None:
+    """By how much the best is ahead of the next; None of a single one."""
+    if len(values) < 2:
+        return None
+    best, second = sorted(values, reverse=True)[:2]
+    return best - second
+
+
+def _documents(model: LoadedModel, task: Task, items: list[Item], batch_tokens: int) -> list[dict]:
+    texts = [fill(task.question, item.fields) for item in items]
+    opening = model.tokenizer.eos_id if model.tokenizer.bos_id is None else model.tokenizer.bos_id
+    scores = rolling(model, model.tokenizer.encode_batch(texts), opening, batch_tokens)
+    return [
+        {
+            "id": item.id,
+            "logprob": score.sum_logprob,
+            "tokens": score.tokens,
+            "bytes": len(text.encode()),
+            "words": len(text.split()),
+        }
+        for item, text, score in zip(items, texts, scores, strict=True)
+    ]
+
+
+def _written(model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool) -> list[dict]:
+    task = benchmark.task
+    encoded = encode_open(model, benchmark, subset, items, bos)
+    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    stops = [model.tokenizer.eos_id]
+    outputs = generate(model, [ids for _, ids, _, _ in encoded], max_tokens=task.max_tokens, **greedy, stop_ids=stops)
+    log = []
+    for item, (prompt, _, shots, cut), ids in zip(items, encoded, outputs, strict=True):
+        text = model.tokenizer.decode([token for token in ids if token not in stops])
+        for stop in task.stop:
+            text = text.split(stop)[0]
+        answers = {metric: EXTRACTORS[name](text) for metric, name in task.extract.items()}
+        log.append(
+            {
+                "id": item.id,
+                "prompt": prompt,
+                "text": text,
+                "extracted": answers,
+                "accepted": item.answers,
+                "right": {metric: agreement(task.match, answer, item.answers) for metric, answer in answers.items()},
+                "failed": {metric: failed(answer) for metric, answer in answers.items()},
+                "shots": shots,
+                "cut": cut,
+            }
+        )
+    return log
+
+
+# ---- Results
+
+
+def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
+    """A task's result from its log, by subset."""
+    task = benchmark.task
+    entries = [entry for own in log.values() for entry in own]
+    if not entries:
+        raise UserError(f"{task.name}: no questions")
+    result = {"source": task.source, "kind": task.kind, "protocol": benchmark.protocol, "questions": len(entries)}
+    if task.kind == "rolling":
+        return result | _rolling_figures(entries)
+    count = task.shots.count if task.shots else 0
+    result |= {
+        "fewer_shots": sum(entry["shots"] < count for entry in entries),
+        "cut": sum(entry["cut"] > 0 for entry in entries),
+    }
+    if task.kind == "generate":
+        return result | {
+            "chance": None,
+            "headline": next(iter(task.extract)),
+            "failed": {metric: sum(entry["failed"][metric] for entry in entries) for metric in task.extract},
+            "scores": _scores(task, log, {m: lambda e, m=m: e["right"][m] for m in task.extract}),
+        }
+    if task.kind == "word":
+        greedy = {"greedy": lambda entry: entry["is_greedy"][0]}
+        found = perplexity([entry["logprobs"][0] for entry in entries])
+        scores = _scores(task, log, greedy)
+        return result | {"chance": None, "headline": "greedy", "scores": scores, "perplexity": found}
+    norms = list(entries[0]["picked"])
+    picks = {norm: lambda e, norm=norm: e["gold"] is not None and e["picked"][norm] == e["gold"] for norm in norms}
+    return result | {
+        "chance": mean([1 / len(entry["options"]) for entry in entries])["mean"],
+        "headline": HEADLINE[task.kind],
+        "strays": sum(entry["gold"] is None for entry in entries),
+        "close": sum(entry["margins"][HEADLINE[task.kind]] < 1e-4 for entry in entries),
+        "scores": _scores(task, log, picks),
+    }
+
+
+def _scores(task: Task, log: dict[str, list[dict]], metrics: dict[str, Callable[[dict], float]]) -> dict:
+    return {
+        name: summarise({subset: [value(entry) for entry in own] for subset, own in log.items()}, task.groups)
+        for name, value in metrics.items()
+    }
+
+
+def _rolling_figures(entries: list[dict]) -> dict:
+    logprob, size = sum(entry["logprob"] for entry in entries), sum(entry["bytes"] for entry in entries)
+    words = sum(entry["words"] for entry in entries)
+    per_word = -logprob / words
+    return {
+        "bytes": size,
+        "bits_per_byte": -logprob / size / math.log(2),
+        "byte_perplexity": math.exp(-logprob / size),
+        # Texts that are not divided into words have few, and their perplexity has no number.
+        "word_perplexity": math.exp(per_word) if per_word < 700 else None,
+    }

@@ -1,0 +1,67 @@
+"""Averages with standard errors: a mean's as lm-eval-harness computes it, groups of subsets in both ways in use.
+
+The macro average weighs subsets equally (OpenCompass; what CT-LLM reports), the micro average weighs questions (the
+default of lm-eval-harness, whose pooled formula gives its error).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+BOOTSTRAP = 100_000  # draws of lm-eval-harness
+_CHUNK = 1_000  # draws of one seed
+
+
+def mean(values: Sequence[float]) -> dict:
+    """{mean, stderr: the sample deviation over the root of n, None for a single value, n}."""
+    array = np.asarray(values, np.float64)
+    stderr = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else None
+    return {"mean": float(array.mean()), "stderr": stderr, "n": len(array)}
+
+
+def average(subsets: Sequence[dict]) -> dict:
+    """{macro, micro: {mean, stderr}} of subsets' `mean`s."""
+    sizes = np.array([entry["n"] for entry in subsets], np.float64)
+    means = np.array([entry["mean"] for entry in subsets])
+    errors = [entry["stderr"] for entry in subsets]
+    macro_error = micro_error = None
+    if None not in errors:
+        squares = np.square(errors)
+        macro_error = float(np.sqrt(squares.sum()) / len(errors))
+        pooled = float(np.sum((sizes - 1) * squares * sizes) / (sizes.sum() - len(sizes)))
+        micro_error = math.sqrt(pooled / sizes.sum())
+    return {
+        "macro": {"mean": float(means.mean()), "stderr": macro_error},
+        "micro": {"mean": float((means * sizes).sum() / sizes.sum()), "stderr": micro_error},
+        "n": int(sizes.sum()),
+    }
+
+
+def summarise(values: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[str]]) -> dict:
+    """`average` over all subsets, of each group, and each subset's `mean`.
+
+    Args:
+      values: of each subset's questions.
+      groups: subsets of each group.
+    """
+    subsets = {name: mean(own) for name, own in values.items()}
+    return {
+        **average(list(subsets.values())),
+        "groups": {name: average([subsets[subset] for subset in own]) for name, own in groups.items()},
+        "subsets": subsets,
+    }
+
+
+def perplexity(logprobs: Sequence[float]) -> dict:
+    """{mean: exp of minus the mean log-likelihood, stderr, n}, the error by lm-eval-harness's bootstrap.
+
+    It draws with Python's generator seeded with 0, 1, ...; numpy's legacy one gives the same numbers from these seeds.
+    """
+    array = np.asarray(logprobs, np.float64)
+    draws = []
+    for seed in range(BOOTSTRAP // _CHUNK):
+        uniform = np.random.RandomState([seed]).random_sample((_CHUNK, len(array)))
+        draws.append(np.exp(-array[(uniform * len(array)).astype(np.int64)].mean(axis=1)))
+    stderr = float(np.concatenate(draws).std(ddof=1)) if len(array) > 1 else None
+    return {"mean": float(np.exp(-array.mean())), "stderr": stderr, "n": len(array)}
