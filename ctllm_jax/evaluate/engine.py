@@ -5,13 +5,15 @@ asked for several last ids. What rows begin with alike (the few-shot examples of
 options) is computed once, into a cache that the rows go on from; of three plans, nothing shared, shared within groups,
 shared by all, the one with the fewest padded tokens is taken.
 
-Lengths are rounded up to powers of two and a shape always has the same number of rows. So for one `batch_tokens` the
-order of the requests does not change a bit of the result; between different `batch_tokens` only the rounding of matrix
-products can.
+Shapes are few: lengths are rounded up to powers of two, those of shared beginnings to powers of four, and neither a
+length nor a sharing plan is used that does not save the tokens of a whole batch. A shape always has the same number of
+rows. So for one `batch_tokens` the order of the requests does not change a bit of the result; between different
+`batch_tokens` only the rounding of matrix products can.
 
 Legend: B rows, L length, G shared beginnings, P their length, F last ids, V vocabulary.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
@@ -100,7 +102,8 @@ def score_groups(
     check_ids(model, (request.ids for group in groups for request in group))
     rows: dict[tuple, _Row] = {}
     placed = [[_place(rows, request) for request in group] for group in groups]
-    plan = _plan([_unique(row for row, _ in group) for group in placed], model.config.max_length)
+    own = [_unique(row for row, _ in group) for group in placed]
+    plan = _plan(own, model.config.max_length, batch_tokens)
     with Progress(label, len(rows), "rows") as progress:
         _run(model, plan, batch_tokens, progress)
     return [
@@ -147,19 +150,17 @@ def _score(request: Request, row: _Row, last: int) -> Score:
 Plan = list[tuple[int, list[_Row]]]  # (tokens that the rows begin with alike and share, the rows)
 
 
-def _plan(groups: list[list[_Row]], most: int) -> Plan:
+def _plan(groups: list[list[_Row]], most: int, batch_tokens: int) -> Plan:
     everything = _unique(row for group in groups for row in group)
     taken: set[int] = set()
     own = []  # a row that several groups have is the first one's
     for group in groups:
         own.append([row for row in group if id(row) not in taken])
         taken.update(id(row) for row in group)
-    plans = (
-        [(0, everything)],
-        [(_shared(group), group) for group in own if group],
-        [(_shared(everything), everything)],
-    )
-    return min(plans, key=lambda plan: _padded_tokens(plan, most))
+    apart = [(0, everything)]
+    plans = ([(_shared(group), group) for group in own if group], [(_shared(everything), everything)])
+    best = min(plans, key=lambda plan: _padded_tokens(plan, most))
+    return best if _padded_tokens(apart, most) - _padded_tokens(best, most) >= batch_tokens else apart
 
 
 def _shared(rows: list[_Row]) -> int:
@@ -171,9 +172,32 @@ def _shared(rows: list[_Row]) -> int:
 
 def _padded_tokens(plan: Plan, most: int) -> int:
     return sum(
-        (bucket(shared, most) if shared else 0) + sum(bucket(len(row.ids) - shared, most) for row in rows)
-        for shared, rows in plan
+        _shared_bucket(shared, most) + sum(bucket(len(row.ids) - shared, most) for row in rows) for shared, rows in plan
     )
+
+
+def _shared_bucket(shared: int, most: int) -> int:
+    """The next of 128, 512, 2048, ... that holds it, but `most` at most; 0 for 0."""
+    size = 128
+    while size < shared:
+        size *= 4
+    return min(size, most) if shared else 0
+
+
+def _lengths(needed: list[int], batch_tokens: int) -> dict[int, int]:
+    """{length: the one that it is padded to} for the rounded lengths of rows: a length that would not save a batch's
+    tokens over the next longer one is padded to that."""
+    counts, chosen = collections.Counter(needed), {}
+    rows = 0  # of this length and of shorter ones that are padded to it
+    lengths = sorted(counts)
+    waiting: list[int] = []
+    for length, longer in zip(lengths, [*lengths[1:], None], strict=True):
+        rows += counts[length]
+        waiting.append(length)
+        if longer is None or rows * (longer - length) >= batch_tokens:
+            chosen |= dict.fromkeys(waiting, length)
+            rows, waiting = 0, []
+    return chosen
 
 
 # ---- Running
@@ -183,7 +207,7 @@ def _run(model: LoadedModel, plan: Plan, batch_tokens: int, progress: Progress) 
     most = model.config.max_length
     by_length: dict[int, Plan] = {}
     for shared, rows in plan:
-        by_length.setdefault(bucket(shared, most) if shared else 0, []).append((shared, rows))
+        by_length.setdefault(_shared_bucket(shared, most), []).append((shared, rows))
     for P, entries in sorted(by_length.items()):
         G = 1 if P == 0 or len(plan) == 1 else max(1, batch_tokens // P)
         entries = sorted(entries, key=lambda entry: min(row.ids for row in entry[1]))
@@ -210,11 +234,12 @@ def _fill(model: LoadedModel, chunk: Plan, G: int, P: int) -> Cache:
 
 def _go_on(model: LoadedModel, chunk: Plan, cache: Cache | None, P: int, batch_tokens: int, progress: Progress) -> None:
     """Computes the rows of a chunk, from where what they share ends."""
+    everything = [(place, shared, row) for place, (shared, rows) in enumerate(chunk) for row in rows]
+    needed = [bucket(len(row.ids) - shared, model.config.max_length) for _, shared, row in everything]
+    padded = _lengths(needed, batch_tokens)
     buckets: dict[int, list[tuple[int, int, _Row]]] = {}
-    for place, (shared, rows) in enumerate(chunk):
-        for row in rows:
-            L = bucket(len(row.ids) - shared, model.config.max_length)
-            buckets.setdefault(L, []).append((place, shared, row))
+    for entry, length in zip(everything, needed, strict=True):
+        buckets.setdefault(padded[length], []).append(entry)
     for L, entries in sorted(buckets.items()):
         B = max(1, min(batch_tokens // L, CACHE_FACTOR * batch_tokens // (P + L)))
         entries.sort(key=lambda entry: (entry[2].ids, entry[2].last))
