@@ -1,7 +1,12 @@
-"""Scores of a checkpoint: held-out perplexity beside a unigram baseline, multiple choice, samples.
+"""Scores of a checkpoint: held-out perplexity beside a unigram baseline, benchmarks, own questions, samples.
 
     ctllm eval --config.model=runs/pretrain --config.perplexity.store=data/store --workdir=runs/pretrain-eval
-    ctllm eval --config.model=hf/CT-LLM-Base --config.tasks="('tasks/ceval.json',)" --workdir=runs/ctllm-eval
+    ctllm eval --config=configs/eval.py:ct_llm --config.model=hf/CT-LLM-Base --config.data=BENCHMARKS --workdir=DIR
+    ctllm eval --config.model=hf/CT-LLM-Base --config.benchmarks="('ceval_ppl',)" --config.data=BENCHMARKS --workdir=DIR
+
+`:ct_llm` takes the benchmarks of CT-LLM's table, in the protocols that its scores were probably made with. BENCHMARKS
+holds a folder for each benchmark, with its files as published; where one is missing, the message says what belongs
+there. The declarations are in ctllm_jax/evaluate/tasks; the path of a TOML file of your own is as good as their names.
 
 One device is enough (sizes estimated, not measured).
 A scoring batch of 4,096 tokens needs 2.1 GB for the 2B model's logits, beside 8.6 GB of
@@ -11,8 +16,20 @@ one log line per question under parts/.
 
 from ml_collections import ConfigDict, config_dict
 
+SUITES = {
+    "": (),
+    "ct_llm": (
+        *("boolq_ppl", "cb_ppl", "copa_ppl", "rte_ppl", "multirc_ppl", "wic_ppl", "piqa_ppl", "siqa_ppl"),
+        *("hellaswag_ppl", "winogrande_ll", "arc_e_ppl", "arc_c_ppl", "obqa_ppl", "csqa_ppl", "mmlu_ppl"),
+        *("nq_gen", "triviaqa_gen", "lambada_gen", "squad2_gen", "gsm8k_gen", "theoremqa_gen"),
+        *("ceval_ppl", "cmmlu_ppl"),
+    ),
+}
 
-def get_config() -> ConfigDict:
+
+def get_config(suite: str = "") -> ConfigDict:
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown; there is: ct_llm")
     return ConfigDict(
         {
             "model": "",
@@ -24,6 +41,9 @@ def get_config() -> ConfigDict:
                 "rows": 2_000,
                 "baseline_rows": 20_000,
             },
+            "benchmarks": SUITES[suite],
+            "data": "",
+            "limit": config_dict.placeholder(int),
             "tasks": (),
             "bos": True,
             "prompts": (),

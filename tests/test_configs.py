@@ -58,6 +58,7 @@ CASES = [
     Case("dpo", "ct_llm_2b", "train", (("init_from", "RUN"),)),
     Case("dpo", "tiny", "train", (("init_from", "RUN"),)),
     Case("eval", None, "eval"),
+    Case("eval", "ct_llm", "eval"),
     Case("generate", None, "generate"),
     Case("convert", None, "convert"),
     Case("trace", None, "trace", (("step", 1),)),
@@ -131,6 +132,7 @@ DEFAULT_ARGUMENTS = {
     "dpo": "ct_llm_2b",
     "tokenizer": "train",
     "tokenize": "pretrain",
+    "eval": "",
 }
 
 

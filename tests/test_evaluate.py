@@ -46,55 +46,6 @@ def random_requests(model, count: int) -> list[tuple[list[int], list[int]]]:
 # ---- Log-likelihoods
 
 
-@needs_reference
-@pytest.mark.parametrize(
-    ("checkpoint", "name", "bos", "max_length", "most"),
-    [
-        ("tiny_mha", "mha_all", True, 2048, 2),
-        ("tiny_gqa", "gqa_all", True, 2048, 2),
-        ("tiny_mha", "mha_nobos", False, 2048, 10),
-        ("tiny_mha", "mha_maxlen256", True, 256, 10),
-    ],
-)
-def test_choices_score_as_in_lm_eval(checkpoint, name, bos, max_length, most):
-    model = load_model(str(REFERENCE / checkpoint))
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=max_length))
-    seen: dict[str, int] = {}
-    pairs, expected = [], []
-    for entry in samples(name):
-        if not entry["ctxlen_and_cont_ids"]:
-            continue  # rolling and generation
-        seen[entry["task"]] = seen.get(entry["task"], 0) + 1
-        if seen[entry["task"]] > most:
-            continue
-        for (context, continuation), (length, ids), reply in zip(
-            entry["arguments"], entry["ctxlen_and_cont_ids"], entry["resps"], strict=True
-        ):
-            pair = encode_pair(model.tokenizer, context, continuation, bos)
-            assert pair[1] == ids and len(pair[0]) == length
-            pairs.append(pair)
-            expected.append(reply[0])
-        assert encode_pair(model.tokenizer, *entry["arguments"][0], bos)[0] == entry["ctx_ids"][0]
-    found = score(model, pairs, 2048)
-    assert len(found) > 20
-    np.testing.assert_allclose([s.sum_logprob for s in found], [logprob for logprob, _ in expected], rtol=0, atol=2e-4)
-    assert [s.is_greedy for s in found] == [greedy for _, greedy in expected]
-    assert any(s.cut for s in found) == (max_length == 256)
-
-
-@needs_reference
-def test_whole_documents_score_as_in_lm_eval():
-    model = load_model(str(REFERENCE / "tiny_mha"))
-    entries = [entry for entry in samples("mha_nobos") if entry["task"] == "g_docs_ppl"]
-    texts = [entry["target"] for entry in entries]
-    found = rolling(model, model.tokenizer.encode_batch(texts), model.tokenizer.bos_id, 4096)
-    expected = [entry["resps"][0][0] for entry in entries]
-    np.testing.assert_allclose([s.sum_logprob for s in found], expected, rtol=1e-6)
-    bits = -sum(s.sum_logprob for s in found) / math.log(2) / sum(len(text.encode()) for text in texts)
-    golden = json.loads((REFERENCE / "lm_eval" / "mha_nobos.json").read_text())["results"]["g_docs_ppl"]
-    assert bits == pytest.approx(golden["bits_per_byte,none"], rel=1e-6)
-
-
 def test_a_score_is_the_sum_of_the_models_log_probabilities(model):
     requests = random_requests(model, 12)
     run = jax.jit(forward, static_argnums=0)
@@ -364,6 +315,9 @@ def test_an_interrupted_evaluation_ends_in_the_bytes_of_an_undisturbed_one(model
         step=None,
         dtype=None,
         perplexity=PerplexityConfig(store=str(tmp_path / "s"), split="validation", rows=9, baseline_rows=9),
+        benchmarks=(),
+        data="",
+        limit=None,
         tasks=(first, second),
         bos=True,
         prompts=("从前",),

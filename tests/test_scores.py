@@ -71,13 +71,27 @@ def by_task(run: str) -> dict[str, list[dict]]:
 
 
 @needs_reference
-def test_options_score_as_in_opencompass():
-    model = model_of("tiny_mha")
+def test_a_few_tasks_score_as_in_opencompass():
+    check_opencompass(["cmmlu-agronomy@041cbf", "winogrande", "csl"])
+
+
+@needs_reference
+@pytest.mark.slow
+def test_every_option_scores_as_in_opencompass():
+    assert check_opencompass(None) == 19 * 12
+
+
+def check_opencompass(names: list[str] | None) -> int:
+    """How many items agree, of the named tasks or of all."""
+    model, checked = model_of("tiny_mha"), 0
     tasks = collections.defaultdict(list)
     for entry in reference("opencompass/ppl.jsonl.gz"):
         tasks[entry["task"]].append(entry)
     accuracies = json.loads((REFERENCE / "opencompass" / "summary.json").read_text())["tasks"]
     for name, entries in tasks.items():
+        if names is not None and name not in names:
+            continue
+        checked += len(entries)
         found, subset = opencompass(name)
         items = [found.items[subset][entry["idx"]] for entry in entries]
         log = benchmarks.evaluate_block(model, found, subset, items, True, BATCH)
@@ -94,41 +108,68 @@ def test_options_score_as_in_opencompass():
         result = benchmarks.summary(found, {subset: log})
         if not result["close"]:
             assert 100 * result["scores"][headline]["macro"]["mean"] == pytest.approx(accuracies[name]["accuracy"])
+    return checked
 
 
 # ---- lm-eval-harness
 
 
+RUNS = [
+    ("tiny_mha", "mha_all", True, 2048),
+    ("tiny_gqa", "gqa_all", True, 2048),
+    ("tiny_mha", "mha_nobos", False, 2048),
+    ("tiny_mha", "mha_maxlen256", True, 256),
+]
+each_run = pytest.mark.parametrize(("checkpoint", "run", "bos", "max_length"), RUNS)
+
+
 @needs_reference
-@pytest.mark.parametrize(
-    ("checkpoint", "run", "bos", "max_length"),
-    [
-        ("tiny_mha", "mha_all", True, 2048),
-        ("tiny_gqa", "gqa_all", True, 2048),
-        ("tiny_mha", "mha_nobos", False, 2048),
-        ("tiny_mha", "mha_maxlen256", True, 256),
-    ],
-)
-def test_every_sample_of_lm_eval_agrees(checkpoint, run, bos, max_length):
+@each_run
+def test_prompts_and_ids_are_those_of_lm_eval(checkpoint, run, bos, max_length):
     model = model_of(checkpoint, max_length)
+    for name, entries in by_task(run).items():
+        found, subset = lm_eval_benchmark(name)
+        if found.task.kind not in ("rolling", "generate"):
+            check_ids(model, found, subset, found.items[subset][: len(entries)], entries, bos)
+
+
+@needs_reference
+def test_a_few_samples_of_lm_eval_agree():
+    check_lm_eval(*RUNS[0], ["g_cmmlu_agronomy", "g_lambada_like"])
+    check_lm_eval(*RUNS[3], ["g_mmlu_abstract_algebra"])
+
+
+@needs_reference
+@pytest.mark.slow
+@each_run
+def test_every_sample_of_lm_eval_agrees(checkpoint, run, bos, max_length):
+    assert check_lm_eval(checkpoint, run, bos, max_length, None) >= (580 if run.endswith("all") else 59)
+
+
+def check_lm_eval(checkpoint, run, bos, max_length, names) -> int:
+    """How many items agree, of the named tasks or of all."""
+    model, checked = model_of(checkpoint, max_length), 0
     golden = json.loads((REFERENCE / "lm_eval" / f"{run}.json").read_text())["results"]
     for name, entries in by_task(run).items():
+        if names is not None and name not in names:
+            continue
         found, subset = lm_eval_benchmark(name)
         if found.task.kind == "rolling":
             if not bos:  # with it, lm-eval-harness gives the opening id twice
                 check_documents(model, found, entries, golden[name])
             continue
         items = found.items[subset][: len({entry["doc_id"] for entry in entries})]
+        checked += len(items)
         if found.task.kind == "generate":
             check_written(model, found, items, entries, golden[name])
             continue
-        check_ids(model, found, subset, items, entries, bos)
         log = benchmarks.evaluate_block(model, found, subset, items, bos, BATCH)
         for ours, entry in zip(log, entries, strict=True):
             expected = [reply[0] for reply in entry["resps"]]
             np.testing.assert_allclose(ours["logprobs"], [e[0] for e in expected], rtol=0, atol=2e-4)
             assert ours["is_greedy"] == [e[1] for e in expected]
         check_metrics(benchmarks.summary(found, {subset: log}), log, entries, golden[name])
+    return checked
 
 
 def check_ids(model, found, subset, items, entries, bos):

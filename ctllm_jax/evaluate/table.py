@@ -1,0 +1,62 @@
+"""Scores as text, for people."""
+
+
+def table(result: dict) -> str:
+    """The scores of `ctllm eval`: held-out text, declared benchmarks with their chance levels, question files."""
+    lines = [f"model {result['model']} ({result['digest']})"]
+    if result["perplexity"]:
+        lines += ["", *_perplexity(result["perplexity"])]
+    if result["benchmarks"]:
+        lines += ["", *_benchmarks(result["benchmarks"])]
+    if result["tasks"]:
+        lines += ["", *_tasks(result["tasks"])]
+    return "\n".join(lines)
+
+
+def _perplexity(sources: dict) -> list[str]:
+    columns = ("tokens", "nats_per_token", "stderr", "perplexity", "bits_per_byte", "unigram_bits_per_byte")
+    lines = [_row("held-out", [name.replace("unigram_bits_per_byte", "unigram") for name in columns])]
+    return lines + [_row(source, [_number(figures[name]) for name in columns]) for source, figures in sources.items()]
+
+
+def _benchmarks(benchmarks: dict) -> list[str]:
+    """Scores in per cent: subsets weighed equally (macro) and by size (micro), groups of subsets below their task."""
+    heads = ["questions", "by", "macro", "+-", "micro", "chance", "unreadable", "cut", "fewer shots"]
+    lines = [_row("benchmark", heads)]
+    for name, found in benchmarks.items():
+        if found["kind"] == "rolling":
+            bits = f"{found['bits_per_byte']:.4f} bits per byte"
+            lines.append(_row(name, [_number(found["questions"]), bits]))
+            continue
+        score, failed = found["scores"][found["headline"]], found.get("failed", {}).get(found["headline"])
+        counts = [_number(value) for value in (failed, found["cut"], found["fewer_shots"])]
+        lines.append(_row(name, [_number(score["n"]), found["headline"], *_averages(score, found["chance"]), *counts]))
+        for group, own in score["groups"].items():
+            lines.append(_row(f"  {group}", [_number(own["n"]), "", *_averages(own, found["chance"])]))
+    return lines
+
+
+def _averages(score: dict, chance: float | None) -> list[str]:
+    parts = (score["macro"]["mean"], score["macro"]["stderr"], score["micro"]["mean"], chance)
+    return ["-" if part is None else f"{100 * part:.2f}" for part in parts]
+
+
+def _tasks(tasks: dict) -> list[str]:
+    lines = [_row("question file", ["questions", "sum", "+-", "characters", "bytes", "tokens", "macro (sum)", "cut"])]
+    for name, task in tasks.items():
+        micro = {norm: entry["micro"] for norm, entry in task["accuracy"].items()}
+        shown = [task["questions"], micro["sum"]["mean"], micro["sum"]["stderr"]]
+        shown += [micro[norm]["mean"] for norm in ("characters", "bytes", "tokens")]
+        shown += [task["accuracy"]["sum"]["macro"]["mean"], task["cut"]]
+        lines.append(_row(name, [_number(value) for value in shown]))
+    return lines
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:<22}" + "".join(f"{cell:>14}" for cell in cells)
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
