@@ -53,15 +53,15 @@ def summarise(values: Mapping[str, Sequence[float]], groups: Mapping[str, Sequen
     }
 
 
-def perplexity(logprobs: Sequence[float]) -> dict:
+def perplexity(logprobs: Sequence[float], draws: int = BOOTSTRAP) -> dict:
     """{mean: exp of minus the mean log-likelihood, stderr, n}, the error by lm-eval-harness's bootstrap.
 
     It draws with Python's generator seeded with 0, 1, ...; numpy's legacy one gives the same numbers from these seeds.
     """
     array = np.asarray(logprobs, np.float64)
-    draws = []
-    for seed in range(BOOTSTRAP // _CHUNK):
+    found = []
+    for seed in range(draws // _CHUNK):
         uniform = np.random.RandomState([seed]).random_sample((_CHUNK, len(array)))
-        draws.append(np.exp(-array[(uniform * len(array)).astype(np.int64)].mean(axis=1)))
-    stderr = float(np.concatenate(draws).std(ddof=1)) if len(array) > 1 else None
+        found.append(np.exp(-array[(uniform * len(array)).astype(np.int64)].mean(axis=1)))
+    stderr = float(np.concatenate(found).std(ddof=1)) if len(array) > 1 else None
     return {"mean": float(np.exp(-array.mean())), "stderr": stderr, "n": len(array)}
