@@ -22,7 +22,7 @@ SUITES = {
         *("boolq_ppl", "cb_ppl", "copa_ppl", "rte_ppl", "multirc_ppl", "wic_ppl", "piqa_ppl", "siqa_ppl"),
         *("hellaswag_ppl", "winogrande_ll", "arc_e_ppl", "arc_c_ppl", "obqa_ppl", "csqa_ppl", "mmlu_ppl"),
         *("nq_gen", "triviaqa_gen", "lambada_gen", "squad2_gen", "gsm8k_gen", "theoremqa_gen"),
-        *("ceval_ppl", "cmmlu_ppl"),
+        *("humaneval_gen", "mbpp_gen", "ceval_ppl", "cmmlu_ppl"),
     ),
 }
 
@@ -43,6 +43,7 @@ def get_config(suite: str = "") -> ConfigDict:
             },
             "benchmarks": SUITES[suite],
             "data": "",
+            "unsafe_programs": False,
             "limit": config_dict.placeholder(int),
             "tasks": (),
             "bos": True,

@@ -213,6 +213,7 @@ def config_of(tmp_path, model, **changes) -> EvalConfig:
         "perplexity": PerplexityConfig(store="", split="validation", rows=1, baseline_rows=1),
         "benchmarks": (toy(tmp_path, "ppl"), toy(tmp_path, text=WRITTEN)),
         "data": str(tmp_path),
+        "unsafe_programs": False,
         "limit": None,
         "tasks": (),
         "bos": True,

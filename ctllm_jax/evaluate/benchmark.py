@@ -14,6 +14,7 @@ from ctllm_jax.evaluate.declarations import Benchmark, Item, Task, fill
 from ctllm_jax.evaluate.encoding import encode_open, encode_options
 from ctllm_jax.evaluate.engine import Score, score_groups
 from ctllm_jax.evaluate.extract import EXTRACTORS, agreement, failed
+from ctllm_jax.evaluate.jail import Limits, run_programs
 from ctllm_jax.evaluate.scoring import rolling
 from ctllm_jax.evaluate.summary import mean, perplexity, summarise
 from ctllm_jax.generate import generate
@@ -21,6 +22,7 @@ from ctllm_jax.loading import LoadedModel
 
 BLOCK = {"generate": 64}  # items of a block, where not DEFAULT_BLOCK
 DEFAULT_BLOCK = 512
+WALL_FACTOR = 10  # a program may take this times its CPU seconds: a busy machine decides nothing
 
 # What decides between options: (score, text, score of the text alone) -> the larger wins.
 NORMS: dict[str, Callable[[Score, str, Score | None], float]] = {
@@ -44,11 +46,17 @@ def blocks(benchmark: Benchmark, limit: int | None) -> Iterator[tuple[str, str, 
 
 
 def evaluate_block(
-    model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool, batch_tokens: int
+    model: LoadedModel,
+    benchmark: Benchmark,
+    subset: str,
+    items: list[Item],
+    bos: bool,
+    batch_tokens: int,
+    isolate: bool = True,
 ) -> list[dict]:
-    """The log entries of a block's items."""
+    """The log entries of a block's items; `isolate` as in `jail.run_programs`."""
     if benchmark.task.kind == "generate":
-        return _written(model, benchmark, subset, items, bos)
+        return _written(model, benchmark, subset, items, bos, isolate)
     if benchmark.task.kind == "rolling":
         return _documents(model, benchmark.task, items, batch_tokens)
     return _chosen(model, benchmark, subset, items, bos, batch_tokens)
@@ -110,7 +118,9 @@ def _documents(model: LoadedModel, task: Task, items: list[Item], batch_tokens: 
     ]
 
 
-def _written(model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool) -> list[dict]:
+def _written(
+    model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool, isolate: bool
+) -> list[dict]:
     task = benchmark.task
     encoded = encode_open(model, benchmark, subset, items, bos)
     greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
@@ -129,13 +139,27 @@ def _written(model: LoadedModel, benchmark: Benchmark, subset: str, items: list[
                 "text": text,
                 "extracted": answers,
                 "accepted": item.answers,
-                "right": {metric: agreement(task.match, answer, item.answers) for metric, answer in answers.items()},
                 "failed": {metric: failed(answer) for metric, answer in answers.items()},
                 "shots": shots,
                 "cut": cut,
             }
         )
+    for metric in task.extract:
+        answers = [entry["extracted"][metric] for entry in log]
+        for entry, right in zip(log, judged(task, items, answers, isolate), strict=True):
+            entry.setdefault("right", {})[metric] = right
     return log
+
+
+def judged(task: Task, items: list[Item], answers: list[str], isolate: bool) -> list[float]:
+    """How right the extracted answer of each item is, 0 to 1."""
+    if task.match != "program":
+        return [agreement(task.match, answer, item.answers) for item, answer in zip(items, answers, strict=True)]
+    programs = [
+        fill(task.program, {**item.fields, "answer": answer}) for item, answer in zip(items, answers, strict=True)
+    ]
+    limits = Limits(cpu_seconds=task.seconds, wall_seconds=WALL_FACTOR * task.seconds)
+    return [float(passed) for passed in run_programs(programs, limits, isolate)]
 
 
 # ---- Results

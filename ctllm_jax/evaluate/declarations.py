@@ -21,6 +21,7 @@ from typing import Any
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.manifest import fingerprint
+from ctllm_jax.evaluate.extract import EXTRACTORS, MATCHES
 from ctllm_jax.evaluate.published import Files, read_published
 from ctllm_jax.evaluate.rows import PREPARE
 
@@ -80,7 +81,9 @@ class Task:
     max_tokens: int = 0  # of generate
     stop: tuple[str, ...] = ()  # texts that end an answer
     extract: dict[str, str] = dataclasses.field(default_factory=dict)  # metric: extractor
-    match: str = "equal"  # how an extracted answer is held to the accepted ones
+    match: str = "equal"  # how an extracted answer is held to the accepted ones: of extract.MATCHES, or "program"
+    program: str = ""  # what is run to judge a "program"; `{answer}` is the extracted one
+    seconds: int = 0  # of CPU time that it may take
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -93,6 +96,12 @@ class Task:
             raise ValueError(f"{len(self.labels)} labels for {len(self.options)} options")
         if self.kind == "generate" and not (self.max_tokens and self.extract):
             raise ValueError("a task of kind generate needs max_tokens and extract")
+        if unknown := set(self.extract.values()) - set(EXTRACTORS):
+            raise ValueError(f"extractor {min(unknown)!r} is unknown; there are: {', '.join(sorted(EXTRACTORS))}")
+        if self.match not in (*MATCHES, "program"):
+            raise ValueError(f"match {self.match!r} is unknown; there are: {', '.join(MATCHES)}, program")
+        if (self.match == "program") != bool(self.program and self.seconds):
+            raise ValueError("match, program and seconds go together: a program is run, or none of them is given")
         for split in (self.split, self.shots.split if self.shots else None):
             if split is not None and split not in self.files.splits:
                 raise ValueError(f"split {split!r} has no files")

@@ -5,10 +5,9 @@ asked for several last ids. What rows begin with alike (the few-shot examples of
 options) is computed once, into a cache that the rows go on from; of three plans, nothing shared, shared within groups,
 shared by all, the one with the fewest padded tokens is taken.
 
-Shapes are few: lengths are rounded up to powers of two, those of shared beginnings to powers of four, and neither a
-length nor a sharing plan is used that does not save the tokens of a whole batch. A shape always has the same number of
-rows. So for one `batch_tokens` the order of the requests does not change a bit of the result; between different
-`batch_tokens` only the rounding of matrix products can.
+Shapes are few: lengths are rounded up to powers of two, and neither a length nor a sharing plan is used that does not
+save the tokens of a whole batch. A shape always has the same number of rows. So for one `batch_tokens` the order of the
+requests does not change a bit of the result; between different `batch_tokens` only the rounding of matrix products can.
 
 Legend: B rows, L length, G shared beginnings, P their length, F last ids, V vocabulary.
 """
@@ -177,10 +176,8 @@ def _padded_tokens(plan: Plan, most: int) -> int:
 
 
 def _shared_bucket(shared: int, most: int) -> int:
-    """The next of 128, 512, 2048, ... that holds it, but `most` at most; 0 for 0."""
-    size = 128
-    while size < shared:
-        size *= 4
+    """The next of 128, 512, 1024, 2048, ... that holds it, but `most` at most; 0 for 0."""
+    size = 128 if shared <= 128 else max(512, bucket(shared, most))
     return min(size, most) if shared else 0
 
 

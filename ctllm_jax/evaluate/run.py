@@ -17,6 +17,7 @@ from ctllm_jax.evaluate.benchmark import blocks, evaluate_block, summary
 from ctllm_jax.evaluate.choice import evaluate_choice
 from ctllm_jax.evaluate.declarations import Benchmark, load_benchmark
 from ctllm_jax.evaluate.declarations import load_task as load_declaration
+from ctllm_jax.evaluate.jail import isolated
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
 from ctllm_jax.evaluate.questions import LoadedTask, load_task
 from ctllm_jax.evaluate.table import table
@@ -34,6 +35,7 @@ class EvalConfig:
     perplexity: PerplexityConfig  # skipped where its store is empty
     benchmarks: tuple[str, ...]  # declared tasks: names of shipped ones (ceval_ppl) or paths of TOML files
     data: str  # folder of the benchmarks' published files, a folder in it for each
+    unsafe_programs: bool  # run programs that the model writes even where they cannot be isolated
     limit: int | None  # most items of each of a benchmark's subsets, for a trial; None takes all
     tasks: tuple[str, ...]  # own multiple-choice questions (JSON files, see `questions`)
     bos: bool  # open task prompts with the beginning-of-document id
@@ -50,6 +52,7 @@ def run(config: EvalConfig, workdir: str) -> dict:
     for kind, names in (("tasks", [own.task.name for own in tasks]), ("benchmarks", [b.task.name for b in benchmarks])):
         if len(set(names)) < len(names):
             raise UserError(f"two {kind} have the same name: {sorted(names)}")
+    isolate = _isolation(benchmarks, config.unsafe_programs)
     store = open_store(config.perplexity.store) if config.perplexity.store else None
     if not (benchmarks or tasks or store or config.prompts):
         raise UserError(
@@ -57,7 +60,7 @@ def run(config: EvalConfig, workdir: str) -> dict:
         )
     model = load_model(config.model, config.step, config.dtype)
     settings = {**dataclasses.asdict(config), "model": None, "step": None}
-    settings |= {"tasks": None, "benchmarks": None, "data": None}
+    settings |= {"tasks": None, "benchmarks": None, "data": None, "unsafe_programs": None}
     settings["perplexity"]["store"] = None
     inputs = {
         "model": model.digest,
@@ -77,7 +80,7 @@ def run(config: EvalConfig, workdir: str) -> dict:
             stage, "perplexity", lambda: perplexity(model, store, config.perplexity, config.batch_tokens)
         )
     for benchmark in benchmarks:
-        result["benchmarks"][benchmark.task.name] = _run_benchmark(stage, model, benchmark, config)
+        result["benchmarks"][benchmark.task.name] = _run_benchmark(stage, model, benchmark, config, isolate)
     for loaded in tasks:
         result["tasks"][loaded.task.name] = _part(
             stage, f"task-{loaded.task.name}", lambda loaded=loaded: _run_task(stage, model, loaded, config)
@@ -101,14 +104,26 @@ def _part(stage: Stage, name: str, work: Callable[[], dict]) -> dict:
     return result
 
 
-def _run_benchmark(stage: Stage, model: LoadedModel, benchmark: Benchmark, config: EvalConfig) -> dict:
+def _isolation(benchmarks: list[Benchmark], unsafe: bool) -> bool:
+    """Whether programs are isolated; UserError where they cannot be and nobody insists."""
+    coded = [benchmark.task.name for benchmark in benchmarks if benchmark.task.match == "program"]
+    trouble = isolated() if coded else None
+    if trouble and not unsafe:
+        raise UserError(
+            f"{', '.join(coded)}: programs that the model writes cannot be isolated here ({trouble}). Run where Linux "
+            "allows user namespaces, or set config.unsafe_programs=True on a machine that may be harmed"
+        )
+    return trouble is None
+
+
+def _run_benchmark(stage: Stage, model: LoadedModel, benchmark: Benchmark, config: EvalConfig, isolate: bool) -> dict:
     """A benchmark's result from the logs of its blocks. The stage's folder is this evaluation's alone, so a log that is
     there is the one wanted."""
     log: dict[str, list[dict]] = {}
     for name, subset, items in blocks(benchmark, config.limit):
         path = stage.folder / "parts" / benchmark.task.name / f"{name}.jsonl"
         if not path.exists():
-            entries = evaluate_block(model, benchmark, subset, items, config.bos, config.batch_tokens)
+            entries = evaluate_block(model, benchmark, subset, items, config.bos, config.batch_tokens, isolate)
             write_samples(path, entries)
         log.setdefault(subset, []).extend(read_jsonl(path))
     return summary(benchmark, log)
