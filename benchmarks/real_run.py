@@ -1,6 +1,6 @@
 """A run on real documents: from raw files to a model of 6.8 M parameters, its curves and samples, and a small sweep.
 
-    python benchmarks/real_run.py --input 'raw/*.jsonl.gz' [--steps 2000] [--folder DIR] [--no-sweep]
+    python benchmarks/real_run.py --input 'raw/*.jsonl.gz' [--steps 2000] [--rows 32] [--sweep-steps N] [--folder DIR]
 
 The documents, with the sample's English and code, go through `ctllm corpus`, `tokenizer` (8,192 pieces) and `tokenize`
 (rows of 512). The model is configs/pretrain.py:tiny with 6 layers of width 256; bf16 and our kernels on an accelerator,
@@ -21,28 +21,33 @@ from ctllm_jax.data.store import open_store
 from ctllm_jax.metrics.log import read_metrics
 
 SAMPLE = pathlib.Path(__file__).resolve().parent.parent / "sample" / "documents"
-BATCH, RATE = 32, 3e-3
-SWEEP = ((32, 1e-3), (32, 6e-3), (32, 1.2e-2), (16, RATE), (64, RATE))  # (batch, peak learning rate)
+RATE = 3e-3
+SWEEP = ((1, 1e-3), (1, 6e-3), (1, 1.2e-2), (0.5, RATE), (2, RATE))  # (batch over that of the run, peak learning rate)
 KERNELS = {"cpu": ("float32", "xla"), "gpu": ("bfloat16", "pallas_gpu"), "tpu": ("bfloat16", "pallas_tpu")}
-LOOKS = 4  # at held-out data, after the first
+LOOKS = 8  # at held-out data, after the first; each has a checkpoint
 
 
 def main() -> None:
     """Makes what is missing and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="globs of documents (jsonl or jsonl.gz)")
-    parser.add_argument("--steps", type=int, default=2000, help="of the run, in batches of 32 rows")
+    parser.add_argument("--steps", type=int, default=2000, help="of the run")
+    parser.add_argument("--rows", type=int, default=32, help="of 512 tokens in a batch of the run")
+    parser.add_argument(
+        "--sweep-steps", type=int, help="as many batches' tokens for each run of the sweep; 0: no sweep"
+    )
     parser.add_argument("--folder", help="keeps everything; without it a temporary one, deleted at the end")
-    parser.add_argument("--no-sweep", action="store_true", help="the run alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(options.folder or scratch).resolve()
         store = store_of(options.input, folder)
-        run = trained(folder, store, options.steps, BATCH, RATE)
+        run = trained(folder, store, options.steps, options.rows, options.rows, RATE)
         figures = show(run, store)
-        if not options.no_sweep:
-            others = [trained(folder, store, options.steps, batch, rate) for batch, rate in SWEEP]
-            figures |= show_sweep([run, *others], [(BATCH, RATE), *SWEEP])
+        steps = options.steps if options.sweep_steps is None else options.sweep_steps
+        if steps:
+            settings = [(int(options.rows * factor), rate) for factor, rate in ((1, RATE), *SWEEP)]
+            runs = [trained(folder, store, steps, options.rows, batch, rate) for batch, rate in settings]
+            figures |= show_sweep(runs, settings)
     finish(figures | {"steps": options.steps, "device": jax.devices()[0].device_kind})
 
 
@@ -55,9 +60,9 @@ def store_of(patterns: list[str], folder: pathlib.Path) -> pathlib.Path:
     return made(folder / "store", "tokenize", packed)
 
 
-def trained(folder: pathlib.Path, store: pathlib.Path, steps: int, batch: int, rate: float) -> pathlib.Path:
-    """A run of as many tokens as `steps` batches of BATCH rows."""
-    steps = steps * BATCH // batch
+def trained(folder: pathlib.Path, store: pathlib.Path, steps: int, rows: int, batch: int, rate: float) -> pathlib.Path:
+    """A run with this batch of as many tokens as `steps` batches of `rows` rows."""
+    steps = steps * rows // batch
     dtype, attention = KERNELS[jax.default_backend()]
     shape = dict(num_layers=6, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=688, tie_embeddings=True)
     shape |= dict(vocab_size=8192, padded_vocab_size=8192, max_length=512, dtype=dtype, attention=attention)
@@ -65,7 +70,8 @@ def trained(folder: pathlib.Path, store: pathlib.Path, steps: int, batch: int, r
     settings |= {"optimizer.learning_rate": rate, "optimizer.final_learning_rate": 1e-4, "optimizer.warmup": "5%"}
     settings |= {"data.store": store, "batch_size": batch, "duration": f"{steps} steps"}
     settings |= {"eval.every": max(1, steps // LOOKS), "eval.batches": 20, "checkpoints.every": max(1, steps // LOOKS)}
-    return made(folder / f"run-{batch}-{rate:g}", "train", settings, "configs/pretrain.py:tiny")
+    settings |= {"checkpoints.kept": LOOKS}
+    return made(folder / f"run-{batch}-{rate:g}-{steps}", "train", settings, "configs/pretrain.py:tiny")
 
 
 def show(run: pathlib.Path, store_folder: pathlib.Path) -> dict:

@@ -133,6 +133,9 @@ class Checkpoints:
         """
         self._settle()
         record = {**record, "checksums": checksums({"params": params, "optimizer": optimizer})}
+        if jax.default_backend() == "cpu" and not wait:
+            # Orbax reads such arrays where they lie: a step that takes their memory over would wait for the whole save.
+            params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             optimizer=ocp.args.StandardSave(optimizer),

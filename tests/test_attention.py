@@ -127,6 +127,19 @@ CASES = [  # segments, length, query heads, key/value heads, head size, dtype, t
 ]
 
 
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize(("N", "K"), [(2, 2), (4, 2)])
+def test_plain_attention_is_that_of_the_formulas(segments, N, K):
+    """Lengths of less than a block, of some, of a block and a bit."""
+    for L in (40, xla.BLOCK + 1, 3 * xla.BLOCK):
+        rows = SEGMENTS[segments](L)
+        q, k, v, dout = draw(L, len(rows), L, N, K, 16, jnp.float32)
+        want, sizes = oracle(q, k, v, rows, rows, dout)
+        ours = functools.partial(xla.attention, q_segments_BL=rows, kv_segments_BT=rows)
+        for a, b, size in zip(value_and_gradients(ours, q, k, v, dout), want, sizes, strict=True):
+            np.testing.assert_allclose(np.abs(a - b) / (size + 1e-30), 0, atol=2.0**-20)
+
+
 @pytest.mark.parametrize(("segments", "L", "N", "K", "H", "dtype", "tiling"), CASES)
 def test_value_and_gradient_are_as_good_as_those_of_xla(segments, L, N, K, H, dtype, tiling):
     segments = SEGMENTS[segments](L)
