@@ -51,7 +51,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    package_data={"ctllm_jax.evaluate.tasks": ["*.toml"]},
+    package_data={"ctllm_jax.evaluate.tasks": ["*.toml"], "ctllm_jax.evaluate.judged.sets": ["*.jsonl"]},
     packages=setuptools.find_namespace_packages(include=["ctllm_jax*", "data_pipeline*", "configs*", "launch*"]),
     install_requires=BASE,
     extras_require={

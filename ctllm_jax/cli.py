@@ -106,6 +106,18 @@ VERBS = {
         "configs/eval.py",
         "checkpoint or Hugging Face folder + tasks -> scores",
     ),
+    "answer": Verb(
+        "ctllm_jax.evaluate.judged.answers",
+        "AnswerConfig",
+        "configs/answer.py",
+        "checkpoint or Hugging Face folder + open questions -> answers",
+    ),
+    "judge": Verb(
+        "ctllm_jax.evaluate.judged.run",
+        "JudgingConfig",
+        "configs/judge.py",
+        "answers of one model -> marks by other models; of two -> which is better",
+    ),
     "generate": Verb("ctllm_jax.generate", "GenerateConfig", "configs/generate.py", "checkpoint + prompts -> text"),
     "convert": Verb(
         "ctllm_jax.convert", "ConvertConfig", "configs/convert.py", "run directory <-> Hugging Face folder"

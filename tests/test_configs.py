@@ -59,6 +59,9 @@ CASES = [
     Case("dpo", "tiny", "train", (("init_from", "RUN"),)),
     Case("eval", None, "eval"),
     Case("eval", "ct_llm", "eval"),
+    Case("answer", None, "answer"),
+    Case("judge", "judge", "judge"),
+    Case("judge", "one+other", "judge"),
     Case("generate", None, "generate"),
     Case("convert", None, "convert"),
     Case("trace", None, "trace", (("step", 1),)),
@@ -133,6 +136,7 @@ DEFAULT_ARGUMENTS = {
     "tokenizer": "train",
     "tokenize": "pretrain",
     "eval": "",
+    "judge": "judge",
 }
 
 

@@ -1,0 +1,30 @@
+"""Answers to open questions, for judges.
+
+    ctllm answer --config.model=runs/sft --workdir=runs/sft-answers
+    ctllm answer --config.model=hf/CT-LLM-SFT --config.questions='CHC-Bench/*.jsonl' --workdir=DIR
+
+`bafang` is the set that ships with the project: 120 questions in CHC-Bench's eight categories. JSON lines of CHC-Bench,
+MT-bench and AlignBench are read as they circulate. The temperature is that of FastChat's default; MT-bench's categories
+have their own. One device is enough, as for `ctllm generate`. Expect answers.jsonl.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "model": "",
+            "step": config_dict.placeholder(int),
+            "dtype": config_dict.placeholder(str),
+            "questions": "bafang",
+            "system": "",
+            "sampling": {
+                "max_tokens": 1_024,
+                "temperature": 0.7,
+                "top_k": 0,
+                "top_p": 1.0,
+                "seed": 0,
+            },
+        }
+    )

@@ -1,0 +1,1 @@
+"""Open questions: answers of a model (`ctllm answer`), graded by other models (`ctllm judge`)."""
