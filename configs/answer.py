@@ -1,9 +1,9 @@
 """Answers to open questions, for judges.
 
     ctllm answer --config.model=runs/sft --workdir=runs/sft-answers
-    ctllm answer --config.model=hf/CT-LLM-SFT --config.questions='CHC-Bench/*.jsonl' --workdir=DIR
+    ctllm answer --config.model=hf/CT-LLM-SFT --config.questions='CHC-Bench/*.parquet' --workdir=DIR
 
-`bafang` is the set that ships with the project: 120 questions in CHC-Bench's eight categories. JSON lines of CHC-Bench,
+`bafang` is the set that ships with the project: 120 questions in CHC-Bench's eight categories. Files of CHC-Bench,
 MT-bench and AlignBench are read as they circulate. The temperature is that of FastChat's default; MT-bench's categories
 have their own. One device is enough, as for `ctllm generate`. Expect answers.jsonl.
 """

@@ -1,7 +1,6 @@
 """Open questions as they circulate, a model's answers to them, and that answers survive a kill."""
 
 import collections
-import gzip
 
 import pytest
 from tiny_models import NO_REFERENCE, REFERENCE, tiny_model, write_jsonl
@@ -19,27 +18,27 @@ needs_questions = pytest.mark.skipif(not JUDGED.exists(), reason=NO_REFERENCE)
 
 
 @needs_questions
-def test_mt_bench_and_align_bench_as_published(tmp_path):
+def test_mt_bench_and_align_bench_as_published():
     for name in ("mt_bench_question", "mt_bench_zh_question"):
         questions = read_questions(str(JUDGED / f"{name}.jsonl"))
         assert len(questions) == 80 and all(len(question.turns) == 2 for question in questions)
         assert {question.temperature for question in questions} == {0.0, 0.1, 0.7}
-    align = tmp_path / "align.jsonl"
-    align.write_bytes(gzip.decompress((JUDGED / "alignbench_v1.1.jsonl.gz").read_bytes()))
-    questions = read_questions(str(align))
+    questions = read_questions(str(JUDGED / "alignbench_v1.1.jsonl.gz"))
     assert len(questions) == 683 and all(question.aspects and question.references for question in questions)
 
 
-def test_chc_bench_and_files_by_pattern(tmp_path):
+def test_chc_bench_as_published(tmp_path):
+    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
     fields = {"source": "s", "type": "t", "multi_choice": "no"}
     for name in ("math", "coding"):
-        write_jsonl(tmp_path / f"{name}.jsonl", [{**fields, "category": name, "query": f"{name}{i}"} for i in range(2)])
-    questions = read_questions(str(tmp_path / "*.jsonl"))
-    assert [(question.id, question.turns) for question in questions] == [
-        ("coding-1", ("coding0",)),
-        ("coding-2", ("coding1",)),
-        ("math-1", ("math0",)),
-        ("math-2", ("math1",)),
+        rows = [{**fields, "category": name, "query": f"{name}{i}"} for i in range(2)]
+        parquet.write_table(table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    questions = read_questions(str(tmp_path / "*.parquet"))
+    assert [(question.id, question.category, question.turns) for question in questions] == [
+        ("coding-1", "coding", ("coding0",)),
+        ("coding-2", "coding", ("coding1",)),
+        ("math-1", "math", ("math0",)),
+        ("math-2", "math", ("math1",)),
     ]
 
 

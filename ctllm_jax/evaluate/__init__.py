@@ -1,1 +1,1 @@
-"""Measuring a model: held-out perplexity, multiple choice, samples. `evaluate.run` is the verb `ctllm eval`."""
+"""Measuring a model: held-out text, benchmarks, own questions. `run` is `ctllm eval`; judged sets are in `judged`."""

@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Callable
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import expand, read_jsonl
+from ctllm_jax.common.files import expand
+from ctllm_jax.evaluate.published import Files, read_published
 
 SHIPPED = pathlib.Path(__file__).with_name("sets")
 # Temperatures that MT-bench (FastChat) samples its categories with; the others are answered at 0.7.
@@ -67,6 +68,8 @@ def _chc_bench(row: dict, place: str) -> Question:
     return Question(place, row["category"], (row["query"],))
 
 
+FILES = Files(folder="", about="open questions", splits={})
+
 # Fields by which a form is known, most telling first.
 FORMS: tuple[tuple[set[str], Callable[[dict, str], Question]], ...] = (
     ({"id", "category", "turns"}, _own),
@@ -80,10 +83,10 @@ def read_questions(name: str) -> list[Question]:
     """The questions of a set.
 
     Args:
-      name: of a set that ships with the project, or JSON-lines files, a path or a pattern. A line is one question in
-        our form (`id`, `category`, `turns`, and perhaps `references`, `notes`), MT-bench's (`question_id`, `category`,
-        `turns`), AlignBench's (`question_id`, `category`, `question`, `reference`) or CHC-Bench's (`category`,
-        `query`; it has no ids, so the file's name and the line serve).
+      name: of a set that ships with the project, or files (JSON lines, JSON, Parquet, gzipped or not), a path or a
+        pattern. A row is one question in our form (`id`, `category`, `turns`, and perhaps `references`, `notes`),
+        MT-bench's (`question_id`, `category`, `turns`), AlignBench's (`question_id`, `category`, `question`,
+        `reference`) or CHC-Bench's (`category`, `query`; it has no ids, so the file's name and the row's number serve).
 
     Raises:
       UserError: no such set; a line that is no question, named with its file; an id that is there twice.
@@ -91,13 +94,15 @@ def read_questions(name: str) -> list[Question]:
     shipped = SHIPPED / f"{name}.jsonl"
     found: dict[str, Question] = {}
     for file in [str(shipped)] if shipped.is_file() else expand([name]):
-        for number, row in enumerate(read_jsonl(file), 1):
+        path = pathlib.Path(file)
+        rows, _ = read_published(path.parent, (path.name.removesuffix(".gz"),), FILES)
+        for number, row in enumerate(rows, 1):
             where = f"{file}: question {number}"
             read = next((reader for fields, reader in FORMS if fields <= set(row)), None)
             if read is None:
                 raise UserError(f"{where}: of no known form; its fields are {', '.join(sorted(row))}")
             try:
-                question = read(row, f"{pathlib.Path(file).stem}-{number}")
+                question = read(row, f"{path.stem}-{number}")
             except (AttributeError, TypeError, ValueError) as error:
                 raise UserError(f"{where}: {error}") from None
             if question.id in found:
