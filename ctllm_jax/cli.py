@@ -106,6 +106,15 @@ VERBS = {
         "configs/eval.py",
         "checkpoint or Hugging Face folder + tasks -> scores",
     ),
+    "compare": Verb(
+        "ctllm_jax.evaluate.compare",
+        "CompareConfig",
+        "configs/compare.py",
+        "two folders of `ctllm eval` -> by how much they differ, item by item, and whether that is chance",
+        workdir="folder for comparison.json, if it is wanted",
+        writes=False,
+        bare=("evaluations", "A B"),
+    ),
     "answer": Verb(
         "ctllm_jax.evaluate.judged.answers",
         "AnswerConfig",

@@ -24,6 +24,7 @@ NEEDED = {
     "plan": ["--config=configs/pretrain.py:ct_llm_2b", "--slice=v5e:4x4"],
     "trace": ["--step=1"],
     "report": ["RUN"],
+    "compare": ["A", "B"],
 }
 
 

@@ -59,6 +59,7 @@ CASES = [
     Case("dpo", "tiny", "train", (("init_from", "RUN"),)),
     Case("eval", None, "eval"),
     Case("eval", "ct_llm", "eval"),
+    Case("compare", None, "compare", (("evaluations", ("A", "B")),)),
     Case("answer", None, "answer"),
     Case("judge", "judge", "judge"),
     Case("judge", "one+other", "judge"),

@@ -146,9 +146,9 @@ def test_a_budget_is_never_exceeded_and_may_be_raised(tmp_path, answers):
                 run(config(answers, url, (most, None)), folder)
         assert sum(judge.attempts.values()) == 5
         with pytest.raises(UserError, match=r"config.budget.tokens"):
-            run(config(answers, url, (None, 900)), folder)
-        assert 250 <= judge.tokens <= 900
-        run(config(answers, url, (16, 16 * 1_000)), folder)
+            run(config(answers, url, (None, 3_000)), folder)
+        assert 250 < judge.tokens <= 3_000
+        run(config(answers, url, (16, 32_000)), folder)
     assert sum(judge.attempts.values()) == 16
     assert marks(tmp_path / "marks") == expected(answer_rows())
 
@@ -233,6 +233,10 @@ def test_two_models_are_compared_in_both_orders(tmp_path, answers):
         result = run(config((answers, other), url), str(tmp_path / "first"))
     assert (result["wins"], result["ties"], result["losses"]) == (0, 8, 0)
     assert (result["consistent"], result["first"], result["longer"]) == (0.0, 1.0, None)
+    same = Judge(lambda messages: "[[A]]")
+    with serve(same) as url:  # the two orders are one request, which is paid once
+        result = run(config((answers, answers), url), str(tmp_path / "same"))
+    assert result["ties"] == 8 and set(same.paid.values()) == {1} and sum(same.attempts.values()) == 8
     with serve(Judge(lambda messages: "[[A]] 或 [[B]]")) as url:
         result = run(config((answers, other), url), str(tmp_path / "neither"))
     assert result["without"] == 8 and result["win_rate"]["mean"] is None

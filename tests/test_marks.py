@@ -62,6 +62,7 @@ def test_fastchats_means():
         ("综合得分：７／１０", 7, "label"),
         ("Score: 7.5.", 7.5, "label"),
         ("满分10分，得分：8分", 8, "label"),
+        ("<think>也许 [[3]]？</think>评分：[[6]]", 6, "brackets"),
         ("９/10", 9, "plain"),
         ("我给8分。", 8, "plain"),
         ("第一轮评分：6，第二轮评分：8", None, "contradictory"),

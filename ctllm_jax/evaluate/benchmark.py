@@ -5,7 +5,7 @@ was cut short goes on with the blocks that are missing and ends in the same byte
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from ctllm_jax.evaluate.engine import Score, score_groups
 from ctllm_jax.evaluate.extract import EXTRACTORS, agreement, failed
 from ctllm_jax.evaluate.jail import Limits, run_programs
 from ctllm_jax.evaluate.scoring import rolling
-from ctllm_jax.evaluate.summary import mean, perplexity, summarise
+from ctllm_jax.evaluate.summary import item_score, mean, perplexity, summarise
 from ctllm_jax.generate import generate
 from ctllm_jax.loading import LoadedModel
 
@@ -184,28 +184,27 @@ def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
             "chance": None,
             "headline": next(iter(task.extract)),
             "failed": {metric: sum(entry["failed"][metric] for entry in entries) for metric in task.extract},
-            "scores": _scores(task, log, {m: lambda e, m=m: e["right"][m] for m in task.extract}),
+            "scores": _scores(task, log, task.extract),
         }
     if task.kind == "word":
-        greedy = {"greedy": lambda entry: entry["is_greedy"][0]}
         found = perplexity([entry["logprobs"][0] for entry in entries])
-        scores = _scores(task, log, greedy)
+        scores = _scores(task, log, ["greedy"])
         return result | {"chance": None, "headline": "greedy", "scores": scores, "perplexity": found}
-    norms = list(entries[0]["picked"])
-    picks = {norm: lambda e, norm=norm: e["gold"] is not None and e["picked"][norm] == e["gold"] for norm in norms}
     return result | {
         "chance": mean([1 / len(entry["options"]) for entry in entries])["mean"],
         "headline": HEADLINE[task.kind],
         "strays": sum(entry["gold"] is None for entry in entries),
         "close": sum(entry["margins"][HEADLINE[task.kind]] < 1e-4 for entry in entries),
-        "scores": _scores(task, log, picks),
+        "scores": _scores(task, log, entries[0]["picked"]),
     }
 
 
-def _scores(task: Task, log: dict[str, list[dict]], metrics: dict[str, Callable[[dict], float]]) -> dict:
+def _scores(task: Task, log: dict[str, list[dict]], metrics: Iterable[str]) -> dict:
     return {
-        name: summarise({subset: [value(entry) for entry in own] for subset, own in log.items()}, task.groups)
-        for name, value in metrics.items()
+        name: summarise(
+            {subset: [item_score(task.kind, name, entry) for entry in own] for subset, own in log.items()}, task.groups
+        )
+        for name in metrics
     }
 
 

@@ -13,6 +13,15 @@ BOOTSTRAP = 100_000  # draws of lm-eval-harness
 _CHUNK = 1_000  # draws of one seed
 
 
+def item_score(kind: str, metric: str, entry: Mapping) -> float:
+    """How right an item is, 0 to 1, by its log entry (see `benchmark`), under one of its task's metrics."""
+    if kind == "generate":
+        return float(entry["right"][metric])
+    if kind == "word":
+        return float(entry["is_greedy"][0])
+    return float(entry["gold"] is not None and entry["picked"][metric] == entry["gold"])
+
+
 def mean(values: Sequence[float]) -> dict:
     """{mean, stderr: the sample deviation over the root of n, None for a single value, n}."""
     array = np.asarray(values, np.float64)

@@ -19,7 +19,7 @@ import urllib.request
 from ctllm_jax.common.errors import UserError
 
 LARGEST = 4 << 20  # bytes of a reply; a longer one is garbage
-STOP = (401, 403, 404)  # the key, the address or the model's name is wrong: the next request would fail too
+STOP = (401, 402, 403, 404)  # key, account, address or model is wrong: the next request would fail too
 REFUSED = (400, 413, 422)  # this request: too long, filtered, a field that the endpoint does not know
 
 

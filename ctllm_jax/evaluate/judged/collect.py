@@ -36,10 +36,10 @@ class CallConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BudgetConfig:
-    """What may be spent on one folder; None is no bound."""
+    """What may be spent on one folder; None is no bound. Earlier runs' attempts in vain are not known."""
 
-    requests: int | None  # attempts too
-    tokens: int | None  # prompts and judgements, as the endpoint counts them, or by an upper estimate where it does not
+    requests: int | None  # each attempt is one
+    tokens: int | None  # prompts and judgements, as the endpoint counts them; where it does not, the most it can be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Collector:
     """Fills a folder with replies.
 
     Invariant: `_tokens` is what was spent and what the requests under way may at most spend, so no run goes beyond its
-    budget (an endpoint without counts is taken at the estimate).
+    budget.
     """
 
     def __init__(
@@ -86,9 +86,10 @@ class Collector:
         Raises:
           UserError: some could not be got; what was is kept, and the message says how to go on.
         """
-        missing = [ask for ask in asks if not self.path(ask).exists()]
-        done = len(asks) - len(missing)
-        with Progress("judge", len(asks), "judgements") as progress:
+        wanted = {ask.key: ask for ask in asks}  # the same question about the same answers is asked once
+        missing = [ask for ask in wanted.values() if not self.path(ask).exists()]
+        done = len(wanted) - len(missing)
+        with Progress("judge", len(wanted), "judgements") as progress:
             progress.at(done)
             pool = concurrent.futures.ThreadPoolExecutor(self._calls.at_once)
             try:
@@ -98,13 +99,13 @@ class Collector:
             finally:  # also when interrupted: what is under way is waited for and kept, for it is paid
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
-        if done < len(asks):
+        if done < len(wanted):
             reasons = [self._trouble] if self._trouble else self._left[:1] or self._refused[:1]
             hint = ""
             if self._refused:
                 hint = f"; {len(self._refused)} were refused, which config.calls.keep_refused=True would count as such"
             raise UserError(
-                f"{len(asks) - done} of {len(asks)} judgements are missing: {reasons[0]}{hint}. "
+                f"{len(wanted) - done} of {len(wanted)} judgements are missing: {reasons[0]}{hint}. "
                 "What came is kept; the same command goes on"
             )
 
@@ -151,8 +152,8 @@ class Collector:
             raise _Stopped
 
     def _take(self, ask: Ask) -> int:
-        """Sets aside a request and the tokens that it may cost: one a character, and the longest judgement."""
-        estimate = sum(len(message["content"]) for message in ask.messages)
+        """Sets aside a request and the most tokens that it may cost: one a byte, and the longest judgement."""
+        estimate = sum(len(message["content"].encode("utf-8", "replace")) for message in ask.messages)
         estimate += self._endpoints[ask.judge].judge.max_tokens
         with self._lock:
             for name, spent, more in (("requests", self._requests, 1), ("tokens", self._tokens, estimate)):
@@ -165,7 +166,7 @@ class Collector:
         return estimate
 
     def _postpone(self, ask: Ask, attempt: int, error: Again) -> None:
-        """Before the next attempt, a pause: what the endpoint asks for, from all; else growing, from this thread."""
+        """Before the next attempt, a pause: growing, of this thread; and what the endpoint asks for, of all."""
         calls, where = self._calls, f"judge {ask.judge}: {error}"
         if attempt == calls.attempts:
             with self._lock:
@@ -179,7 +180,6 @@ class Collector:
                 self._end(f"{where}; it asks for a pause of {error.wait:,.0f} s")
             with self._lock:
                 self._not_before[ask.judge] = max(self._not_before[ask.judge], time.monotonic() + error.wait)
-            return
         wait = min(calls.first_wait_seconds * 2 ** (attempt - 1), calls.longest_wait_seconds)
         self._stop.wait(wait * random.uniform(0.5, 1.0))  # not all at the same moment again
 
