@@ -175,6 +175,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def piece_id(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)
 
+    def piece_name(self, token: int) -> str | None:
+        """How the file writes the piece of an id, None where no piece has it."""
+        return self._model.id_to_token(token)
+
     def pieces(self) -> list[tuple[str, str]]:
         added = self._model.get_added_tokens_decoder()
 
