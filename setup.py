@@ -41,7 +41,8 @@ DATA = [
     "xxhash",
 ]
 GCS = ["gcsfs"]  # the gs:// of universal-pathlib
-DEV = [*GCS, "hypothesis", "pytest", "pytest-xdist", "ruff"]
+SERVE = ["aiohttp>=3.9"]  # HTTP, parsed and limited in C; gcsfs needs it as well
+DEV = [*GCS, *SERVE, "hypothesis", "pytest", "pytest-xdist", "ruff"]
 
 setuptools.setup(
     name="ctllm-jax",
@@ -57,6 +58,7 @@ setuptools.setup(
     extras_require={
         "data": DATA,
         "gcs": GCS,
+        "serve": SERVE,
         "tpu": ["jax[tpu]", *GCS],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],

@@ -3,9 +3,9 @@
     ctllm generate --config.model=runs/pretrain --config.prompts="('从前有座山，',)" --workdir=runs/samples
     ctllm generate --config.model=runs/sft --config.input=asked.jsonl --config.chat=True --workdir=runs/out
 
-One device is enough: by estimate the 2B model needs 8.6 GB for its parameters,
-and 8 MB of bf16 cache for every 32 tokens
-of each of the 16 rows decoded together. Expect samples.jsonl, and the samples on standard output.
+One device is enough: by estimate the 2B model needs 8.6 GB for its parameters, and 8 MB of bf16 cache for every 32
+tokens of each of the `slots` texts decoded together. Expect samples.jsonl, and the samples on standard output; lines
+of the input that are no prompts are named on standard error and in rejected.jsonl.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -20,12 +20,16 @@ def get_config() -> ConfigDict:
             "prompts": (),
             "input": config_dict.placeholder(str),
             "chat": False,
+            "slots": 16,
             "sampling": {
                 "max_tokens": 128,
                 "temperature": 0.8,
                 "top_k": 0,
                 "top_p": 0.95,
                 "seed": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "stop": (),
             },
         }
     )

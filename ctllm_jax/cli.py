@@ -56,6 +56,7 @@ class Verb:
     about: str | None = None  # the key of the config dataclass that the config file fills; the options fill the others
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     writes: bool = True  # whether --workdir is needed
+    extra: str = "data"  # what to install where a library is missing
     bare: tuple[str, str] | None = None  # arguments without a flag: the key that lists them, how the help has them
 
 
@@ -127,7 +128,24 @@ VERBS = {
         "configs/judge.py",
         "answers of one model -> marks by other models; of two -> which is better",
     ),
-    "generate": Verb("ctllm_jax.generate", "GenerateConfig", "configs/generate.py", "checkpoint + prompts -> text"),
+    "generate": Verb("ctllm_jax.samples", "GenerateConfig", "configs/generate.py", "checkpoint + prompts -> text"),
+    "chat": Verb(
+        "ctllm_jax.chat",
+        "ChatConfig",
+        "configs/chat.py",
+        "a conversation with a checkpoint, in a terminal",
+        workdir="not needed; nothing is written",
+        writes=False,
+    ),
+    "serve": Verb(
+        "ctllm_jax.serve.run",
+        "ServeConfig",
+        "configs/serve.py",
+        "a checkpoint as an HTTP server that OpenAI's clients can talk to",
+        workdir="not needed; nothing is written",
+        writes=False,
+        extra="serve",
+    ),
     "convert": Verb(
         "ctllm_jax.convert", "ConvertConfig", "configs/convert.py", "run directory <-> Hugging Face folder"
     ),
@@ -220,7 +238,7 @@ def _execute(name: str, verb: Verb, values: dict, workdir: str | None, show: boo
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in ("ctllm_jax", "data_pipeline", "configs"):
             raise
-        raise UserError(f"{name} needs {error.name}: pip install 'ctllm-jax[data]'") from None
+        raise UserError(f"{name} needs {error.name}: pip install 'ctllm-jax[{verb.extra}]'") from None
     config = build(getattr(module, verb.config), values)
     if show:
         print(json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=1))

@@ -1,4 +1,7 @@
-"""Text from a model: batched decoding with a key/value cache, in few compiled shapes.
+"""Ids from a model for many prompts at once: batched decoding with a key/value cache, in few compiled shapes.
+
+Benchmarks decode so: the whole batch stays on the device until its last row has stopped. Texts that stream, end with
+stop strings or come one by one are decoded in slots (`ctllm_jax.slots`).
 
 Prompts are padded on the left to a bucketed length, so that every row's next token falls into the same cache
 slot; padding carries segment 0, which no token sees. A row's sample depends on its prompt, its place in the
@@ -17,46 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import identity, read_jsonl, write_atomic
-from ctllm_jax.common.manifest import open_stage
+from ctllm_jax.common.files import write_atomic
 from ctllm_jax.common.progress import Progress
-from ctllm_jax.data.chat import ChatTemplate, check_messages, own_template
+from ctllm_jax.data.chat import ChatTemplate
 from ctllm_jax.data.tokenizer import Tokenizer
-from ctllm_jax.loading import LoadedModel, check_ids, load_model
+from ctllm_jax.loading import LoadedModel, check_ids
 from ctllm_jax.model import ModelConfig, forward, init_cache
+from ctllm_jax.sampling import keep_likely
 
 BATCH_ROWS = 16  # most prompts decoded together
 SHORTEST_BUCKET = 32  # slots; prompt lengths and token limits are rounded up to this times a power of two
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is chosen."""
-
-    max_tokens: int  # most new tokens of a sample
-    temperature: float  # 0 takes the most probable token
-    top_k: int  # only the k most probable tokens; 0 is all
-    top_p: float  # only the most probable tokens that together reach this probability; 1 is all
-    seed: int
-
-    def __post_init__(self):
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens {self.max_tokens} is below 1")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateConfig:
-    """What `ctllm generate` reads."""
-
-    model: str  # run directory or Hugging Face folder
-    step: int | None  # checkpoint of a run; None is the newest
-    dtype: str | None  # compute dtype; None is the model's own
-    prompts: tuple[str, ...]
-    input: str | None  # JSON lines with "prompt" (text) or "messages" (a conversation), after `prompts`
-    chat: bool  # wrap plain prompts as a user's message in the chat template
-    sampling: SamplingConfig
 
 
 def generate(
@@ -106,7 +79,7 @@ def generate(
                 *batch,
                 stops,
                 jnp.float32(temperature or 1.0),
-                jnp.int32(top_k or model.config.padded_vocab_size),
+                jnp.int32(top_k),
                 jnp.float32(top_p),
                 jax.random.key(seed),
             )
@@ -169,7 +142,7 @@ def _decode(
     def choose(logits_BV: jax.Array, step: jax.Array) -> jax.Array:
         if not sampled:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        logits_BV = keep_likely(logits_BV / temperature, top_k, top_p)
+        logits_BV = keep_likely(logits_BV / temperature, jnp.full(B, top_k), jnp.full(B, top_p), jnp.zeros(B))
         step_keys_B = jax.vmap(lambda row_key: jax.random.fold_in(row_key, step))(keys_B)
         return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV).astype(jnp.int32)
 
@@ -198,18 +171,6 @@ def _decode(
     return state[4], state[2]
 
 
-def keep_likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Sets to -inf all but the `top_k` largest logits and, of those, the fewest that reach probability
-    `top_p`."""
-    sorted_BV = -jnp.sort(-logits_BV, axis=-1)
-    sorted_BV = jnp.where(jnp.arange(sorted_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
-    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-    kept_BV = (before_BV < top_p) & (sorted_BV > -jnp.inf)
-    threshold_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
-
-
 def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], template: ChatTemplate | None) -> list[int]:
     """Ids of a prompt: a conversation or a user's message in the template, or, without one, plain text to go on from.
 
@@ -222,61 +183,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], template: Chat
     return [opening, *tokenizer.encode(prompt)]
 
 
-def sample(model: LoadedModel, prompts: Sequence[str | list[dict]], chat: bool, config: SamplingConfig) -> list[dict]:
-    """Samples for prompts: {"prompt", "text", "tokens", "finished": whether it stopped by itself} each."""
-    talks = [chat or isinstance(prompt, list) for prompt in prompts]
-    template = own_template(model.tokenizer) if any(talks) else None
-    stop_ids = {model.tokenizer.eos_id, *(template.end_ids if template else ())}
-    encoded = [
-        encode_prompt(model.tokenizer, prompt, template if talk else None)
-        for prompt, talk in zip(prompts, talks, strict=True)
-    ]
-    outputs = generate(model, encoded, **dataclasses.asdict(config), stop_ids=stop_ids)
-    return [
-        {
-            "prompt": prompt,
-            "text": model.tokenizer.decode([i for i in ids if i not in stop_ids]),
-            "tokens": len(ids),
-            "finished": bool(ids) and ids[-1] in stop_ids,
-        }
-        for prompt, ids in zip(prompts, outputs, strict=True)
-    ]
-
-
-def read_prompts(file: str) -> list[str | list[dict]]:
-    """Prompts of a JSON-lines file; UserError naming the line that has neither "prompt" nor sound
-    "messages"."""
-    prompts: list[str | list[dict]] = []
-    for number, entry in enumerate(read_jsonl(file), 1):
-        if isinstance(entry.get("prompt"), str):
-            prompts.append(entry["prompt"])
-            continue
-        problem = check_messages(entry.get("messages"))
-        if problem:
-            raise UserError(f'{file}: entry {number}: no "prompt" text, and {problem}')
-        prompts.append(entry["messages"])
-    return prompts
-
-
 def write_samples(path, samples: Iterable[dict]) -> None:
     """JSON lines, one sample each."""
     write_atomic(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in samples))
-
-
-def run(config: GenerateConfig, workdir: str) -> dict:
-    """Writes {workdir}/samples.jsonl and prints the samples."""
-    prompts = [*config.prompts, *(read_prompts(config.input) if config.input else [])]
-    if not prompts:
-        raise UserError("generate: give config.prompts or config.input")
-    model = load_model(config.model, config.step, config.dtype)
-    settings = {**dataclasses.asdict(config), "model": None, "step": None, "input": None}
-    inputs = {"model": model.digest, "input": identity(config.input) if config.input else None}
-    stage = open_stage("generate", 1, workdir, settings, inputs)
-    if not stage.done:
-        samples = sample(model, prompts, config.chat, config.sampling)
-        write_samples(stage.folder / "samples.jsonl", samples)
-        stage.finish({"model": model.name, "samples": len(samples), "tokens": sum(s["tokens"] for s in samples)})
-    for entry in read_jsonl(stage.folder / "samples.jsonl"):
-        prompt = entry["prompt"] if isinstance(entry["prompt"], str) else entry["prompt"][-1]["content"]
-        print(f"--- {prompt}\n{entry['text']}")
-    return stage.result

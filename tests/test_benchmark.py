@@ -18,8 +18,8 @@ from ctllm_jax.evaluate.perplexity import PerplexityConfig
 from ctllm_jax.evaluate.prompts import head, option_prompts
 from ctllm_jax.evaluate.run import EvalConfig
 from ctllm_jax.evaluate.table import table
-from ctllm_jax.generate import SamplingConfig
 from ctllm_jax.hf_export import export
+from ctllm_jax.sampling import SamplingConfig
 
 BATCH = 256
 

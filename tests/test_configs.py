@@ -64,6 +64,8 @@ CASES = [
     Case("judge", "judge", "judge"),
     Case("judge", "one+other", "judge"),
     Case("generate", None, "generate"),
+    Case("chat", None, "chat"),
+    Case("serve", None, "serve"),
     Case("convert", None, "convert"),
     Case("trace", None, "trace", (("step", 1),)),
     Case("report", None, "report", (("runs", ("RUN",)),)),

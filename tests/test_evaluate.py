@@ -19,10 +19,10 @@ from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
 from ctllm_jax.evaluate.questions import LETTERS, load_task, render
 from ctllm_jax.evaluate.run import EvalConfig
 from ctllm_jax.evaluate.scoring import encode_pair, rolling, score
-from ctllm_jax.generate import SamplingConfig
 from ctllm_jax.hf_export import export
 from ctllm_jax.loading import load_model
 from ctllm_jax.model import forward
+from ctllm_jax.sampling import SamplingConfig
 
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
 

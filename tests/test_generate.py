@@ -1,18 +1,15 @@
 """Decoding: the same as the uncached model, whoever else is in the batch."""
 
 import dataclasses
-import json
 import types
 
 import jax
 import numpy as np
 import pytest
-from tiny_models import NO_REFERENCE, REFERENCE, tiny_model, write_jsonl
+from tiny_models import NO_REFERENCE, REFERENCE, tiny_model
 
-from ctllm_jax import generate as verb
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.generate import GenerateConfig, SamplingConfig, generate, keep_likely
-from ctllm_jax.hf_export import export
+from ctllm_jax.generate import generate
 from ctllm_jax.loading import load_model
 from ctllm_jax.model import forward
 
@@ -97,18 +94,6 @@ def test_sampling_narrowed_to_one_token_is_greedy(model, narrow):
     )
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (7, 0.8), (3, 0.01)])
-def test_top_k_and_top_p_keep_the_likely_tokens(top_k, top_p):
-    logits_BV = np.random.default_rng(0).normal(size=(4, 50)).astype(np.float32) * 2
-    kept_BV = np.isfinite(keep_likely(logits_BV, top_k or 50, top_p))
-    for logits_V, kept_V in zip(logits_BV, kept_BV, strict=True):
-        chosen = sorted(range(50), key=lambda i: -logits_V[i])[: top_k or 50]
-        weights = np.exp(logits_V[chosen].astype(np.float64))
-        weights /= weights.sum()
-        count = next((n for n in range(1, len(chosen)) if weights[:n].sum() >= top_p), len(chosen))
-        assert set(np.flatnonzero(kept_V)) == set(chosen[:count])
-
-
 def test_sampled_tokens_come_with_the_models_probabilities(model):
     prompt, temperature = [1, 40], 1.5
     run = jax.jit(forward, static_argnums=0)
@@ -138,43 +123,3 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_written(model):
 def test_prompts_that_cannot_be_continued_are_refused(model, prompt, message):
     with pytest.raises(UserError, match=message):
         generate(model, [prompt], max_tokens=4, stop_ids=[], **GREEDY)
-
-
-def config(location, **changes) -> GenerateConfig:
-    values = {
-        "model": str(location),
-        "step": None,
-        "dtype": None,
-        "prompts": ("从前有座山", "The quick"),
-        "input": None,
-        "chat": False,
-        "sampling": SamplingConfig(max_tokens=8, **GREEDY),
-    }
-    return GenerateConfig(**{**values, **changes})
-
-
-def test_the_verb_writes_and_prints_samples_and_does_not_repeat_itself(model, tmp_path, capsys, monkeypatch):
-    export(model.config, model.params, model.tokenizer, tmp_path / "hf", "float32")
-    asked = write_jsonl(
-        tmp_path / "asked.jsonl", [{"prompt": "水"}, {"messages": [{"role": "user", "content": "你好"}]}]
-    )
-    settings = config(tmp_path / "hf", input=str(asked))
-    result = verb.run(settings, str(tmp_path / "out"))
-    lines = (tmp_path / "out" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    assert result["samples"] == len(lines) == 4
-    ids = [model.tokenizer.bos_id, *model.tokenizer.encode("The quick")]
-    expected = generate(model, [ids], max_tokens=8, stop_ids=[model.tokenizer.eos_id], **GREEDY)[0]
-    assert json.loads(lines[1])["text"] == model.tokenizer.decode(expected)
-    printed = capsys.readouterr().out
-    assert "--- 从前有座山" in printed and json.loads(lines[1])["text"] in printed
-
-    monkeypatch.setattr(verb, "sample", lambda *_: pytest.fail("sampled again"))
-    assert verb.run(settings, str(tmp_path / "out")) == result
-    with pytest.raises(UserError, match="other inputs or settings"):
-        verb.run(dataclasses.replace(settings, chat=True), str(tmp_path / "out"))
-
-
-def test_a_malformed_conversation_is_refused_with_its_place(tmp_path):
-    asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": "水"}, {"messages": []}])
-    with pytest.raises(UserError, match="entry 2"):
-        verb.read_prompts(str(asked))

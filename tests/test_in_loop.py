@@ -18,10 +18,11 @@ from ctllm_jax.data.chat import own_template
 from ctllm_jax.evaluate.choice import evaluate_choice
 from ctllm_jax.evaluate.in_loop import InLoopConfig, Questions, Samples, SamplesLog, make_probes
 from ctllm_jax.evaluate.questions import load_task
-from ctllm_jax.generate import SamplingConfig, sample
 from ctllm_jax.loading import load_model
 from ctllm_jax.metrics import definitions, read_metrics
 from ctllm_jax.model import abstract_params, logical_axes
+from ctllm_jax.samples import sample
+from ctllm_jax.sampling import SamplingConfig
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
 
 PROMPTS = ("从前有座山，", "The quick", "水")

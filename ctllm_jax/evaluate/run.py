@@ -21,8 +21,10 @@ from ctllm_jax.evaluate.jail import isolated
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
 from ctllm_jax.evaluate.questions import LoadedTask, load_task
 from ctllm_jax.evaluate.table import table
-from ctllm_jax.generate import SamplingConfig, sample, write_samples
+from ctllm_jax.generate import write_samples
 from ctllm_jax.loading import LoadedModel, load_model
+from ctllm_jax.samples import sample
+from ctllm_jax.sampling import SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,44 @@
+"""A checkpoint as an HTTP server in the words of OpenAI's API: chat and text completions, streams, one model.
+
+    ctllm serve --config.model=runs/sft
+    curl http://127.0.0.1:8000/v1/chat/completions \\
+        -d '{"model": "sft@2000", "messages": [{"role": "user", "content": "你好"}]}'
+
+pip install 'ctllm-jax[serve]'. One device is enough: by estimate the 2B model needs 8.6 GB for its parameters and
+1.1 GB of bf16 cache for every slot of 4,096 tokens, the latter twice while a step is computed. It listens on this
+machine alone and asks nobody for a key: what others can reach (`--config.host=0.0.0.0`) belongs behind a proxy that
+does.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "model": "",
+            "step": config_dict.placeholder(int),
+            "dtype": config_dict.placeholder(str),
+            "name": config_dict.placeholder(str),
+            "host": "127.0.0.1",
+            "port": 8_000,
+            "slots": 8,
+            "context": config_dict.placeholder(int),
+            "queue": 64,
+            "connections": 256,
+            "body_bytes": 1_048_576,
+            "header_seconds": 10.0,
+            "seconds": 300.0,
+            "stop_seconds": 20.0,
+            "sampling": {
+                "max_tokens": 1_024,
+                "temperature": 0.8,
+                "top_k": 0,
+                "top_p": 0.95,
+                "seed": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "stop": (),
+            },
+        }
+    )
