@@ -95,10 +95,13 @@ def _interruptible(request: Request) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def run(config: ChatConfig, workdir: str | None) -> None:
-    """Talks until the input ends. `workdir` is not used."""
+def run(config: ChatConfig, workdir: str | None) -> dict:
+    """Talks until the input ends; how many answers there were. `workdir` is not used."""
+    if not config.model:
+        raise UserError("chat: give --config.model=RUN (a run directory or a Hugging Face folder)")
     model = load_model(config.model, config.step, config.dtype)
     conversation = Conversation(Decoder(model, 1, config.context), own_template(model.tokenizer), config)
+    answers = 0
     with contextlib.suppress(KeyboardInterrupt):
         for line in _lines():
             try:
@@ -106,8 +109,10 @@ def run(config: ChatConfig, workdir: str | None) -> None:
                     sys.stdout.write(part)
                     sys.stdout.flush()
                 print()
+                answers += 1
             except UserError as error:
                 print(f"({error})", file=sys.stderr)
+    return {"model": model.name, "answers": answers}
 
 
 def _lines() -> Iterator[str]:

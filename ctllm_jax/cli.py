@@ -51,7 +51,7 @@ class Verb:
     config: str
     default: str | None
     help: str
-    workdir: str = "folder to write; a second run resumes or says why not"
+    workdir: str | None = "folder to write; a second run resumes or says why not"  # None: it reads none and writes none
     short: Mapping[str, Short] = dataclasses.field(default_factory=dict)
     about: str | None = None  # the key of the config dataclass that the config file fills; the options fill the others
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
@@ -134,7 +134,7 @@ VERBS = {
         "ChatConfig",
         "configs/chat.py",
         "a conversation with a checkpoint, in a terminal",
-        workdir="not needed; nothing is written",
+        workdir=None,
         writes=False,
     ),
     "serve": Verb(
@@ -142,7 +142,7 @@ VERBS = {
         "ServeConfig",
         "configs/serve.py",
         "a checkpoint as an HTTP server that OpenAI's clients can talk to",
-        workdir="not needed; nothing is written",
+        workdir=None,
         writes=False,
         extra="serve",
     ),
@@ -341,7 +341,7 @@ def _help(name: str, verb: Verb) -> str:
         *((flag.form, flag.help) for flag in (*verb.short.values(), *verb.options.values())),
         ("--config=FILE.py[:ARG]", "config file; relative paths are looked for here, then in the repository"),
         ("--config.KEY=VALUE", "sets one value of it"),
-        ("--workdir=DIR", verb.workdir),
+        *([("--workdir=DIR", verb.workdir)] if verb.workdir else ()),
         ("--print_config", "print the effective config and stop"),
     ]
     lines = [f"  {flag:<23} {text}" for flag, text in rows]

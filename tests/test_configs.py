@@ -165,7 +165,7 @@ def test_a_config_is_built_anew_every_time(case):
 def test_a_configs_docstring_gives_the_command(file):
     text = ast.get_docstring(ast.parse((CONFIGS / f"{file}.py").read_text(encoding="utf-8")))
     verb = next(case.verb for case in CASES if case.file == file)
-    assert re.search(rf"^\s*ctllm {verb} .*--workdir=", text, re.M)
+    assert re.search(rf"^\s*ctllm {verb} .*--{'workdir' if VERBS[verb].workdir else 'config.model'}=", text, re.M)
     for argument in re.findall(rf"--config=configs/{file}\.py:([^\s`,.)]+)", text):
         assert argument in {case.argument for case in CASES if case.file == file}
 

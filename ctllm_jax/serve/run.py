@@ -12,20 +12,21 @@ from ctllm_jax.serve.worker import warm_up
 from ctllm_jax.slots import Decoder
 
 
-def run(config: ServeConfig, workdir: str | None) -> None:
-    """Serves. `workdir` is not used.
+def run(config: ServeConfig, workdir: str | None) -> dict:
+    """Serves until it is stopped. `workdir` is not used.
 
     Raises:
       UserError: the model cannot be loaded, or the address cannot be had.
       RuntimeError: the model failed while it served.
     """
-    if config.model == "":
+    if not config.model:
         raise UserError("serve: give --config.model=RUN (a run directory or a Hugging Face folder)")
     model = load_model(config.model, config.step, config.dtype)
     decoder = Decoder(model, config.slots, config.context)
     warm_up(decoder)
     if not asyncio.run(_serve(Server(decoder, config), config.name or model.name)):
         raise RuntimeError("the model failed; the error is above")
+    return {"model": model.name}
 
 
 async def _serve(server: Server, name: str) -> bool:
