@@ -1,6 +1,7 @@
 """`ctllm generate`: texts for prompts, a JSON line in, a JSON line out."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -93,22 +94,30 @@ def sample_each(
     needed = min(limit, max(map(len, prompts.values())) + config.max_tokens)
     decoder = Decoder(model, min(slots, len(prompts)), bucket(needed, limit))
     ended: list[tuple[int, dict]] = []
-    for row, ids in prompts.items():
-        text: list[str] = []
-        request = Request(ids, config, stop_ids, lambda *_: None, row)
-
-        def deliver(new: str, reason: str | None, request=request, text=text) -> None:
-            text.append(new)
-            if reason:
-                entry = {"text": "".join(text), "tokens": request.tokens, "finished": reason == "stop"}
-                ended.append((request.row, entry))
-
-        request.deliver = deliver
-        decoder.submit(request)
-    while not decoder.idle:
+    left = iter(prompts.items())
+    while True:
+        for row, ids in itertools.islice(left, max(0, slots - decoder.waiting)):
+            decoder.submit(_collecting(ids, config, stop_ids, row, ended))
+        if decoder.idle:
+            return
         decoder.advance()
         yield from ended
         ended.clear()
+
+
+def _collecting(
+    ids: list[int], config: SamplingConfig, stop_ids: frozenset[int], row: int, ended: list[tuple[int, dict]]
+) -> Request:
+    """A request that puts its entry into `ended` when it has come to its end."""
+    parts: list[str] = []
+
+    def deliver(text: str, reason: str | None) -> None:
+        parts.append(text)
+        if reason:
+            ended.append((row, {"text": "".join(parts), "tokens": request.tokens, "finished": reason == "stop"}))
+
+    request = Request(ids, config, stop_ids, deliver, row)
+    return request
 
 
 # ---- The verb

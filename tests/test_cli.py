@@ -148,7 +148,8 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
     status, out, err = ctllm(capsys, name, "--help")
     assert (status, err) == (0, "")
     assert VERBS[name].help in out and (VERBS[name].default or "--config is required") in out
-    assert all(f"\n  {flag}" in out for flag in ("--config=", "--config.KEY=", "--workdir=", "--print_config"))
+    assert all(f"\n  {flag}" in out for flag in ("--config=", "--config.KEY=", "--print_config"))
+    assert ("\n  --workdir=" in out) == (VERBS[name].workdir is not None)
     assert VERBS[name].workdir in out
     assert all(f"\n  {short.form} " in out and short.help in out for short in VERBS[name].short.values())
 
@@ -222,11 +223,15 @@ def test_an_error_of_ours_keeps_its_traceback(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("missing", "message"),
-    [("torchvision", "convert needs torchvision: pip install 'ctllm-jax[data]'"), ("ctllm_jax.nosuch", None)],
+    ("verb", "missing", "message"),
+    [
+        ("convert", "torchvision", "convert needs torchvision: pip install 'ctllm-jax[data]'"),
+        ("serve", "aiohttp", "serve needs aiohttp: pip install 'ctllm-jax[serve]'"),
+        ("convert", "ctllm_jax.nosuch", None),
+    ],
 )
 def test_a_missing_library_is_the_users_to_install_a_missing_module_of_ours_is_not(
-    capsys, monkeypatch, missing, message
+    capsys, monkeypatch, verb, missing, message
 ):
     def absent(name):
         raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
@@ -234,9 +239,9 @@ def test_a_missing_library_is_the_users_to_install_a_missing_module_of_ours_is_n
     monkeypatch.setattr(cli.importlib, "import_module", absent)
     if message is None:
         with pytest.raises(ModuleNotFoundError):
-            cli.main(["convert", "--workdir=out"])
+            cli.main([verb, "--workdir=out"])
     else:
-        status, _, err = ctllm(capsys, "convert", "--workdir=out")
+        status, _, err = ctllm(capsys, verb, "--workdir=out")
         assert status == 2 and message in err
 
 

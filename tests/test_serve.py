@@ -9,7 +9,10 @@ import json
 import pathlib
 import re
 import resource
+import signal
 import socket
+import subprocess
+import sys
 import time
 
 import hypothesis
@@ -20,6 +23,7 @@ from tiny_server import CONFIG, GREEDY, Running, serving, warm_decoder
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.generate import generate
+from ctllm_jax.hf_export import export
 from ctllm_jax.samples import sample
 from ctllm_jax.serve import protocol
 from ctllm_jax.serve.protocol import Refusal, read_ask
@@ -447,3 +451,26 @@ def test_an_address_in_use_is_said(server, alone):
     taken = dataclasses.replace(CONFIG, port=server.port)
     with pytest.raises(UserError, match=f"127.0.0.1:{server.port}: cannot listen"):
         asyncio.run(Server(alone, taken).run(asyncio.Event(), print))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_real_program(model, tmp_path, number):
+    """It finishes the answer at hand and ends with status 0; the port is free again."""
+    export(model.config, model.params, model.tokenizer, tmp_path / "hf", "float32")
+    command = [sys.executable, "-m", "ctllm_jax.cli", "serve", f"--config.model={tmp_path / 'hf'}", "--config.port=0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if line.startswith("serve: hf on http://127.0.0.1:"))
+        port = int(line.rpartition(":")[2].removesuffix("/v1\n"))
+        body = json.dumps(chat(model="hf", stream=True, max_tokens=200)).encode()
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+            client.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            seen = client.recv(100)
+            process.send_signal(number)
+            while part := client.recv(65_536):
+                seen += part
+        assert b"data: [DONE]" in seen
+        rest = process.stderr.read()
+    assert process.returncode == 0 and "finishing what is running" in rest and "Traceback" not in rest
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)

@@ -76,6 +76,7 @@ class Server:
             listening = await loop.create_server(self._doorkeeper, config.host, config.port)
         except OSError as error:
             self._worker.close()
+            await runner.cleanup()
             raise UserError(f"{config.host}:{config.port}: cannot listen there ({error.strerror})") from None
         ready(config.host, _port(listening.sockets))
         await stop.wait()
