@@ -149,8 +149,8 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
     assert (status, err) == (0, "")
     assert VERBS[name].help in out and (VERBS[name].default or "--config is required") in out
     assert all(f"\n  {flag}" in out for flag in ("--config=", "--config.KEY=", "--print_config"))
-    assert ("\n  --workdir=" in out) == (VERBS[name].workdir is not None)
-    assert VERBS[name].workdir in out
+    workdir = VERBS[name].workdir
+    assert "\n  --workdir=" not in out if workdir is None else f"--workdir=DIR           {workdir}" in out
     assert all(f"\n  {short.form} " in out and short.help in out for short in VERBS[name].short.values())
 
 

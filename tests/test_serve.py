@@ -35,7 +35,7 @@ QUESTION = [{"role": "user", "content": "你好"}]
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(max_length=256)
+    return tiny_model(max_length=500)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_models_and_health(server, model):
     status, _, listed = server.request("GET", "/v1/models")
     assert status == 200 and [card["id"] for card in listed["data"]] == ["tiny"]
     assert server.request("GET", "/v1/models/tiny")[2] == listed["data"][0]
-    assert listed["data"][0]["max_model_len"] == 256
+    assert listed["data"][0]["max_model_len"] == 500
     assert server.request("GET", "/v1/models/other")[0] == 404
     assert server.request("GET", "/health")[2] == {"status": "ok", "open": 0, "slots": 4}
 
@@ -184,7 +184,7 @@ REFUSED = [
     (chat(messages=[]), 400, "messages"),
     (chat(messages=[*QUESTION, {"role": "assistant", "content": "a"}]), 400, "messages"),
     (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "messages"),
-    (chat(messages=[{"role": "user", "content": "水" * 300}]), 400, None),
+    (chat(messages=[{"role": "user", "content": "水" * 600}]), 400, None),
     (chat(messages=[{"role": "user", "content": "\ud800"}]), 400, None),
     (b"{", 400, None),
     (b"[1]", 400, None),
@@ -268,7 +268,7 @@ def test_malformed_requests_do_no_harm(server, data):
         "length": head.replace(str(len(body)).encode(), junk) + body,
         "chunks": head.replace(b"Content-Length: ", b"Transfer-Encoding: chunked\r\nX: ") + junk + body,
     }[kind]
-    answer = raw(server, sent)
+    answer = raw(server, sent, seconds=20 if sent == request else 0.1)
     assert (answer == b"" and sent != request) or re.match(rb"HTTP/1\.[01] (200|4\d\d) ", answer)
     assert b"Traceback" not in answer
 
@@ -388,6 +388,26 @@ def test_connections_that_dawdle_are_closed_and_their_number_is_bounded(alone):
         for client in idle:
             client.close()
         wait_until(lambda: b"200 OK" in raw(running, b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"))
+
+
+def test_a_client_that_does_not_read_is_left(alone):
+    """Every event of the stream carries the model's name, here a long one: more than buffers hold."""
+    name = "x" * 100_000
+    with serving(alone, name=name, header_seconds=0.4, body_bytes=200_000) as running:
+        body = json.dumps(chat(model=name, stream=True, max_tokens=200)).encode()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            client.settimeout(20)
+            client.connect(("127.0.0.1", running.port))
+            client.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: running.open() == 1)
+            wait_until(lambda: running.open() == 0)
+            time.sleep(1)
+            seen = b""
+            with contextlib.suppress(ConnectionResetError):
+                while part := client.recv(65_536):
+                    seen += part
+        assert b"[DONE]" not in seen
 
 
 # ---- The end
