@@ -25,6 +25,9 @@ def get_config() -> ConfigDict:
                 "top_k": 0,
                 "top_p": 1.0,
                 "seed": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "stop": (),
             },
         }
     )

@@ -11,7 +11,7 @@ from ctllm_jax.evaluate.judged import answers as verb
 from ctllm_jax.evaluate.judged.answers import AnswerConfig, run
 from ctllm_jax.evaluate.judged.question_sets import SHIPPED, read_questions
 from ctllm_jax.evaluate.judged.run import read_answers
-from ctllm_jax.generate import SamplingConfig
+from ctllm_jax.sampling import SamplingConfig
 
 JUDGED = REFERENCE.parent / "eval" / "judge"
 needs_questions = pytest.mark.skipif(not JUDGED.exists(), reason=NO_REFERENCE)

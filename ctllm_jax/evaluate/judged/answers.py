@@ -13,8 +13,10 @@ from ctllm_jax.common.files import read_jsonl
 from ctllm_jax.common.manifest import fingerprint, open_stage
 from ctllm_jax.data.chat import own_template
 from ctllm_jax.evaluate.judged.question_sets import Question, read_questions
-from ctllm_jax.generate import SamplingConfig, sample, write_samples
+from ctllm_jax.generate import write_samples
 from ctllm_jax.loading import LoadedModel, load_model
+from ctllm_jax.samples import sample
+from ctllm_jax.sampling import SamplingConfig
 
 BLOCK = 64  # questions answered between two writes
 
