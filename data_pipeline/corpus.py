@@ -23,6 +23,7 @@ from ctllm_jax.common.files import expand, identity, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
 from data_pipeline import report
+from data_pipeline.dedup.corpora import Corpora, earlier_shards
 from data_pipeline.dedup.minhash import DedupConfig
 from data_pipeline.dedup.stage import deduplicate
 from data_pipeline.documents import SUBSETS, Fields, InputFile, input_files
@@ -31,7 +32,7 @@ from data_pipeline.filters.stage import FilterSettings, filter_file
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 from data_pipeline.shards import Layout
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +65,15 @@ def run(config: CorpusConfig, workdir: str) -> dict:
     make_runner(config.beam)  # a wrong name is said before anything is written
     files = input_files(expand(config.input))
     settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("input", "beam")}
-    inputs = [[file.name, identity(file.path)] for file in files]
+    settings["dedup"] = {name: v for name, v in settings["dedup"].items() if name != "earlier"}
+    fingerprints, earlier = earlier_shards(config.dedup.earlier, config.dedup)
+    inputs = [[file.name, identity(file.path)] for file in files] + fingerprints
     stage = open_stage("corpus", VERSION, workdir, settings, inputs)
     layout = Layout(os.path.abspath(workdir))
     if not stage.done:
         _filter(files, config, layout)
         with Watch("corpus: deduplicate", len(files), "files", lambda: _count(files, layout.outcome)):
-            deduplicate(len(files), config.dedup, layout, config.beam)
+            deduplicate(Corpora(earlier, layout, len(files)), config.dedup, config.beam)
         found = report.collect(files, layout)
         write_json(layout.report("json"), found)
         write_atomic(layout.report("html"), report.page(found))

@@ -6,6 +6,7 @@ line and reason. A record longer than the limit is skipped piece by piece and ne
 
 import dataclasses
 import gzip
+import io
 import itertools
 import os
 import pathlib
@@ -18,6 +19,7 @@ import orjson
 SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others", "en", "code")
 UNKNOWN = "unknown"  # where a record is counted whose source cannot be told
 EXCERPT = 120  # characters of a text shown in lists and reports
+_BUFFER = 1 << 18
 _SKIP = 1 << 20  # bytes read at a time while skipping an over-long record
 
 
@@ -113,13 +115,9 @@ class DocumentReader:
 
     def _parse(self, raw: bytes, line: int) -> Document | Malformed:
         try:
-            raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return Malformed(line, "invalid_utf8", str(error), _excerpt(raw))
-        try:
             record = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
-            return Malformed(line, "invalid_json", str(error), _excerpt(raw))
+            return self._unreadable(raw, line, error)
         if not isinstance(record, dict):
             return Malformed(line, "not_an_object", f"found {type(record).__name__}", _excerpt(raw))
         source = record.pop(self._fields.source, None)
@@ -144,12 +142,22 @@ class DocumentReader:
         )
         return Document(identity, url or "", source, text, meta, line)
 
+    @staticmethod
+    def _unreadable(raw: bytes, line: int, error: orjson.JSONDecodeError) -> Malformed:
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as cause:
+            return Malformed(line, "invalid_utf8", str(cause), _excerpt(raw))
+        return Malformed(line, "invalid_json", str(error), _excerpt(raw))
+
 
 def _open(path: str | os.PathLike) -> BinaryIO:
     """Opens plain or gzip by content, not by name (parts of split archives carry other endings)."""
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed or os.fspath(path).endswith(".gz") else open(path, "rb")
+    if packed or os.fspath(path).endswith(".gz"):
+        return io.BufferedReader(gzip.open(path, "rb"), _BUFFER)
+    return open(path, "rb", buffering=_BUFFER)
 
 
 def _skip_line(stream: BinaryIO) -> int:

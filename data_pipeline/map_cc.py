@@ -24,7 +24,7 @@ from etils import epath
 from ctllm_jax.common.errors import UserError
 from data_pipeline.documents import SUBSETS
 from data_pipeline.runner import BeamConfig, make_options, make_pipeline, make_runner
-from data_pipeline.shards import STEPS, Layout, read_lines, save_array
+from data_pipeline.shards import Layout, read_lines, save_array
 
 FIELDS = ("id", "url", "source", "text", "meta", "signals")  # the last two are JSON
 INDEX = "ids.npy"  # beside the shards: where each id's record lies
@@ -68,7 +68,7 @@ class MapCC(tfds.core.GeneratorBasedBuilder):
         subset = self.builder_config.name
         if self._layout is None:  # TFDS builds what it does not find
             raise UserError(f"{self.data_dir}: no such subset here; `ctllm corpus` leaves out those without documents")
-        shards = [n for n in range(self._shards) if self._layout.kept(n, subset).exists()]
+        shards = [n for n in range(self._shards) if self._layout.survivors(n, subset).exists()]
         return {"train": self._generate_examples(shards, subset)}
 
     def _generate_examples(self, shards: list[int], subset: str) -> beam.PTransform:
@@ -76,12 +76,10 @@ class MapCC(tfds.core.GeneratorBasedBuilder):
 
 
 def _examples(shard: int, subset: str, layout: Layout) -> Iterator[tuple[str, dict[str, str]]]:
-    """(id, example) of one shard's documents that no step of deduplication removed."""
-    removed = {int(row) for step in STEPS for row in np.load(layout.removals(step, shard))["row"]}
-    for record in read_lines(layout.kept(shard, subset)):
-        if record["row"] not in removed:
-            packed = {name: orjson.dumps(record[name]).decode() for name in ("meta", "signals")}
-            yield record["id"], {name: record[name] for name in FIELDS} | packed
+    """(id, example) of one shard's documents that deduplication left."""
+    for record in read_lines(layout.survivors(shard, subset)):
+        packed = {name: orjson.dumps(record[name]).decode() for name in ("meta", "signals")}
+        yield record["id"], {name: record[name] for name in FIELDS} | packed
 
 
 def write(subset: str, shards: int, layout: Layout, runner: BeamConfig) -> pathlib.Path:

@@ -17,6 +17,7 @@ _COUNTED = (
     "passed_rules",
     "passed_language",
     *_DUPLICATES,
+    "similar_lines",
     "kept",
     "characters",
     "bytes",
@@ -29,7 +30,8 @@ def collect(files: list[InputFile], layout: Layout) -> dict[str, Any]:
 
     Returns a dict with
       subsets: {subset: {read, well_formed, passed_rules, passed_language, duplicate_id, duplicate_exact,
-        duplicate_near, kept (documents), characters, bytes (of kept text, UTF-8), malformed: {reason: n},
+        duplicate_near, similar_lines (sentences dropped), kept (documents), characters, bytes (of kept text,
+        UTF-8), malformed: {reason: n},
         rules: {rule: n}, funnel: [[stage, documents left], ...]}}; 'unknown': no source can be told;
       totals: the same over all subsets;
       examples: {rule: up to 3 rejected {id, excerpt, value, threshold, ...}};

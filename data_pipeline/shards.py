@@ -14,9 +14,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
+import zstandard
 
 from ctllm_jax.common.files import atomic_file
 
+HASHES = "hashes"  # folder of a corpus's hashes, for comparing a later one with it
 STEPS = ("id", "exact", "near")  # of deduplication, in order: each sees only what the ones before left
 REMOVAL = np.dtype([("row", "<u4"), ("of_shard", "<u4"), ("of_row", "<u4"), ("similarity", "<f4")])
 
@@ -29,19 +31,19 @@ class Layout:
 
     def kept(self, shard: int, subset: str) -> pathlib.Path:
         """Documents of one subset that passed the filters, with `row`."""
-        return self._work("filtered") / f"{shard:05d}.{subset}.kept.jsonl.gz"
+        return self._work("filtered") / f"{shard:05d}.{subset}.kept.jsonl.zst"
 
     def kept_files(self, shard: int) -> list[pathlib.Path]:
         """A shard's `kept` files, of all subsets that have any."""
-        return sorted(self._work("filtered").glob(f"{shard:05d}.*.kept.jsonl.gz"))
+        return sorted(self._work("filtered").glob(f"{shard:05d}.*.kept.jsonl.zst"))
+
+    def all_hashes(self, shard: int) -> pathlib.Path:
+        """Hashes of a shard's kept documents by row (the stem of dedup.store's files)."""
+        return self._work("filtered") / f"{shard:05d}"
 
     def hashes(self, shard: int) -> pathlib.Path:
-        """npz by row: id_hash, text_hash [n, 2] (128 bits each), hashed [n], ids (UTF-8), id_ends [n]."""
-        return self._work("filtered") / f"{shard:05d}.npz"
-
-    def signatures(self, shard: int) -> pathlib.Path:
-        """npy [n, bands * rows] uint32 by row: MinHash signatures, read by memory map."""
-        return self._work("filtered") / f"{shard:05d}.signatures.npy"
+        """Hashes of a shard's documents that deduplication left, in their order. Part of the result."""
+        return pathlib.Path(self.root) / HASHES / f"{shard:05d}"
 
     def counts(self, shard: int) -> pathlib.Path:
         """What the filters did to a shard; written last."""
@@ -62,12 +64,20 @@ class Layout:
         """npy of REMOVAL sorted by row: what a step of deduplication removes from a shard."""
         return self._work(step) / f"{shard:05d}.npy"
 
+    def exchange(self, step: str, name: str) -> pathlib.Path:
+        """Folder of numbers on their way between the workers of a step."""
+        return self._work(step) / name
+
+    def survivors(self, shard: int, subset: str) -> pathlib.Path:
+        """Documents of one subset that deduplication left."""
+        return self._work("deduplicated") / f"{shard:05d}.{subset}.jsonl.zst"
+
     def outcome(self, shard: int) -> pathlib.Path:
         """What deduplication did to a shard; written last."""
         return self._work("deduplicated") / f"{shard:05d}.json"
 
     def rejected(self, shard: int, stage: str) -> pathlib.Path:
-        """Rejected documents with their reasons; `stage` is 'filter' or 'dedup'. Part of the result."""
+        """What was rejected, with reasons: by 'filter', by 'dedup', or as similar 'lines'. Part of the result."""
         return pathlib.Path(self.root) / "rejected" / f"{shard:05d}.{stage}.jsonl.gz"
 
     def report(self, ending: str) -> pathlib.Path:
@@ -97,15 +107,24 @@ def gzip_writer(path: pathlib.Path) -> Iterator[BinaryIO]:
                 yield writer
 
 
+@contextlib.contextmanager
+def zstd_writer(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A zstd file, whole or not there: a seventh of gzip's time, for what is read again and deleted."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as raw:
+        with zstandard.ZstdCompressor(level=1).stream_writer(raw, closefd=False) as packed:
+            with io.BufferedWriter(packed, 1 << 18) as writer:
+                yield writer
+
+
 def json_line(record: dict[str, Any]) -> bytes:
     """One line of JSON."""
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The records of a file made by `gzip_writer` and `json_line`."""
-    with gzip.open(path, "rb") as file:
-        for line in file:
+    """The records of a file made by `zstd_writer` and `json_line`."""
+    with zstandard.open(path, "rb") as packed, io.BufferedReader(packed, 1 << 18) as lines:
+        for line in lines:
             yield orjson.loads(line)
 
 
@@ -115,7 +134,8 @@ def save_array(path: pathlib.Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def save_arrays(path: pathlib.Path, **arrays: np.ndarray) -> None:
-    """Writes an npz file (bytes depend on the arrays alone), whole or not there."""
+@contextlib.contextmanager
+def save_bytes(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A plain binary file, whole or not there."""
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        yield file

@@ -1,13 +1,27 @@
 """Deduplication: folding, signatures and clusters, each against its definition."""
 
+import functools
+import unicodedata
+
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from data_pipeline.dedup import cluster
-from data_pipeline.dedup.minhash import DedupConfig, Hashes, band_hashes, fold, hash_documents, minhash
+from data_pipeline.dedup import cluster, exchange, graph, kernels, variants
+from data_pipeline.dedup.folding import fold
+from data_pipeline.dedup.minhash import DedupConfig, _permutations, hash_documents
+from data_pipeline.dedup.store import HashWriter, open_hashes
 from data_pipeline.documents import Document
+from data_pipeline.runner import BeamConfig
 
-CONFIG = DedupConfig(shingle=5, bands=20, rows=6, min_similarity=0.7, key_ranges=4)
+SETTINGS = {
+    **{"shingle": 5, "bands": 20, "rows": 6, "min_similarity": 0.7, "key_ranges": 4},
+    **{"most_edges": 1000, "similar_lines": "", "earlier": ()},
+}
+CONFIG = DedupConfig(**SETTINGS)
+RUNNER = BeamConfig("local")
+checked = hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def documents(*texts, source="zh_cc"):
@@ -15,7 +29,7 @@ def documents(*texts, source="zh_cc"):
 
 
 def text_hashes(*texts, source="zh_cc"):
-    return [tuple(row) for row in hash_documents(documents(*texts, source=source), CONFIG).text_hash]
+    return [tuple(row) for row in hash_documents(documents(*texts, source=source), CONFIG).records["text"]]
 
 
 def random_text(random, size):
@@ -37,6 +51,72 @@ def test_code_keeps_its_punctuation_but_not_its_layout():
     assert len(set(text_hashes("a+b", "a-b", source="en"))) == 1
 
 
+@pytest.mark.parametrize(
+    "variant", ["乾隆頭髮發麵台灣裏著名瞭解", "干隆头发发面台湾里着名了解", "乾隆頭髮發麪臺灣裡著名瞭解"]
+)
+def test_script_does_not_make_a_text_another(variant):
+    assert len(set(text_hashes("乾隆头发发面台湾里著名了解", variant))) == 1
+    assert len(set(text_hashes("乾隆头发发面台湾里著名了解", variant + "清"))) == 2
+
+
+def test_no_character_stands_in_two_classes_of_variants():
+    members = "".join(variants.classes())
+    assert len(members) == len(set(members)) > 7000
+    assert max(map(len, variants.classes())) <= 7
+
+
+PLAIN = st.text(st.characters(exclude_categories=()), max_size=40)
+
+
+@checked
+@hypothesis.given(st.lists(st.tuples(PLAIN, st.booleans()), max_size=4))
+def test_folding_equals_its_definition(drawn):
+    first = {other: own[0] for own in variants.classes() for other in own}
+
+    def plain(text, is_code):
+        out = []
+        for character in unicodedata.normalize("NFKC", text):
+            if unicodedata.category(character)[0] == "L":
+                folded = character.casefold()
+                character = folded if len(folded) == 1 else character.lower()[0]
+            kind = unicodedata.category(character)[0]
+            if kind not in "ZC" if is_code else kind in "LNM":
+                out.append(first.get(character, character))
+        return "".join(out)
+
+    points_T, ends_N = fold([text for text, _ in drawn], [is_code for _, is_code in drawn])
+    begins_N = ends_N - np.diff(ends_N, prepend=0)
+    found = [points_T[a:b].tobytes().decode("utf-32-le") for a, b in zip(begins_N, ends_N, strict=True)]
+    assert found == [plain(text, is_code) for text, is_code in drawn]
+
+
+def plain_minhash(text, shingle, factors, addends):
+    """The signature of one text by Python's integers."""
+    signature = [0xFFFFFFFF] * len(factors)
+    for begin in range(len(text) - shingle + 1):
+        value = 0
+        for character in text[begin : begin + shingle]:
+            value = (value * 0x9E3779B97F4A7C15 + ord(character)) % 2**64
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            value = (value ^ value >> shift) * factor % 2**64
+        base = (value ^ value >> 31) >> 32
+        for p, (factor, addend) in enumerate(zip(factors, addends, strict=True)):
+            permuted = (base * factor + addend) % 2**32
+            signature[p] = min(signature[p], permuted ^ permuted >> 15)
+    return signature
+
+
+@checked
+@hypothesis.given(st.lists(st.text(st.sampled_from("一二三ab𠀀"), max_size=30), max_size=4), st.integers(1, 13))
+def test_signatures_equal_their_definition(texts, shingle):
+    permutations = _permutations(7)
+    points_T = np.array([ord(c) for text in texts for c in text], np.uint32)
+    ends_N = np.cumsum([len(text) for text in texts], dtype=np.int64)
+    found = kernels.minhash(points_T, ends_N, shingle, *permutations)
+    plain = [part.tolist() for part in permutations]
+    assert found.tolist() == [plain_minhash(text, shingle, *plain) for text in texts]
+
+
 def test_texts_that_fold_to_nothing_are_compared_as_they_are():
     assert len(set(text_hashes("！！！", "？？？"))) == 2
 
@@ -48,8 +128,7 @@ def test_the_share_of_equal_signature_values_estimates_jaccard_similarity():
         other = base[: int(4000 * overlap)] + random_text(random, 4000 - int(4000 * overlap))
         shingles = [{text[i : i + 5] for i in range(len(text) - 4)} for text in (base, other)]
         true = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
-        signatures, hashed = minhash(*fold([base, other], [False, False]), 5, 1024)
-        assert hashed.all()
+        signatures = kernels.minhash(*fold([base, other], [False, False]), 5, *_permutations(1024))
         assert (signatures[0] == signatures[1]).mean() == pytest.approx(true, abs=4 * (true * (1 - true) / 1024) ** 0.5)
 
 
@@ -60,36 +139,49 @@ def test_a_signature_does_not_depend_on_the_batch():
     for i, text in enumerate(texts):
         alone = hash_documents(documents(text), CONFIG)
         assert (alone.signatures[0] == together.signatures[i]).all()
-    assert together.hashed.tolist() == [False, True, True, False, True]
+    assert together.records["hashed"].tolist() == [False, True, True, False, True]
 
 
-def test_batches_join_in_order_and_none_gives_none():
-    parts = [
-        hash_documents(documents("一二三四五六"), CONFIG),
-        hash_documents(documents("七八九十百千", "x"), CONFIG),
-    ]
-    joined = Hashes.concatenate(parts, CONFIG)
-    assert joined.ids == ("d0", "d0", "d1") and joined.signatures.shape == (3, 120)
-    assert Hashes.concatenate([], CONFIG).signatures.shape == (0, 120)
+def test_hashes_come_back_from_the_disk_whole_in_part_and_selected(tmp_path):
+    with HashWriter(tmp_path / "some") as writer:
+        for texts in (["一二三四五六"], [], ["七八九十百千", "x"]):
+            writer.append(hash_documents(documents(*texts), CONFIG))
+        assert not (tmp_path / "some.hashes").exists()
+    found = open_hashes(tmp_path / "some")
+    alone = hash_documents(documents("七八九十百千", "x"), CONFIG)
+    assert [found.id(i) for i in range(3)] == ["d0", "d0", "d1"]
+    assert (found.signatures[1:] == alone.signatures).all()
+    last = found.part(1, 3).select(np.array([1]))
+    assert (last.id(0), last.records["text"].tolist()) == ("d1", alone.records["text"][1:].tolist())
+    assert len(found.select(np.array([], int))) == 0
+    with HashWriter(tmp_path / "none"):
+        pass
+    assert len(open_hashes(tmp_path / "none")) == 0
+
+
+def test_hashes_of_a_failed_block_are_not_there(tmp_path):
+    with pytest.raises(RuntimeError), HashWriter(tmp_path / "some") as writer:
+        writer.append(hash_documents(documents("一"), CONFIG))
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
 
 
 def test_bands_are_equal_exactly_where_their_rows_are():
     signatures = np.random.default_rng(3).integers(0, 2**32, (2, 120), np.uint32)
     signatures[1, 6:12] = signatures[0, 6:12]
-    keys = band_hashes(signatures, 20)
-    assert (keys[0] == keys[1]).tolist() == [band == 1 for band in range(20)]
+    keys = kernels.band_hashes(signatures, 20)
+    assert (keys[:, 0] == keys[:, 1]).tolist() == [band == 1 for band in range(20)]
 
 
 def test_repeats_point_to_the_first_document_in_any_order():
-    keys = np.array([[1, 9], [2, 2], [1, 9], [1, 8], [1, 9]], np.uint64)
-    numbers = np.array([50, 40, 30, 20, 10], np.uint64)
+    keyed = np.array([[1, 9, 50], [2, 2, 40], [1, 9, 30], [1, 8, 20], [1, 9, 10]], np.uint64)
     for order in (slice(None), slice(None, None, -1)):
-        found = cluster.repeats(keys[order], numbers[order])
+        found = cluster.repeats(keyed[order])
         assert sorted(map(tuple, found.tolist())) == [(10, 30), (10, 50)]
 
 
 def test_candidates_hold_the_first_and_the_previous_document():
-    found = cluster.candidates(np.zeros(4, np.uint64), np.array([3, 1, 2, 4], np.uint64))
+    found = cluster.candidates(np.array([[0, 3], [0, 1], [0, 2], [0, 4]], np.uint64))
     assert found.tolist() == [[1, 2], [1, 3], [1, 4], [2, 3], [3, 4]]
 
 
@@ -112,6 +204,46 @@ def test_components_equal_a_plain_union_find_and_keep_the_smallest():
     assert cluster.components(np.zeros((0, 2), np.uint64)).shape == (0, 2)
 
 
+def graphs():
+    """Random ones, a long path and a star, whose documents lie anywhere."""
+    random = np.random.default_rng(5)
+    places = np.sort(random.choice(1 << 40, 400, replace=False)).astype(np.uint64)
+    path = np.stack([np.arange(99), np.arange(1, 100)], 1)
+    star = np.stack([np.full(50, 0), np.arange(1, 51)], 1)
+    for pairs in (random.integers(0, 400, (300, 2)), random.permutation(path), star, star[:0]):
+        pairs = np.sort(pairs[pairs[:, 0] != pairs[:, 1]], axis=1)
+        yield places[pairs]
+
+
+@pytest.mark.parametrize("edges", list(graphs()))
+def test_rounds_on_parts_of_a_graph_end_in_its_components(edges, tmp_path):
+    files = []
+    for i, part in enumerate(np.array_split(edges, 3)):
+        files.append(tmp_path / f"{i}.npy")
+        np.save(files[-1], part)
+    whole = graph.join(files, tmp_path / "one", 10_000, 4, RUNNER)
+    rounds = graph.join(files, tmp_path / "many", -1, 4, RUNNER)
+    assert len(whole) == 1 and len(rounds) == 4
+    joined = np.concatenate([np.load(path) for path in rounds])
+    assert (joined[np.argsort(joined[:, 1])] == np.load(whole[0])).all()
+    assert not list(tmp_path.rglob("*.rows"))
+
+
+def _numbers(seed, parts):
+    keys = np.random.default_rng(seed).integers(0, 2**63, (1000 * seed, 2)).astype(np.uint64)
+    for chunk in np.array_split(keys, 3):
+        yield exchange.part_of(chunk[:, 0], parts), chunk
+
+
+def test_every_row_reaches_the_part_of_its_key_and_no_other(tmp_path):
+    chunks = functools.partial(_numbers, parts=7)
+    arguments = (RUNNER, tmp_path, [0, 1, 2], chunks, 7, 2, cluster.distinct)
+    parts = [np.load(path) for path in exchange.run_through_files(*arguments)]
+    assert [set((part[:, 0] % 7).tolist()) for part in parts] == [{i} for i in range(7)]
+    sent = np.concatenate([chunk for seed in (1, 2) for _, chunk in _numbers(seed, 7)])
+    assert (cluster.distinct(np.concatenate(parts)) == cluster.distinct(sent)).all()
+
+
 def test_document_numbers_order_by_shard_then_row_and_come_apart_again():
     numbers = cluster.number(70_000, np.array([0, 2**32 - 1]))
     assert cluster.shard_of(numbers).tolist() == [70_000] * 2
@@ -119,7 +251,9 @@ def test_document_numbers_order_by_shard_then_row_and_come_apart_again():
     assert cluster.number(1, np.array([0]))[0] > cluster.number(0, np.array([2**32 - 1]))[0]
 
 
-@pytest.mark.parametrize("change", [{"bands": 0}, {"rows": 0}, {"min_similarity": 1.5}, {"key_ranges": 1000}])
+@pytest.mark.parametrize(
+    "change", [{"bands": 0}, {"rows": 0}, {"min_similarity": 1.5}, {"key_ranges": 1000}, {"similar_lines": "x"}]
+)
 def test_settings_that_cannot_work_are_refused(change):
     with pytest.raises(ValueError):
-        DedupConfig(**{"shingle": 5, "bands": 20, "rows": 6, "min_similarity": 0.7, "key_ranges": 4} | change)
+        DedupConfig(**SETTINGS | change)

@@ -1,7 +1,7 @@
 """From equal keys to clusters, on blocks of numpy arrays. Documents are numbers: shard << 32 | row.
 
 The order of numbers is the order of the input, and a cluster's first document is the one that stays; nothing
-depends on the order in which blocks arrive.
+depends on the order in which blocks arrive. Pairs are [pairs, 2] uint64, the first document first.
 """
 
 import numpy as np
@@ -26,27 +26,34 @@ def row_of(numbers: np.ndarray) -> np.ndarray:
     return numbers.astype(np.uint32)
 
 
-def repeats(keys_N: np.ndarray, numbers_N: np.ndarray) -> np.ndarray:
-    """[pairs, 2] of (first document with this key, later document with the same key). keys: [N] or [N, K]."""
-    return _runs(keys_N, numbers_N)[0]
+def repeats(keyed_N: np.ndarray) -> np.ndarray:
+    """Pairs of the first document with a key and a later one with the same key. keyed: [N, key words..., number]."""
+    return _runs(keyed_N)[0]
 
 
-def candidates(keys_N: np.ndarray, numbers_N: np.ndarray) -> np.ndarray:
-    """[pairs, 2] of documents to compare: within equal keys, each with the first and with the one before."""
-    return np.unique(np.concatenate(_runs(keys_N, numbers_N)), axis=0)
+def candidates(keyed_N: np.ndarray) -> np.ndarray:
+    """Pairs of documents to compare: within equal keys, each with the first and with the one before."""
+    return distinct(np.concatenate(_runs(keyed_N)))
 
 
-def _runs(keys_N: np.ndarray, numbers_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _runs(keyed_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Later documents of each key, paired with the key's first document and with the one just before."""
-    keys = keys_N.reshape(len(numbers_N), -1)
-    order = np.lexsort((numbers_N, *keys.T))
-    keys, numbers = keys[order], numbers_N[order]
+    keyed = keyed_N[np.lexsort(keyed_N.T[::-1])]
+    keys, numbers = keyed[:, :-1], keyed[:, -1]
     new = np.ones(len(numbers), bool)
     new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
-    head = np.flatnonzero(new)
-    first = numbers[np.repeat(head, np.diff(np.append(head, len(numbers))))]
     later = np.flatnonzero(~new)
-    return np.stack([first[later], numbers[later]], 1), np.stack([numbers[later - 1], numbers[later]], 1)
+    head = np.flatnonzero(new)
+    first = head[np.cumsum(new)[later] - 1]
+    return numbers[np.stack([first, later], 1)], numbers[np.stack([later - 1, later], 1)]
+
+
+def distinct(pairs: np.ndarray) -> np.ndarray:
+    """The pairs in ascending order, each once."""
+    pairs = pairs[np.lexsort(pairs.T[::-1])]
+    new = np.ones(len(pairs), bool)
+    new[1:] = (pairs[1:] != pairs[:-1]).any(axis=1)
+    return pairs[new]
 
 
 def components(pairs: np.ndarray) -> np.ndarray:
@@ -62,3 +69,33 @@ def components(pairs: np.ndarray) -> np.ndarray:
     np.minimum.at(first, label, members)
     later = first[label] != members
     return np.stack([first[label][later], members[later]], 1)
+
+
+def large_star(directed_N: np.ndarray) -> np.ndarray:
+    """Ties every neighbour that comes after a document to the first of document and neighbours.
+
+    directed: [N, 2] of (document, neighbour), all of a document's neighbours. Returns pairs.
+    """
+    edges, least_N = _least(distinct(directed_N))
+    document_N, neighbour_N = edges.T
+    after = neighbour_N > document_N
+    return distinct(np.stack([np.minimum(least_N, document_N)[after], neighbour_N[after]], 1))
+
+
+def small_star(directed_N: np.ndarray) -> np.ndarray:
+    """Ties a document and those of its neighbours that come before it to the first of them.
+
+    directed: [N, 2] of (document, neighbour before it). Returns pairs.
+    """
+    edges, least_N = _least(distinct(directed_N))
+    document_N, neighbour_N = edges.T
+    others = neighbour_N != least_N
+    tied = np.concatenate([np.stack([least_N, document_N], 1), np.stack([least_N, neighbour_N], 1)[others]])
+    return distinct(tied)
+
+
+def _least(edges_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The edges, which are sorted, and the least neighbour of each one's document."""
+    new = np.ones(len(edges_N), bool)
+    new[1:] = edges_N[1:, 0] != edges_N[:-1, 0]
+    return edges_N, edges_N[np.flatnonzero(new), 1][np.cumsum(new) - 1]

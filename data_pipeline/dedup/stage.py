@@ -1,194 +1,152 @@
 """Stage 2 on Beam: ids, exact, then near duplicates; each step sees what the ones before left.
 
-Elements are shard pointers and blocks of numbers; text never moves. A step reads the hashes that stage 1
-wrote, groups them by (band and) range of the key, and writes one file of removals per shard.
+Elements are shard pointers; text never moves. A step sends the keys of each shard's documents to the parts of the keys'
+range (exchange.py), where equal ones meet, and writes one file of removals per shard. Of documents that are one, the
+first in the order of the input stays, those of earlier corpora before all others.
 """
 
-import dataclasses
 import functools
-import typing
-from collections import Counter
+import pathlib
 from collections.abc import Iterable, Iterator
 
 import apache_beam as beam
 import numpy as np
 
-from ctllm_jax.common.files import write_json
-from data_pipeline.dedup import cluster
-from data_pipeline.dedup.minhash import DedupConfig, band_hashes
-from data_pipeline.documents import EXCERPT
-from data_pipeline.filters.stage import EXAMPLES
+from data_pipeline.dedup import cluster, graph, kernels
+from data_pipeline.dedup.corpora import Corpora
+from data_pipeline.dedup.exchange import Chunk, clean, part_of, run_through_files, through_files
+from data_pipeline.dedup.minhash import DedupConfig
+from data_pipeline.dedup.outcome import write_outcome
 from data_pipeline.runner import BeamConfig, make_pipeline
-from data_pipeline.shards import REMOVAL, STEPS, Layout, gzip_writer, json_line, read_lines, save_array
+from data_pipeline.shards import REMOVAL, STEPS, Layout, save_array
 
-_Keyed = tuple[bytes, bytes]
+_CHUNK = 1 << 16  # documents that a worker looks at together
+_PAIRS = 1 << 13  # pairs whose signatures it holds together
 
 
-def deduplicate(shards: int, config: DedupConfig, layout: Layout, runner: BeamConfig) -> None:
-    """Runs the three steps, then writes the rejected duplicates and the outcome of every shard."""
-    pointers = [shard for shard in range(shards) if not layout.outcome(shard).exists()]
+def deduplicate(corpora: Corpora, config: DedupConfig, runner: BeamConfig) -> None:
+    """Runs the three steps, then writes the rejected duplicates, the survivors and the outcome of every shard."""
+    layout = corpora.layout
+    pointers = [shard for shard in range(corpora.shards) if not layout.outcome(shard).exists()]
     if not pointers:
         return
     for step in STEPS:
-        if all(layout.removals(step, shard).exists() for shard in range(shards)):
-            continue
-        with make_pipeline(runner) as pipeline:
-            removed = _find(pipeline, step, shards, config, layout)
-            whole = pipeline | "Every shard" >> beam.Create([(shard, b"") for shard in range(shards)])
-            _ = (
-                (removed, whole)
-                | beam.Flatten()
-                | "By shard" >> beam.GroupByKey()
-                | "Write" >> beam.Map(_write_removals, step, layout)
-            )
+        if not all(layout.removals(step, shard).exists() for shard in range(corpora.shards)):
+            (_near if step == "near" else _exact)(step, corpora, config, runner)
     with make_pipeline(runner) as pipeline:
-        _ = pipeline | beam.Create(pointers) | beam.Reshuffle() | beam.Map(_write_outcome, layout)
+        _ = pipeline | beam.Create(pointers) | beam.Reshuffle() | beam.Map(write_outcome, corpora, config.similar_lines)
 
 
-def _find(pipeline: beam.Pipeline, step: str, shards: int, config: DedupConfig, layout: Layout) -> beam.PCollection:
-    """(shard, REMOVAL records) of one step."""
-    blocks = (
-        pipeline
-        | "Shards" >> beam.Create(range(shards))
-        | "Spread" >> beam.Reshuffle()
-        | "Keys" >> beam.FlatMap(_keys, step, config, layout).with_output_types(_Keyed)
-        | "By key" >> beam.GroupByKey()
-    )
-    if step != "near":
-        return blocks | "Repeats" >> beam.FlatMap(_exact_removals)
-    return (
-        blocks
-        | "Compare" >> beam.FlatMap(_similar_pairs, config, layout)
-        | "One graph" >> beam.Map(lambda pairs: (0, pairs))
-        | "Gather" >> beam.GroupByKey()
-        | "Clusters" >> beam.FlatMap(_near_removals, layout)
-    )
+def _exact(step: str, corpora: Corpora, config: DedupConfig, runner: BeamConfig) -> None:
+    folder = corpora.layout.exchange(step, "keys")
+    chunks = functools.partial(_hash_keys, step=step, corpora=corpora, config=config)
+    with make_pipeline(runner) as pipeline:
+        pairs = through_files(pipeline, folder, range(len(corpora)), chunks, config.key_ranges, 3, cluster.repeats)
+        _write_removals(pairs, step, corpora)
+    clean(folder)
 
 
-def _keys(shard: int, step: str, config: DedupConfig, layout: Layout) -> Iterator[_Keyed]:
-    """Blocks of (key words..., document number) of one shard, by band and range of the key's first word."""
-    with np.load(layout.hashes(shard)) as stored:
-        arrays = {name: stored[name] for name in ("id_hash", "text_hash", "hashed")}
-    live = np.ones(len(arrays["hashed"]), bool)
-    for earlier in STEPS[: STEPS.index(step)]:
-        live[np.load(layout.removals(earlier, shard))["row"]] = False
-    if step == "near":
-        rows = np.flatnonzero(live & arrays["hashed"])
-        by_band = band_hashes(np.load(layout.signatures(shard), mmap_mode="r")[rows], config.bands)[:, :, None]
-    else:
-        rows = np.flatnonzero(live)
-        by_band = arrays[f"{'id' if step == 'id' else 'text'}_hash"][rows][:, None, :]
-    numbers = cluster.number(shard, rows)[:, None]
-    for band in range(by_band.shape[1]):
-        keys = by_band[:, band]
-        part = keys[:, 0] % np.uint64(config.key_ranges)
-        for index in np.unique(part):
-            inside = part == index
-            yield bytes([band, index]), np.hstack([keys[inside], numbers[inside]]).tobytes()
+def _near(step: str, corpora: Corpora, config: DedupConfig, runner: BeamConfig) -> None:
+    folder = corpora.layout.exchange(step, "keys")
+    chunks = functools.partial(_band_keys, corpora=corpora, config=config)
+    similar = functools.partial(_similar, corpora=corpora, least=config.min_similarity)
+    parts = config.bands * config.key_ranges
+    edges = run_through_files(runner, folder, range(len(corpora)), chunks, parts, 2, similar)
+    graphs = corpora.layout.exchange(step, "graph")
+    joined = graph.join(edges, graphs, config.most_edges, config.key_ranges, runner)
+    with make_pipeline(runner) as pipeline:
+        _write_removals(pipeline | "Clusters" >> beam.Create(joined), step, corpora)
 
 
-def _block(values: Iterable[bytes], width: int) -> tuple[np.ndarray, np.ndarray]:
-    block = np.frombuffer(b"".join(values), np.uint64).reshape(-1, width)
-    return block[:, :-1], block[:, -1]
+def _live(number: int, step: str, corpora: Corpora) -> np.ndarray:
+    """Rows of a shard that the earlier steps left."""
+    live = np.ones(len(corpora.hashes(number)), bool)
+    own = corpora.own(number)
+    if own is not None:
+        for earlier in STEPS[: STEPS.index(step)]:
+            live[np.load(corpora.layout.removals(earlier, own))["row"]] = False
+    return np.flatnonzero(live)
 
 
-def _exact_removals(group: tuple[bytes, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
-    pairs = cluster.repeats(*_block(group[1], 3))
-    yield from _by_shard(pairs, np.ones(len(pairs), np.float32))
+def _hash_keys(number: int, step: str, corpora: Corpora, config: DedupConfig) -> Iterator[Chunk]:
+    """(part, [hash, hash, document]) of a shard's documents."""
+    words = corpora.hashes(number).records["id" if step == "id" else "text"]
+    live = _live(number, step, corpora)
+    for begin in range(0, len(live), _CHUNK):
+        rows = live[begin : begin + _CHUNK]
+        keyed = np.column_stack([words[rows], cluster.number(number, rows)])
+        yield part_of(keyed[:, 0], config.key_ranges), keyed
 
 
-def _similar_pairs(group: tuple[bytes, Iterable[bytes]], config: DedupConfig, layout: Layout) -> Iterator[bytes]:
-    """Candidate pairs of one band and range whose whole signatures agree well enough."""
-    pairs = cluster.candidates(*_block(group[1], 2))
-    pairs = pairs[agreement(pairs, layout) >= config.min_similarity]
-    if len(pairs):
-        yield pairs.tobytes()
+def _band_keys(number: int, corpora: Corpora, config: DedupConfig) -> Iterator[Chunk]:
+    """(part, [band's hash, document]) of a shard's documents; each band has `key_ranges` parts of its own."""
+    hashes = corpora.hashes(number)
+    live = _live(number, "near", corpora)
+    live = live[hashes.records["hashed"][live]]
+    for begin in range(0, len(live), _CHUNK):
+        rows = live[begin : begin + _CHUNK]
+        keys = kernels.band_hashes(hashes.signatures[rows], config.bands)
+        first_part = np.repeat(np.arange(config.bands, dtype=np.uint16) * np.uint16(config.key_ranges), len(rows))
+        keyed = np.column_stack([keys.ravel(), np.tile(cluster.number(number, rows), config.bands)])
+        yield first_part + part_of(keyed[:, 0], config.key_ranges), keyed
 
 
-def _near_removals(group: tuple[int, Iterable[bytes]], layout: Layout) -> Iterator[tuple[int, bytes]]:
-    pairs = np.frombuffer(b"".join(group[1]), np.uint64).reshape(-1, 2)
-    removed = cluster.components(np.unique(pairs, axis=0))
-    yield from _by_shard(removed, agreement(removed, layout))
+def _similar(keyed: np.ndarray, corpora: Corpora, least: float) -> np.ndarray:
+    """Candidate pairs of one part whose whole signatures agree well enough."""
+    pairs = cluster.candidates(keyed)
+    return pairs[agreement(pairs, corpora) >= least] if least else pairs
 
 
-def agreement(pairs: np.ndarray, layout: Layout) -> np.ndarray:
+def agreement(pairs: np.ndarray, corpora: Corpora) -> np.ndarray:
     """[pairs] float32: share of equal signature values: estimates the shingles' Jaccard similarity."""
     result = np.zeros(len(pairs), np.float32)
-    shards = cluster.shard_of(pairs)
-    for left, right in np.unique(shards, axis=0):
-        here = np.flatnonzero((shards[:, 0] == left) & (shards[:, 1] == right))
-        first, second = (np.load(layout.signatures(int(shard)), mmap_mode="r") for shard in (left, right))
-        for part in np.array_split(here, len(here) // 4096 + 1):
-            rows = cluster.row_of(pairs[part])
-            result[part] = (first[rows[:, 0]] == second[rows[:, 1]]).mean(axis=1, dtype=np.float32)
+    for begin in range(0, len(pairs), _PAIRS):
+        some = slice(begin, begin + _PAIRS)
+        first, second = (_signatures(pairs[some, side], corpora) for side in (0, 1))
+        result[some] = kernels.agreement(first, second)
     return result
 
 
-def _by_shard(removed: np.ndarray, similarity: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    """Splits [(stays, removed)] by the removed document's shard, as REMOVAL records."""
-    records = np.empty(len(removed), REMOVAL)
-    records["row"], records["similarity"] = cluster.row_of(removed[:, 1]), similarity
-    records["of_shard"], records["of_row"] = cluster.shard_of(removed[:, 0]), cluster.row_of(removed[:, 0])
-    shards = cluster.shard_of(removed[:, 1])
+def _signatures(numbers: np.ndarray, corpora: Corpora) -> np.ndarray:
+    shards, rows = cluster.shard_of(numbers), cluster.row_of(numbers)
+    found = None
     for shard in np.unique(shards):
-        yield int(shard), records[shards == shard].tobytes()
-
-
-def _write_removals(group: tuple[int, Iterable[bytes]], step: str, layout: Layout) -> None:
-    shard, parts = group
-    records = np.frombuffer(b"".join(parts), REMOVAL)
-    save_array(layout.removals(step, shard), np.sort(records, order="row"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Removal:
-    """Why a document was removed: the step that found it, the id it repeats, the similarity of the texts.
-
-    Exact copies have similarity 1; for a repeated id nothing is known of the texts. The document that it
-    repeats may itself be a near duplicate of another, never of this one.
-    """
-
-    kind: str
-    duplicate_of: str
-    similarity: float | None
-
-
-def removals(shard: int, layout: Layout) -> dict[int, Removal]:
-    """{row: removal} of one shard, all steps together; they share no row."""
-    found = {}
-    for step in STEPS:
-        for record in np.load(layout.removals(step, shard)):
-            original = _ids(layout, int(record["of_shard"]))(int(record["of_row"]))
-            similarity = None if step == "id" else round(float(record["similarity"]), 4)
-            found[int(record["row"])] = Removal(step, original, similarity)
+        signatures = corpora.hashes(int(shard)).signatures
+        if found is None:
+            found = np.empty((len(numbers), signatures.shape[1]), np.uint32)
+        here = shards == shard
+        found[here] = signatures[rows[here]]
     return found
 
 
-@functools.lru_cache(maxsize=16)
-def _ids(layout: Layout, shard: int) -> typing.Callable[[int], str]:
-    """row -> id in a shard."""
-    with np.load(layout.hashes(shard)) as stored:
-        text, ends = stored["ids"].tobytes(), stored["id_ends"]
-    return lambda row: text[ends[row - 1] if row else 0 : ends[row]].decode()
+def _write_removals(pairs: beam.PCollection, step: str, corpora: Corpora) -> None:
+    """One file of removals for each shard of this corpus, from elements that name npy files of pairs."""
+    every = [(shard, b"") for shard in range(corpora.shards)]
+    _ = (
+        (
+            pairs | "By shard" >> beam.FlatMap(_by_shard, step, corpora),
+            pairs.pipeline | "Every shard" >> beam.Create(every),
+        )
+        | beam.Flatten()
+        | "Gather" >> beam.GroupByKey()
+        | "Write" >> beam.Map(_write_shard, step, corpora.layout)
+    )
 
 
-def _write_outcome(shard: int, layout: Layout) -> None:
-    """Writes a shard's rejected duplicates with what they repeat, and what is left per subset."""
-    found = removals(shard, layout)
-    outcome: dict[str, dict] = {"subsets": {}, "examples": {}}
-    with gzip_writer(layout.rejected(shard, "dedup")) as rejected:
-        for path in layout.kept_files(shard):
-            for record in read_lines(path):
-                removal = found.get(record.pop("row"))
-                count = outcome["subsets"].setdefault(record["source"], Counter())
-                if removal is None:
-                    size = {"characters": len(record["text"]), "bytes": len(record["text"].encode())}
-                    count.update({"kept": 1, **size})
-                    continue
-                count[f"duplicate_{removal.kind}"] += 1
-                why = dataclasses.asdict(removal)
-                rejected.write(json_line(record | why | {"reasons": [{"rule": f"duplicate_{removal.kind}"} | why]}))
-                examples = outcome["examples"].setdefault(f"duplicate_{removal.kind}", [])
-                if len(examples) < EXAMPLES:
-                    examples.append({"id": record["id"], "excerpt": record["text"][:EXCERPT], **why})
-    write_json(layout.outcome(shard), outcome)
+def _by_shard(path: pathlib.Path, step: str, corpora: Corpora) -> Iterator[tuple[int, bytes]]:
+    """Splits [(stays, removed)] by the removed document's shard, as REMOVAL records."""
+    pairs = np.load(path)
+    pairs = pairs[cluster.shard_of(pairs[:, 1]) >= len(corpora.earlier)]
+    records = np.empty(len(pairs), REMOVAL)
+    records["row"] = cluster.row_of(pairs[:, 1])
+    records["of_shard"], records["of_row"] = cluster.shard_of(pairs[:, 0]), cluster.row_of(pairs[:, 0])
+    records["similarity"] = agreement(pairs, corpora) if step == "near" else 1
+    shards = cluster.shard_of(pairs[:, 1])
+    for shard in np.unique(shards):
+        yield int(corpora.own(int(shard))), records[shards == shard].tobytes()
+
+
+def _write_shard(group: tuple[int, Iterable[bytes]], step: str, layout: Layout) -> None:
+    shard, parts = group
+    records = np.frombuffer(b"".join(parts), REMOVAL)
+    save_array(layout.removals(step, shard), np.sort(records, order="row"))

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ctllm_jax.common.files import write_json
-from data_pipeline.dedup.minhash import DedupConfig, Hashes, hash_documents
+from data_pipeline.dedup.minhash import DedupConfig, hash_documents
+from data_pipeline.dedup.store import HashWriter
 from data_pipeline.documents import EXCERPT, Document, DocumentReader, Fields, InputFile, Malformed
 from data_pipeline.filters.rules import FilterConfig, Filters, Verdict
-from data_pipeline.shards import Layout, gzip_writer, json_line, save_array, save_arrays
+from data_pipeline.shards import Layout, gzip_writer, json_line, zstd_writer
 
 _DOCUMENTS, _CHARACTERS = 512, 1 << 19  # a batch is closed when it holds this many of either
 EXAMPLES = 3  # rejected documents shown per rule and file
@@ -36,18 +37,15 @@ def filter_file(file: InputFile, settings: FilterSettings, layout: Layout) -> In
         return file
     reader = DocumentReader(file, settings.fields, settings.default_source, settings.max_record_bytes)
     filters = Filters(settings.filters)
-    hashes = []
     with contextlib.ExitStack() as stack:
         writer = _Writer(file, layout, stack)
+        hashes = stack.enter_context(HashWriter(layout.all_hashes(file.index)))
         for batch, malformed in _batches(reader):
             for item in malformed:
                 writer.malformed(item)
             judged = [writer.judged(document, verdict) for document, verdict in _judge(filters, batch)]
             hashes.append(hash_documents([document for document in judged if document], settings.dedup))
             layout.progress(file.index).write_text(str(reader.records))
-    merged = Hashes.concatenate(hashes, settings.dedup)
-    save_array(layout.signatures(file.index), merged.signatures)
-    save_arrays(layout.hashes(file.index), **merged.arrays())
     write_json(layout.counts(file.index), writer.counts | {"records": reader.records, "damage": reader.damage})
     return file
 
@@ -125,7 +123,7 @@ class _Writer:
 
     def _writer(self, subset: str) -> Any:
         if subset not in self._kept:
-            self._kept[subset] = self._stack.enter_context(gzip_writer(self._layout.kept(self._file.index, subset)))
+            self._kept[subset] = self._stack.enter_context(zstd_writer(self._layout.kept(self._file.index, subset)))
         return self._kept[subset]
 
     def _subset(self, subset: str) -> dict[str, Any]:
