@@ -40,7 +40,7 @@ def get_config(filters: str = "default") -> ConfigDict:
 
 
 def _dedup(filters: str) -> ConfigDict:
-    """shingle: in characters; 5 Chinese ones carry what 13 letters do. The paper verifies no pair with a common band."""
+    """shingle: in characters; 5 Chinese ones carry what 13 letters do. The paper verifies no pair that it finds."""
     ours = {"shingle": 5, "bands": 20, "rows": 6, "min_similarity": 0.7, "similar_lines": ""}
     paper = {"shingle": 13, "bands": 9, "rows": 13, "min_similarity": 0.0, "similar_lines": "paper"}
     chosen = {"default": ours, "ct_llm": paper, "released": paper | {"similar_lines": "released"}}[filters]

@@ -6,7 +6,6 @@ line and reason. A record longer than the limit is skipped piece by piece and ne
 
 import dataclasses
 import gzip
-import io
 import itertools
 import os
 import pathlib
@@ -19,7 +18,6 @@ import orjson
 SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others", "en", "code")
 UNKNOWN = "unknown"  # where a record is counted whose source cannot be told
 EXCERPT = 120  # characters of a text shown in lists and reports
-_BUFFER = 1 << 18
 _SKIP = 1 << 20  # bytes read at a time while skipping an over-long record
 
 
@@ -155,9 +153,7 @@ def _open(path: str | os.PathLike) -> BinaryIO:
     """Opens plain or gzip by content, not by name (parts of split archives carry other endings)."""
     with open(path, "rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    if packed or os.fspath(path).endswith(".gz"):
-        return io.BufferedReader(gzip.open(path, "rb"), _BUFFER)
-    return open(path, "rb", buffering=_BUFFER)
+    return gzip.open(path, "rb") if packed or os.fspath(path).endswith(".gz") else open(path, "rb", 1 << 18)
 
 
 def _skip_line(stream: BinaryIO) -> int:
