@@ -21,7 +21,7 @@ def write_corpus(path: pathlib.Path, patterns: Sequence[str], megabytes: float) 
     count = path.parent.parent / f"{path.parent.name}.count"  # not beside the documents: peers read all of a folder
     if not count.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        sources = list(_documents(expand(patterns or [f"{SAMPLE}/zh_*.jsonl"])))
+        sources = list(documents_of(patterns))
         written = documents = 0
         with path.open("wb") as out:
             for document in _repeated(sources):
@@ -33,8 +33,9 @@ def write_corpus(path: pathlib.Path, patterns: Sequence[str], megabytes: float) 
     return int(count.read_text())
 
 
-def _documents(files: Sequence[str]) -> Iterator[dict[str, str]]:
-    for file in files:
+def documents_of(patterns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """{id, url, text} of the inputs in their order; without patterns, of the sample's Chinese documents."""
+    for file in expand(patterns or [f"{SAMPLE}/zh_*.jsonl"]):
         with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
             for line in lines:
                 try:
