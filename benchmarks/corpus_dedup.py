@@ -1,17 +1,11 @@
 """Our deduplication alone, from JSON lines to survivors and duplicates, as `ctllm corpus` runs it after its filters.
 
 python corpus_dedup.py INPUT.jsonl OUTPUT_FOLDER PRESET
-
-Prints {id that was removed: id that it repeats} as JSON.
 """
 
-import gzip
 import importlib
 import itertools
-import json
 import sys
-
-import orjson
 
 from ctllm_jax.common.config import build
 from data_pipeline.corpus import CorpusConfig
@@ -35,9 +29,6 @@ def main(documents: str, output: str, preset: str) -> None:
     reader = DocumentReader(InputFile(0, documents, "input"), config.fields, _SUBSET, config.max_record_bytes)
     _hash(reader, config.dedup, layout)
     deduplicate(Corpora((), layout, 1), config.dedup, config.beam)
-    with gzip.open(layout.rejected(0, "dedup")) as lines:
-        removed = [orjson.loads(line) for line in lines]
-    print(json.dumps({record["id"]: record["duplicate_of"] for record in removed}))
 
 
 def _hash(reader: DocumentReader, config: DedupConfig, layout: Layout) -> None:

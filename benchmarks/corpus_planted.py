@@ -12,6 +12,7 @@ import pathlib
 import random
 import re
 import subprocess
+import sys
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
@@ -69,25 +70,32 @@ def score(key: pathlib.Path, removed: Mapping[str, str | None]) -> Score:
 def write_planted(path: pathlib.Path, patterns: Sequence[str], megabytes: float) -> tuple[int, pathlib.Path]:
     """Writes JSON lines {id, url, text} of so many megabytes, unless they are there; returns documents and key.
 
+    Made by a process of its own: a child's peak memory counts what its parent held when it was started.
+
     When the documents given are used up they come again with their letters, digits and characters exchanged for others
     (one permutation of all of them each time), so that no text repeats another but where it is planted.
     """
     key = path.parent.parent / f"{path.parent.name}.key.json"  # not beside the documents: peers read all of a folder
     count = key.with_suffix(".count")
     if not count.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        planted, written, documents = {}, 0, 0
-        with path.open("wb") as out:
-            for document in _delayed(_planted(_sources(patterns), planted)):
-                written += out.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
-                documents += 1
-                if written >= megabytes * 1e6:
-                    break
-        ids = {json.loads(line)["id"] for line in path.open("rb")}
-        whole = {copy: entry for copy, entry in planted.items() if copy in ids and entry["of"] in ids}
-        key.write_text(json.dumps(whole))
-        count.write_text(str(documents))
+        subprocess.run([sys.executable, __file__, str(path), str(key), str(megabytes), *patterns], check=True)
     return int(count.read_text()), key
+
+
+def _write(path: pathlib.Path, key: pathlib.Path, megabytes: float, patterns: Sequence[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    planted, written, documents = {}, 0, 0
+    with path.open("wb") as out:
+        for document in _delayed(_planted(_sources(patterns), planted)):
+            written += out.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+            documents += 1
+            if written >= megabytes * 1e6:
+                break
+    with path.open("rb") as lines:
+        ids = {json.loads(line)["id"] for line in lines}
+    whole = {copy: entry for copy, entry in planted.items() if copy in ids and entry["of"] in ids}
+    key.write_text(json.dumps(whole))
+    key.with_suffix(".count").write_text(str(documents))
 
 
 def _planted(sources: list[dict], planted: dict[str, dict]) -> Iterator[tuple[int, dict]]:
@@ -222,3 +230,7 @@ def _rounds(sources: list[dict]) -> Iterator[list[dict]]:
         table |= {letter.upper(): other.upper() for letter, other in table.items() if letter.islower()}
         exchange = str.maketrans(table)
         yield [{**s, "id": f"{s['id']}.{number}", "text": s["text"].translate(exchange)} for s in sources]
+
+
+if __name__ == "__main__":
+    _write(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])

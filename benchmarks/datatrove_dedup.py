@@ -2,12 +2,10 @@
 
 python datatrove_dedup.py JSONL_FOLDER OUTPUT_FOLDER
 
-Its four stages with its defaults (5-grams of words, 14 buckets of 8 hashes), one task and one worker each. Survivors
-and duplicates are written as plain JSON lines, which costs it least. Prints {id that was removed: null} as JSON.
+Its four stages with its defaults (5-grams of jieba's words, 14 buckets of 8 hashes), one task and one worker each.
+Survivors and duplicates are written as plain JSON lines, which costs it least.
 """
 
-import json
-import pathlib
 import sys
 
 from datatrove.executor import LocalPipelineExecutor
@@ -15,7 +13,8 @@ from datatrove.pipeline.dedup import MinhashDedupCluster, MinhashDedupFilter, Mi
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
-from datatrove.utils.typeshelper import Languages
+
+_LANGUAGE = "cmn_Hani"  # words by jieba; its Languages.chinese has words end at spaces alone
 
 
 def main(documents: str, output: str) -> None:
@@ -24,7 +23,7 @@ def main(documents: str, output: str) -> None:
     signatures, buckets, clusters = (f"{output}/{name}" for name in ("signatures", "buckets", "clusters"))
     removed = JsonlWriter(f"{output}/removed", compression=None)
     stages = [
-        (1, [JsonlReader(documents), MinhashDedupSignature(signatures, config, Languages.chinese)]),
+        (1, [JsonlReader(documents), MinhashDedupSignature(signatures, config, _LANGUAGE)]),
         (config.num_buckets, [MinhashDedupBuckets(signatures, buckets, config=config)]),
         (1, [MinhashDedupCluster(buckets, clusters, config)]),
         (
@@ -38,8 +37,6 @@ def main(documents: str, output: str) -> None:
     ]
     for number, (tasks, steps) in enumerate(stages):
         LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=f"{output}/logs{number}").run()
-    lines = [line for path in pathlib.Path(output, "removed").iterdir() for line in path.open()]
-    print(json.dumps({json.loads(line)["id"]: None for line in lines}))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class Layout:
 def gzip_writer(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A gzip file whose bytes depend on its content alone (no time, no name), whole or not there."""
     with atomic_file(path) as temporary, open(temporary, "wb") as raw:
-        with gzip.GzipFile(filename="", mode="wb", compresslevel=4, fileobj=raw, mtime=0) as packed:
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=raw, mtime=0) as packed:
             with io.BufferedWriter(packed, 1 << 18) as writer:
                 yield writer
 

@@ -10,7 +10,7 @@ import numpy as np
 from ctllm_jax.common.files import write_json
 from data_pipeline.dedup.corpora import Corpora
 from data_pipeline.dedup.similar_lines import similar_lines
-from data_pipeline.dedup.store import HashWriter, open_hashes
+from data_pipeline.dedup.store import Hashes, HashWriter, open_hashes
 from data_pipeline.documents import EXCERPT
 from data_pipeline.filters.stage import EXAMPLES
 from data_pipeline.shards import STEPS, Layout, gzip_writer, json_line, read_lines, zstd_writer
@@ -36,6 +36,7 @@ class Removals:
 
     def __init__(self, shard: int, corpora: Corpora):
         self._corpora = corpora
+        self._hashes: dict[int, Hashes] = {}
         self._by_step = {step: np.load(corpora.layout.removals(step, shard)) for step in STEPS}
         self.removed = np.zeros(len(open_hashes(corpora.layout.all_hashes(shard))), bool)
         for records in self._by_step.values():
@@ -49,9 +50,14 @@ class Removals:
             place = np.searchsorted(records["row"], row)
             if place < len(records) and records["row"][place] == row:
                 record = records[place]
-                original = self._corpora.hashes(int(record["of_shard"])).id(int(record["of_row"]))
+                original = self._shard(int(record["of_shard"])).id(int(record["of_row"]))
                 return Removal(step, original, None if step == "id" else round(float(record["similarity"]), 4))
         raise AssertionError(f"row {row} was removed by no step")
+
+    def _shard(self, number: int) -> Hashes:
+        if number not in self._hashes:
+            self._hashes[number] = self._corpora.hashes(number)
+        return self._hashes[number]
 
 
 def write_outcome(shard: int, corpora: Corpora, line_rule: str) -> None:
