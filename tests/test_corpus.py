@@ -1,5 +1,6 @@
 """`ctllm corpus` end to end on Beam and TFDS: nothing lost, duplicates named, same bytes however it ran."""
 
+import dataclasses
 import gzip
 import importlib
 import json
@@ -16,6 +17,7 @@ import pytest
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from data_pipeline import corpus
+from data_pipeline.dedup.store import open_hashes
 from data_pipeline.runner import BeamConfig, make_runner
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -217,6 +219,42 @@ def test_another_configuration_is_refused_in_the_same_folder(built, inputs):
         corpus.run(config(inputs, max_record_bytes=1000), str(built[0]))
     with pytest.raises(UserError, match="other inputs"):
         corpus.run(config(inputs[:2]), str(built[0]))
+
+
+def test_a_later_corpus_is_compared_with_an_earlier_one_and_loses_its_similar_lines(built, inputs, tmp_path):
+    texts = [json.loads(line)["text"] for line in inputs[0].read_text().splitlines()[:10]]
+    sentence = "".join(WORDS[:10])
+    fresh = f"{sentence}。{prose(np.random.default_rng(8))}。{sentence[:-1]}。"
+    records = [
+        {"id": "copy", "text": texts[7]},
+        {"id": "like", "text": texts[3] + "结束。"},
+        {"id": "doc5", "text": prose(np.random.default_rng(7))},
+        {"id": "fresh", "text": fresh},
+        {"id": "fresh copy", "text": fresh},
+    ]
+    path, workdir = jsonl(tmp_path / "later.jsonl", records), tmp_path / "corpus"
+    settings = config([path])
+    dedup = dataclasses.replace(settings.dedup, earlier=(str(built[0]),), similar_lines="released")
+    result = corpus.run(dataclasses.replace(settings, dedup=dedup), str(workdir))
+    found = {r["id"]: (r["kind"], r["duplicate_of"]) for r in rejected(workdir) if "kind" in r}
+    expected = {"copy": ("exact", "doc7"), "like": ("near", "doc3"), "doc5": ("id", "doc5")}
+    assert found == expected | {"fresh copy": ("exact", "fresh")}
+    assert (result["totals"]["kept"], result["totals"]["similar_lines"]) == (1, 1)
+    (line,) = [record for record in rejected(workdir) if "repeats" in record]
+    assert (line["id"], line["file"], line["distance"]) == ("fresh", str(path), 1)
+    assert examples(workdir, "zh_cc")["fresh"]["text"] == fresh.replace(line["sentence"], "")
+    assert len(open_hashes(workdir / "hashes" / "00000")) == 1
+
+
+def test_corpora_whose_signatures_differ_are_not_compared(built, inputs, tmp_path):
+    settings = config(inputs)
+    for change, message in (
+        ({"earlier": (str(built[0]),), "rows": 5}, "signatures with rows 6, not 5"),
+        ({"earlier": (str(tmp_path),)}, "not a finished folder"),
+    ):
+        changed = dataclasses.replace(settings, dedup=dataclasses.replace(settings.dedup, **change))
+        with pytest.raises(UserError, match=message):
+            corpus.run(changed, str(tmp_path / "corpus"))
 
 
 def test_two_workers_write_the_same_bytes(built, inputs, tmp_path):
