@@ -18,6 +18,7 @@ import orjson
 SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others", "en", "code")
 UNKNOWN = "unknown"  # where a record is counted whose source cannot be told
 EXCERPT = 120  # characters of a text shown in lists and reports
+_EXPANSION, _JUDGED = 200, 1 << 27  # times its size that a file may expand to, once it has so many bytes
 _SKIP = 1 << 20  # bytes read at a time while skipping an over-long record
 
 
@@ -79,7 +80,8 @@ def input_files(paths: Sequence[str]) -> list[InputFile]:
 class DocumentReader:
     """Iterates over one file's records; once through, `records` and `damage` are final.
 
-    A damaged gzip stream ends the iteration at its last whole line and leaves the cause in `damage`.
+    A damaged gzip stream ends the iteration at its last whole line and leaves the cause in `damage`; so does one that
+    expands to more than 200 times its size (text does to 3 to 20 times), which could go on for ever.
     """
 
     def __init__(self, file: InputFile, fields: Fields, default_source: str | None, max_record_bytes: int):
@@ -95,6 +97,8 @@ class DocumentReader:
                     raw = stream.readline(self._limit + 1)
                     too_long = len(raw) > self._limit and not raw.endswith(b"\n")
                     skipped = _skip_line(stream) if too_long else 0
+                    if line % 1024 == 0 or too_long:
+                        _refuse_bomb(stream)
                 except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                     self.damage = f"{type(error).__name__} at line {line}: {error}"
                     return
@@ -163,7 +167,14 @@ def _skip_line(stream: BinaryIO) -> int:
         skipped += len(piece.removesuffix(b"\n"))
         if piece.endswith(b"\n"):
             break
+        _refuse_bomb(stream)
     return skipped
+
+
+def _refuse_bomb(stream: BinaryIO) -> None:
+    """Raises BadGzipFile if a gzip stream has expanded beyond belief."""
+    if isinstance(stream, gzip.GzipFile) and stream.tell() > max(_JUDGED, _EXPANSION * stream.fileobj.tell()):
+        raise gzip.BadGzipFile(f"a decompression bomb: {_EXPANSION} times its size and more")
 
 
 def _excerpt(raw: bytes) -> str:

@@ -83,7 +83,7 @@ def make_inputs(folder):
     ]
     third = [
         {"id": "code", "source": "code", "text": code},
-        {"id": "en", "source": "en", "text": ENGLISH},
+        {"id": "../../../evil", "source": "en", "text": ENGLISH},
         [1],
     ]
     inputs = [
@@ -179,10 +179,11 @@ def test_documents_are_found_by_id(built):
     from data_pipeline import map_cc
 
     folder = built[0] / "map_cc"
-    for name in ("doc0", "doc59", "3:1", "code"):
+    for name in ("doc0", "doc59", "3:1", "code", "../../../evil"):
         found = map_cc.find(folder, name)
         assert found.id == name and found.signals["characters"] > 0
     assert map_cc.find(folder / "zh_cc", "near") is None
+    assert not list(folder.parents[2].rglob("*evil*"))  # an id is never a path
     with pytest.raises(UserError, match="no MAP-CC subset"):
         map_cc.find(built[0] / "rejected", "doc0")
 

@@ -6,6 +6,7 @@ import tracemalloc
 
 import pytest
 
+from data_pipeline import documents
 from data_pipeline.documents import Document, DocumentReader, Fields, Malformed, input_files
 
 FIELDS = Fields(id="id", url="url", source="source", text="text")
@@ -107,6 +108,25 @@ def test_a_record_over_the_limit_is_never_held_whole(tmp_path):
     tracemalloc.stop()
     assert bad.reason == "record_too_long" and "50,000,012" in bad.detail and good.text == "next"
     assert peak < 10_000_000
+
+
+@pytest.mark.parametrize("unit", [b"x", b"{}\n", b"\n"], ids=["one line", "many records", "many empty lines"])
+def test_a_decompression_bomb_is_left_where_it_shows(tmp_path, monkeypatch, unit):
+    monkeypatch.setattr(documents, "_JUDGED", 1 << 19)
+    path = tmp_path / "bomb.jsonl.gz"
+    member = gzip.compress(unit * (1 << 20), mtime=0)
+    path.write_bytes(gzip.compress(b'{"text": "good"}\n') + member * 1000)
+    items, reader = read(path, limit=1 << 16)
+    assert items[0].text == "good" and reader.records < 1_000_000
+    assert "decompression bomb" in reader.damage
+
+
+def test_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_JUDGED", 1)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(b'{"text": "page %d"}\n' % i for i in range(20_000))))
+    items, reader = read(path)
+    assert len(items) == 20_000 and reader.damage is None
 
 
 def packed(lines: int) -> bytes:
