@@ -22,6 +22,7 @@ _COUNTED = (
     "characters",
     "bytes",
 )
+_SIZES = ("characters", "bytes", "similar_lines")
 FUNNEL = ("read", "well-formed", "rules", "language", "unique id", "exact dedup", "near dedup")
 
 
@@ -130,11 +131,11 @@ def _file_notes(found: Mapping[str, Any]) -> str:
 
 def _funnel(found: Mapping[str, Any]) -> str:
     rows = [
-        [name, *(count for _, count in values["funnel"]), values["characters"], values["bytes"]]
+        [name, *(count for _, count in values["funnel"]), *(values[size] for size in _SIZES)]
         for name, values in {**found["subsets"], "all": found["totals"]}.items()
     ]
     return html.paragraph("Documents left after each stage, then what is kept.", "soft") + html.table(
-        ["subset", *FUNNEL, "characters", "bytes"], rows
+        ["subset", *FUNNEL, "characters", "bytes", "similar lines dropped"], rows
     )
 
 

@@ -159,6 +159,14 @@ def test_hashes_come_back_from_the_disk_whole_in_part_and_selected(tmp_path):
     assert len(open_hashes(tmp_path / "none")) == 0
 
 
+def test_another_file_under_the_same_name_is_read_anew(tmp_path):
+    for text in ("一二三四五六", "七八九十百千"):
+        with HashWriter(tmp_path / "some") as writer:
+            writer.append(hash_documents(documents(text), CONFIG))
+        found = open_hashes(tmp_path / "some").records["text"]
+        assert (found == hash_documents(documents(text), CONFIG).records["text"]).all()
+
+
 def test_hashes_of_a_failed_block_are_not_there(tmp_path):
     with pytest.raises(RuntimeError), HashWriter(tmp_path / "some") as writer:
         writer.append(hash_documents(documents("一"), CONFIG))

@@ -90,9 +90,15 @@ class HashWriter:
         self._files["ids"].write(hashes.ids.tobytes())
 
 
-@functools.lru_cache(maxsize=64)
 def open_hashes(stem: pathlib.Path) -> Hashes:
-    """The hashes of a stem, mapped into memory. They must be finished: what is open is remembered."""
+    """The hashes of a stem, mapped into memory; what is open already is found again."""
+    state = _file(stem, "hashes").stat()
+    return _open(stem, state.st_ino, state.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _open(stem: pathlib.Path, inode: int, changed: int) -> Hashes:
+    """`inode`, `changed`: another file under the same name is not the one that is open."""
     records = _mapped(_file(stem, "hashes"), RECORD)
     signatures = _mapped(_file(stem, "signatures"), np.dtype("<u4"))
     width = len(signatures) // max(len(records), 1)
