@@ -140,7 +140,8 @@ def _edited(share: float, text: str, rng: random.Random) -> str:
 
 
 def _dropped(text: str, rng: random.Random) -> str:
-    return "".join(part for part in re.findall("[^。]*。?", text) if rng.random() > 0.08)
+    first, *others = re.findall("[^。]*。?", text)
+    return first + "".join(part for part in others if rng.random() > 0.08)
 
 
 def _shuffled(text: str, rng: random.Random) -> str:

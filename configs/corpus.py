@@ -3,9 +3,10 @@
     ctllm corpus --config=configs/corpus.py --config.input="('raw/*.jsonl.gz',)" --workdir=runs/corpus
 
 Input: JSON lines, plain or gzip, one document each. Output in the work folder: map_cc/<subset> (TFDS),
-rejected/ (every rejected document with every reason, value and threshold), report.html, report.json.
+rejected/ (every rejected document with every reason, value and threshold), report.html, report.json, hashes/ (for
+comparing a later corpus with this one: `--config.dedup.earlier="('runs/corpus',)"`).
 
-Filters of three kinds; `--config=configs/corpus.py:released` takes the third:
+Filters and deduplication of three kinds; `--config=configs/corpus.py:released` takes the third:
 
 default   what we would train on: the rules below, text left as it is but for web addresses and licence headers
 ct_llm    as CT-LLM's paper and MAP-NEO's English pipeline mean it: their thresholds, repetition and language counted,

@@ -87,8 +87,9 @@ def write_outcome(shard: int, corpora: Corpora, line_rule: str) -> None:
                     count["similar_lines"] += len(dropped)
                     place = {name: record[name] for name in ("id", "source", "file", "line")}
                     lines.writelines(json_line(place | dataclasses.asdict(line)) for line in dropped)
-                size = {"characters": len(record["text"]), "bytes": len(record["text"].encode())}
-                count.update({"kept": 1, **size})
+                count["kept"] += 1
+                count["characters"] += len(record["text"])
+                count["bytes"] += len(record["text"].encode())
                 survivors.write(json_line(record))
     _keep_hashes(shard, found.removed, layout)
     write_json(layout.outcome(shard), outcome)

@@ -44,12 +44,12 @@ class Hashes:
 
     def select(self, rows: np.ndarray) -> "Hashes":
         """Some of the documents, in ascending order."""
-        ends = self.records["id_end"]
-        begins = np.concatenate([[0], ends[:-1]])[rows] if len(rows) else rows
+        sizes = np.diff(self.records["id_end"], prepend=0)
+        selected = np.zeros(len(self), bool)
+        selected[rows] = True
         records = self.records[rows]
-        spans = [self.ids[begin:end] for begin, end in zip(begins, records["id_end"], strict=True)]
-        records["id_end"] = np.cumsum(records["id_end"] - begins)
-        return Hashes(records, self.signatures[rows], np.concatenate(spans) if spans else self.ids[:0])
+        records["id_end"] = np.cumsum(sizes[rows])
+        return Hashes(records, self.signatures[rows], self.ids[np.repeat(selected, sizes)])
 
     def part(self, begin: int, end: int) -> "Hashes":
         """Documents begin ... end - 1, without reading the others."""
