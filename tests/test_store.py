@@ -200,6 +200,7 @@ def test_a_preference_row_is_two_sequences(mask_documents):
         "segments": [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]],
         "labels": [[2, 3, 4, 0, 0], [2, 9, 0, 0, 0]],
         "weights": [[0, 1, 1, 0, 0], [0, 1, 0, 0, 0]],
+        "reference": [0, 0],  # a row of a store has none
     }
     assert {name: array.tolist() for name, array in arrays.items()} == expected
 

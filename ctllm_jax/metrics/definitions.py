@@ -247,10 +247,10 @@ TIMINGS = frozenset(metric.name for metric in METRICS if metric.timing)
 
 def find(kind: str, key: str) -> Metric | None:
     """The definition of a key in a line of that kind; None where it has none."""
-    for metric in METRICS:
-        if kind in metric.kinds and re.fullmatch(re.sub("[A-Z]+", ".+", metric.name), key):
-            return metric
-    return None
+    known = [metric for metric in METRICS if kind in metric.kinds]
+    by_name = {metric.name: metric for metric in known}
+    patterns = (metric for metric in known if re.fullmatch(re.sub("[A-Z]+", ".+", metric.name), key))
+    return by_name.get(key) or next(patterns, None)
 
 
 def document() -> str:
