@@ -31,7 +31,14 @@ from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.model import init_params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PEERS = ("torch==2.15.0", "transformers==5.23.0", "lm_eval[hf]==0.4.13", "sentencepiece==0.2.3", "protobuf==7.36.2", "numpy==2.4.6")
+PEERS = (
+    "torch==2.15.0",
+    "transformers==5.23.0",
+    "lm_eval[hf]==0.4.13",
+    "sentencepiece==0.2.3",
+    "protobuf==7.36.2",
+    "numpy==2.4.6",
+)
 BATCHES = (8, 32)  # rows that the peer takes at once: each is a contestant of its own
 BATCH_TOKENS = 4096  # of ours: the default of configs/eval.py
 
