@@ -31,10 +31,20 @@ def join(
     """
     if sum(len(np.load(path, mmap_mode="r")) for path in edges) <= most_edges:
         out = folder / "pairs.npy"
-        found = [np.zeros((0, 2), np.uint64), *(np.load(path) for path in edges)]
-        save_array(out, cluster.components(cluster.distinct(np.concatenate(found))))
+        save_array(out, _components(edges))
         return [out]
     return _rounds(edges, folder, parts, runner)
+
+
+def _components(edges: Sequence[pathlib.Path]) -> np.ndarray:
+    """`cluster.components` of all files. A pair lies in many of them: what is known is a tree before more is read."""
+    forest, waiting, held = np.zeros((0, 2), np.uint64), [], 0
+    for path in edges:
+        waiting.append(np.load(path))
+        held += len(waiting[-1])
+        if held > _CHUNK // 4 or path is edges[-1]:
+            forest, waiting, held = cluster.components(np.concatenate([forest, *waiting])), [], 0
+    return forest
 
 
 def _rounds(edges: Sequence[pathlib.Path], folder: pathlib.Path, parts: int, runner: BeamConfig) -> list[pathlib.Path]:

@@ -15,7 +15,7 @@ from data_pipeline.documents import EXCERPT
 from data_pipeline.filters.stage import EXAMPLES
 from data_pipeline.shards import STEPS, Layout, gzip_writer, json_line, read_lines, zstd_writer
 
-_CHUNK = 1 << 16  # documents whose hashes are copied together
+_CHUNK = 1 << 15  # documents whose hashes are copied together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +104,8 @@ def _reject(record: dict[str, Any], rule: str, why: dict[str, Any], rejected: An
 
 def _keep_hashes(shard: int, removed: np.ndarray, layout: Layout) -> None:
     """Copies the survivors' hashes to where later corpora find them."""
-    every = open_hashes(layout.all_hashes(shard))
     with HashWriter(layout.hashes(shard)) as writer:
-        for begin in range(0, len(every), _CHUNK):
-            end = min(begin + _CHUNK, len(every))
-            writer.append(every.part(begin, end).select(np.flatnonzero(~removed[begin:end])))
+        for begin in range(0, len(removed), _CHUNK):
+            kept = np.flatnonzero(~removed[begin : begin + _CHUNK])
+            some = open_hashes(layout.all_hashes(shard)).part(begin, min(begin + _CHUNK, len(removed)))
+            writer.append(some.select(kept))

@@ -20,8 +20,8 @@ from data_pipeline.dedup.outcome import write_outcome
 from data_pipeline.runner import BeamConfig, make_pipeline
 from data_pipeline.shards import REMOVAL, STEPS, Layout, save_array
 
-_CHUNK = 1 << 16  # documents that a worker looks at together
-_PAIRS = 1 << 13  # pairs whose signatures it holds together
+_CHUNK = 1 << 15  # documents that a worker looks at together
+_PAIRS = 1 << 11  # pairs whose signatures it holds together, and the pages that they lie on
 
 
 def deduplicate(corpora: Corpora, config: DedupConfig, runner: BeamConfig) -> None:
@@ -70,22 +70,21 @@ def _live(number: int, step: str, corpora: Corpora) -> np.ndarray:
 
 def _hash_keys(number: int, step: str, corpora: Corpora, config: DedupConfig) -> Iterator[Chunk]:
     """(part, [hash, hash, document]) of a shard's documents."""
-    words = corpora.hashes(number).records["id" if step == "id" else "text"]
     live = _live(number, step, corpora)
     for begin in range(0, len(live), _CHUNK):
         rows = live[begin : begin + _CHUNK]
+        words = corpora.hashes(number).records["id" if step == "id" else "text"]
         keyed = np.column_stack([words[rows], cluster.number(number, rows)])
         yield part_of(keyed[:, 0], config.key_ranges), keyed
 
 
 def _band_keys(number: int, corpora: Corpora, config: DedupConfig) -> Iterator[Chunk]:
     """(part, [band's hash, document]) of a shard's documents; each band has `key_ranges` parts of its own."""
-    hashes = corpora.hashes(number)
     live = _live(number, "near", corpora)
-    live = live[hashes.records["hashed"][live]]
+    live = live[corpora.hashes(number).records["hashed"][live]]
     for begin in range(0, len(live), _CHUNK):
         rows = live[begin : begin + _CHUNK]
-        keys = kernels.band_hashes(hashes.signatures[rows], config.bands)
+        keys = kernels.band_hashes(corpora.hashes(number).signatures[rows], config.bands)
         first_part = np.repeat(np.arange(config.bands, dtype=np.uint16) * np.uint16(config.key_ranges), len(rows))
         keyed = np.column_stack([keys.ravel(), np.tile(cluster.number(number, rows), config.bands)])
         yield first_part + part_of(keyed[:, 0], config.key_ranges), keyed

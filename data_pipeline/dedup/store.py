@@ -9,7 +9,6 @@ A corpus keeps those of its documents, so that a later one can be compared with 
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 from types import TracebackType
 from typing import Self
@@ -91,14 +90,11 @@ class HashWriter:
 
 
 def open_hashes(stem: pathlib.Path) -> Hashes:
-    """The hashes of a stem, mapped into memory; what is open already is found again."""
-    state = _file(stem, "hashes").stat()
-    return _open(stem, state.st_ino, state.st_mtime_ns)
+    """The hashes of a stem, mapped into memory.
 
-
-@functools.lru_cache(maxsize=64)
-def _open(stem: pathlib.Path, inode: int, changed: int) -> Hashes:
-    """`inode`, `changed`: another file under the same name is not the one that is open."""
+    Pages that were read count as the process's memory while the mapping lives: who goes through a whole shard opens it
+    anew for each chunk.
+    """
     records = _mapped(_file(stem, "hashes"), RECORD)
     signatures = _mapped(_file(stem, "signatures"), np.dtype("<u4"))
     width = len(signatures) // max(len(records), 1)
