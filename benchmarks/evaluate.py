@@ -28,7 +28,7 @@ from ctllm_jax.evaluate.declarations import Benchmark, Item, load_benchmark, loa
 from ctllm_jax.evaluate.prompts import head, option_prompts
 from ctllm_jax.hf_export import export
 from ctllm_jax.loading import LoadedModel, load_model
-from ctllm_jax.model import init_params
+from ctllm_jax.model import count_params, init_params
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PEERS = (
@@ -162,7 +162,8 @@ def compare(
     speed = {name: count / least(own) for name, own in costs.items()}
     versions = next(iter(peers.values())).versions
     table(
-        f"{benchmark.task.name}: {count} items of {len(subsets)} subsets, {len(ours.logprobs[0])} options each; "
+        f"{benchmark.task.name}: {count} items of {len(subsets)} subsets, {len(ours.logprobs[0])} options each, "
+        f"{count_params(model.config):,} parameters; "
         f"jax {jax.__version__}, lm_eval {versions['lm_eval']}, transformers {versions['transformers']}, "
         f"torch {versions['torch']}",
         ("", "items/CPU s", "median", "first turn, CPU s", "x the slowest"),

@@ -45,7 +45,7 @@ def main() -> None:
         figures = show(run, store)
         steps = options.steps if options.sweep_steps is None else options.sweep_steps
         if steps:
-            settings = [(int(options.rows * factor), rate) for factor, rate in ((1, RATE), *SWEEP)]
+            settings = [(max(1, int(options.rows * factor)), rate) for factor, rate in ((1, RATE), *SWEEP)]
             runs = [trained(folder, store, steps, options.rows, batch, rate) for batch, rate in settings]
             figures |= show_sweep(runs, settings)
     finish(figures | {"steps": options.steps, "device": jax.devices()[0].device_kind})

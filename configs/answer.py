@@ -10,6 +10,8 @@ have their own. One device is enough, as for `ctllm generate`. Expect answers.js
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.sampling import sampling
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -19,15 +21,6 @@ def get_config() -> ConfigDict:
             "dtype": config_dict.placeholder(str),
             "questions": "bafang",
             "system": "",
-            "sampling": {
-                "max_tokens": 1_024,
-                "temperature": 0.7,
-                "top_k": 0,
-                "top_p": 1.0,
-                "seed": 0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "stop": (),
-            },
+            "sampling": sampling(max_tokens=1_024, temperature=0.7),
         }
     )

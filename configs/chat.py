@@ -9,6 +9,8 @@ needs 8.6 GB for its parameters and 1.1 GB for the bf16 cache of its 4,096 token
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.sampling import sampling
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -18,15 +20,6 @@ def get_config() -> ConfigDict:
             "dtype": config_dict.placeholder(str),
             "context": config_dict.placeholder(int),
             "system": config_dict.placeholder(str),
-            "sampling": {
-                "max_tokens": 1_024,
-                "temperature": 0.8,
-                "top_k": 0,
-                "top_p": 0.95,
-                "seed": 0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "stop": (),
-            },
+            "sampling": sampling(max_tokens=1_024, temperature=0.8, top_p=0.95),
         }
     )

@@ -16,6 +16,8 @@ one log line per question under parts/.
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.sampling import sampling
+
 SUITES = {
     "": (),
     "ct_llm": (
@@ -49,16 +51,7 @@ def get_config(suite: str = "") -> ConfigDict:
             "bos": True,
             "prompts": (),
             "chat": False,
-            "sampling": {
-                "max_tokens": 128,
-                "temperature": 0.0,
-                "top_k": 0,
-                "top_p": 1.0,
-                "seed": 0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "stop": (),
-            },
+            "sampling": sampling(max_tokens=128, temperature=0.0),
             "batch_tokens": 4_096,
         }
     )

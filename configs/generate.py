@@ -10,6 +10,8 @@ of the input that are no prompts are named on standard error and in rejected.jso
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.sampling import sampling
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -21,15 +23,6 @@ def get_config() -> ConfigDict:
             "input": config_dict.placeholder(str),
             "chat": False,
             "slots": 16,
-            "sampling": {
-                "max_tokens": 128,
-                "temperature": 0.8,
-                "top_k": 0,
-                "top_p": 0.95,
-                "seed": 0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "stop": (),
-            },
+            "sampling": sampling(max_tokens=128, temperature=0.8, top_p=0.95),
         }
     )

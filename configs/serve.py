@@ -12,6 +12,8 @@ does.
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.sampling import sampling
+
 
 def get_config() -> ConfigDict:
     return ConfigDict(
@@ -30,15 +32,6 @@ def get_config() -> ConfigDict:
             "header_seconds": 10.0,
             "seconds": 300.0,
             "stop_seconds": 20.0,
-            "sampling": {
-                "max_tokens": 1_024,
-                "temperature": 0.8,
-                "top_k": 0,
-                "top_p": 0.95,
-                "seed": 0,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "stop": (),
-            },
+            "sampling": sampling(max_tokens=1_024, temperature=0.8, top_p=0.95),
         }
     )

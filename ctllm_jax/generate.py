@@ -12,7 +12,6 @@ Legend: B rows of a batch, L prompt slots, S most new tokens, V vocabulary.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import write_atomic
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.chat import ChatTemplate
 from ctllm_jax.data.tokenizer import Tokenizer
@@ -181,8 +179,3 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], template: Chat
         return template.render_prompt(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
     opening = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return [opening, *tokenizer.encode(prompt)]
-
-
-def write_samples(path, samples: Iterable[dict]) -> None:
-    """JSON lines, one sample each."""
-    write_atomic(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in samples))

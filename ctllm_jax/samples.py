@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, identity, read_jsonl, write_atomic
+from ctllm_jax.common.files import as_path, identity, read_jsonl, write_atomic, write_jsonl
 from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.chat import ChatTemplate, check_messages, own_template
-from ctllm_jax.generate import bucket, encode_prompt, write_samples
+from ctllm_jax.generate import bucket, encode_prompt
 from ctllm_jax.loading import LoadedModel, check_ids, load_model
 from ctllm_jax.sampling import SamplingConfig
 from ctllm_jax.slots import Decoder, Request
@@ -147,7 +147,7 @@ def run(config: GenerateConfig, workdir: str) -> dict:
     stage = open_stage("generate", 2, workdir, settings, inputs)
     if not stage.done:
         entries = _work(stage, model, config, lines, rejected)
-        write_samples(stage.folder / "samples.jsonl", entries)
+        write_jsonl(stage.folder / "samples.jsonl", entries)
         (stage.folder / "partial.jsonl").unlink(missing_ok=True)
         counts = {"samples": len(entries), "rejected": len(rejected), "tokens": sum(e["tokens"] for e in entries)}
         stage.finish({"model": model.name, **counts})
@@ -201,7 +201,7 @@ def _work(stage: Stage, model: LoadedModel, config: GenerateConfig, lines: list[
             rejected.append({"file": config.input, "line": line.line, "reason": str(error)})
     rejected.sort(key=lambda entry: entry["line"])
     if rejected:
-        write_samples(stage.folder / "rejected.jsonl", rejected)
+        write_jsonl(stage.folder / "rejected.jsonl", rejected)
         first = rejected[0]
         print(
             f"generate: {len(rejected)} lines are no prompts, the first: {first['file']}:{first['line']}: "

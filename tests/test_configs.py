@@ -71,7 +71,7 @@ CASES = [
     Case("report", None, "report", (("runs", ("RUN",)),)),
     Case("quickstart", None, "quickstart"),
 ]
-PARTS = {"__init__", "hardware", "models", "mixtures"}  # no configs of a verb: what others are composed of
+PARTS = {"__init__", "hardware", "models", "mixtures", "sampling"}  # no configs of a verb: what others are composed of
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

@@ -214,7 +214,10 @@ DEAF = SAVES.replace(
 def launched(folder: pathlib.Path, program: str):
     """(the launcher of two such processes, their numbers) as soon as they are ready."""
     program = program.replace("{folder}", str(folder))
-    driver = f"import sys; from test_launch import *; sys.exit(supervise(lambda: fake({program!r}, {program!r}), 3))"
+    # A shell has what it runs in the background ignore SIGINT and SIGQUIT, and a launcher leaves what is ignored so.
+    heard = "for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)"
+    run = f"sys.exit(supervise(lambda: fake({program!r}, {program!r}), 3))"
+    driver = f"import sys; from test_launch import *\n{heard}\n{run}"
     command = [sys.executable, "-c", driver]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as launcher:

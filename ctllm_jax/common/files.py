@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ctllm_jax.common.errors import UserError
@@ -99,6 +99,11 @@ def read_json(path: str | os.PathLike) -> Any:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def write_jsonl(path: str | os.PathLike, entries: Iterable[dict]) -> None:
+    """JSON lines, atomically."""
+    write_atomic(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import here_or_shipped, read_jsonl
+from ctllm_jax.common.files import here_or_shipped, read_jsonl, write_jsonl
 from ctllm_jax.cross_entropy import label_logprobs
 from ctllm_jax.data.batches import held_out, rows_arrays
 from ctllm_jax.data.chat import own_template
@@ -28,7 +28,7 @@ from ctllm_jax.data.store import TokenStore
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.evaluate.questions import LoadedTask, load_task, render
 from ctllm_jax.evaluate.scoring import encode_pair
-from ctllm_jax.generate import bucket, decodable, encode_prompt, write_samples
+from ctllm_jax.generate import bucket, decodable, encode_prompt
 from ctllm_jax.model import ModelConfig, head, head_logits, hidden_states
 from ctllm_jax.objectives import Batch, Objective
 from ctllm_jax.sharding import RULES
@@ -329,10 +329,10 @@ class SamplesLog:
         old = read_jsonl(self._path) if writes and self._path.exists() else []
         self._entries = [entry for entry in old if resume_step and entry["step"] <= resume_step]
         if len(self._entries) < len(old):
-            write_samples(self._path, self._entries)
+            write_jsonl(self._path, self._entries)
 
     def write(self, step: int, samples: Sequence[dict]) -> None:
         """Adds the samples of a step."""
         if self._writes and samples:
             self._entries += [{"step": step, **sample} for sample in samples]
-            write_samples(self._path, self._entries)
+            write_jsonl(self._path, self._entries)

@@ -182,22 +182,10 @@ def xcopa(row: dict) -> Rows:
     return [{**row, "stem": row["premise"].strip()[:-1], "connector": connector}]
 
 
-def lettered_options(row: dict) -> Rows:
-    """AGIEval: options "(A)text"; A to E and `options_text`, the passage as text."""
-    options = row["options"] or []
-    texts = [re.sub(r"^\([A-Z]\)", "", option) for option in options]
-    return [_lettered({**row, "passage": row["passage"] or "", "options_text": " ".join(options)}, texts)]
-
-
-def gaokao(row: dict) -> Rows:
-    """GAOKAO-Bench files: `question`, `gold` (all letters), `score`, one row an example."""
-    return [{**entry, "gold": list(entry["answer"])} for entry in row["example"]]
-
-
 PREPARE: dict[str, Callable[[dict], Rows]] = {
     function.__name__: function
     for function in (
         *(hellaswag, c3, arc, openbookqa, siqa, boolq, superglue, multirc, winogrande, nli, csl, chid, cluewsc, squad),
-        *(open_questions, gsm8k, math, mbpp, lambada, xcopa, lettered_options, gaokao),
+        *(open_questions, gsm8k, math, mbpp, lambada, xcopa),
     )
 }

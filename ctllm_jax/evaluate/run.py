@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import read_json, read_jsonl, write_json
+from ctllm_jax.common.files import read_json, read_jsonl, write_json, write_jsonl
 from ctllm_jax.common.manifest import Stage, fingerprint, open_stage
 from ctllm_jax.data.store import open_store
 from ctllm_jax.evaluate.benchmark import blocks, evaluate_block, summary
@@ -21,7 +21,6 @@ from ctllm_jax.evaluate.jail import isolated
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
 from ctllm_jax.evaluate.questions import LoadedTask, load_task
 from ctllm_jax.evaluate.table import table
-from ctllm_jax.generate import write_samples
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.samples import sample
 from ctllm_jax.sampling import SamplingConfig
@@ -89,7 +88,7 @@ def run(config: EvalConfig, workdir: str) -> dict:
         )
     if config.prompts:
         samples = sample(model, config.prompts, config.chat, config.sampling)
-        write_samples(stage.folder / "samples.jsonl", samples)
+        write_jsonl(stage.folder / "samples.jsonl", samples)
     write_json(stage.folder / "scores.json", result)
     print(table(result))
     return stage.finish(result)
@@ -126,12 +125,12 @@ def _run_benchmark(stage: Stage, model: LoadedModel, benchmark: Benchmark, confi
         path = stage.folder / "parts" / benchmark.task.name / f"{name}.jsonl"
         if not path.exists():
             entries = evaluate_block(model, benchmark, subset, items, config.bos, config.batch_tokens, isolate)
-            write_samples(path, entries)
+            write_jsonl(path, entries)
         log.setdefault(subset, []).extend(read_jsonl(path))
     return summary(benchmark, log)
 
 
 def _run_task(stage: Stage, model, loaded: LoadedTask, config: EvalConfig) -> dict:
     result, log = evaluate_choice(model, loaded, config.bos, config.batch_tokens)
-    write_samples(stage.folder / "parts" / f"task-{loaded.task.name}.jsonl", log)
+    write_jsonl(stage.folder / "parts" / f"task-{loaded.task.name}.jsonl", log)
     return result

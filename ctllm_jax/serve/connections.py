@@ -13,10 +13,11 @@ class Doorkeeper:
     """Stands before aiohttp's protocol: makes connections, and closes those that dawdle."""
 
     def __init__(self, make: Callable[[], asyncio.Protocol], most: int, seconds: float):
-        """Args:
-        make: aiohttp's protocol for one connection.
-        most: connections at a time; further ones are closed at once.
-        seconds: until a request's header is complete, from the beginning or from the last answer on.
+        """
+        Args:
+          make: aiohttp's protocol for one connection.
+          most: connections at a time; further ones are closed at once.
+          seconds: until a request's header is complete, from the beginning or from the last answer on.
         """
         self._make, self._most, self._seconds = make, most, seconds
         self._timers: dict[asyncio.BaseTransport, asyncio.TimerHandle | None] = {}  # None: a request is being answered

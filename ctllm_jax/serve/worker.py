@@ -27,11 +27,12 @@ class Worker:
     """
 
     def __init__(self, decoder: Decoder, slots: int, queue: int, failed: Callable[[], None]):
-        """Args:
-        decoder: nobody else may use it from now on.
-        slots: how many it has.
-        queue: most requests that wait for a slot.
-        failed: called in the worker's thread when decoding raised an error; nothing is taken after that.
+        """
+        Args:
+          decoder: nobody else may use it from now on.
+          slots: how many it has.
+          queue: most requests that wait for a slot.
+          failed: called in the worker's thread when decoding raised an error; nothing is taken after that.
         """
         self._decoder, self._slots, self._most, self._failed = decoder, slots, slots + queue, failed
         self._changed = threading.Condition()

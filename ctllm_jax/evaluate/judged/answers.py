@@ -9,11 +9,10 @@ interrupted run finished is not done again.
 import dataclasses
 from collections.abc import Sequence
 
-from ctllm_jax.common.files import read_jsonl
+from ctllm_jax.common.files import read_jsonl, write_jsonl
 from ctllm_jax.common.manifest import fingerprint, open_stage
 from ctllm_jax.data.chat import own_template
 from ctllm_jax.evaluate.judged.question_sets import Question, read_questions
-from ctllm_jax.generate import write_samples
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.samples import sample
 from ctllm_jax.sampling import SamplingConfig
@@ -47,10 +46,10 @@ def run(config: AnswerConfig, workdir: str) -> dict:
         path = stage.folder / "parts" / f"{number:04d}.jsonl"
         if not path.exists():
             sampling = dataclasses.replace(config.sampling, temperature=temperature, seed=config.sampling.seed + number)
-            write_samples(path, answer(model, block, config.system, sampling))
+            write_jsonl(path, answer(model, block, config.system, sampling))
         answered |= {row["id"]: row for row in read_jsonl(path)}
     rows = [answered[question.id] for question in questions]
-    write_samples(stage.folder / "answers.jsonl", rows)
+    write_jsonl(stage.folder / "answers.jsonl", rows)
     turns = sum(len(row["answers"]) for row in rows)
     counts = {"cut": turns - sum(sum(row["finished"]) for row in rows), "overlong": sum(r["overlong"] for r in rows)}
     print(f"answer: {len(rows)} questions, {turns} answers; {counts['cut']} did not end by themselves")

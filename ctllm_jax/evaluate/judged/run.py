@@ -5,11 +5,10 @@ read from it, and scores.json. Each turn of a question is graded by itself. Two 
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, identity, read_json, read_jsonl, write_atomic, write_json
+from ctllm_jax.common.files import as_path, identity, read_json, read_jsonl, write_json, write_jsonl
 from ctllm_jax.common.manifest import fingerprint, open_stage, read_result
 from ctllm_jax.evaluate.judged import prompts
 from ctllm_jax.evaluate.judged.client import Endpoint, JudgeConfig
@@ -103,7 +102,7 @@ def run(config: JudgingConfig, workdir: str) -> dict:
     collector = Collector(endpoints, stage.folder / "replies", config.calls, config.budget)
     collector.run([ask for _, asks in asked for ask in asks])
     rows = [_read(about, [read_json(collector.path(ask)) for ask in asks]) for about, asks in asked]
-    write_atomic(stage.folder / "judgements.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(stage.folder / "judgements.jsonl", rows)
     scores = (graded if len(sets) == 1 else compared)(rows, config.draws)
     result = {"models": [own.model for own in sets], "questions": len(sets[0].rows), **scores}
     write_json(stage.folder / "scores.json", result)
