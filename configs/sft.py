@@ -3,7 +3,8 @@
     ctllm train --config=configs/sft.py --config.init_from=RUN --config.data.store=STORE --workdir=RUN-SFT
 
 CT-LLM's values as far as they are known (3 epochs, batch 128, peak 2e-5, decay 0.1). `:tiny` fits the quickstart's
-model and data.
+model and data. `--config.lora.rank=16`, here and in configs/dpo.py, trains LoRA adapters alone; the run's folder then
+has the starting point in base/, and `ctllm convert` writes the merged model.
 """
 
 from ml_collections import ConfigDict, config_dict

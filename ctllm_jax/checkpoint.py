@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 import sys
 import time
 from typing import Any
@@ -243,8 +242,12 @@ def _bit_sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def save_params(run_dir: str | os.PathLike, params: dict, step: int) -> None:
-    """Writes parameters alone, as a checkpoint that evaluation and warm starts can read."""
-    manager = ocp.CheckpointManager((pathlib.Path(run_dir) / "checkpoints").absolute())
-    manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
-    manager.wait_until_finished()
-    manager.close()
+    """Writes parameters alone, as a checkpoint that evaluation and warm starts can read, unless it is there already.
+
+    All processes must call it.
+    """
+    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(checkpoints_folder(run_dir), options=options) as manager:
+        if step not in manager.all_steps():
+            manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+            manager.wait_until_finished()

@@ -11,6 +11,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import identity, read_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
+from ctllm_jax.lora import NO_LORA, LoraConfig, merged, trained
 from ctllm_jax.model import ModelConfig, abstract_params
 from ctllm_jax.restore import load_params
 
@@ -35,7 +36,8 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None)
     """Loads a model.
 
     Args:
-      location: a run directory (holds run.json) or a Hugging Face folder (holds config.json).
+      location: a run directory (holds run.json) or a Hugging Face folder (holds config.json). Adapters of a run are
+        merged into the parameters.
       step: which checkpoint of a run; None takes the newest. A Hugging Face folder has none.
       dtype: overrides the compute dtype, "float32" or "bfloat16".
 
@@ -46,9 +48,13 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None)
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is unknown; there are: float32, bfloat16")
     if (folder / "run.json").exists():
-        config = build(ModelConfig, read_json(folder / "run.json")["model"], f"{folder}/run.json: model")
+        about = read_json(folder / "run.json")
+        config = build(ModelConfig, about["model"], f"{folder}/run.json: model")
         tokenizer = load_tokenizer(folder / "tokenizer")
-        params, step, digest = load_params(folder, abstract_params(config), step)
+        lora = build(LoraConfig, about["config"]["lora"]) if "lora" in about.get("config", {}) else NO_LORA
+        params, step, digest = load_params(folder, trained(abstract_params(config, lora.ranks)), step)
+        if lora.rank:
+            params = merged(lora, params, load_params(folder / "base", abstract_params(config))[0])
         name = f"{folder.resolve().name}@{step}"
     elif (folder / "config.json").exists():
         if step is not None:

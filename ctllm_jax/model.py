@@ -11,6 +11,7 @@ width, V vocabulary (padded), Y layers.
 import dataclasses
 import functools
 import zlib
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ctllm_jax.attention import attention
 from ctllm_jax.attention.flash import LSE_NAME, OUTPUT_NAME
+from ctllm_jax.lora import NO_ADAPTERS, Adapters, ranks_in
 from ctllm_jax.precision import wide
 from ctllm_jax.rotary import RopeScaling, frequencies, rotate
 from ctllm_jax.sharding import constrain
@@ -102,7 +104,7 @@ def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 class Block(nnx.Module):
     """Pre-norm attention and SwiGLU; every parameter has a leading axis of Y layers."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, ranks: Mapping[str, int]):
         Y, D, N, K, H, F = (
             cfg.num_layers,
             cfg.d_model,
@@ -125,14 +127,22 @@ class Block(nnx.Module):
         self.gate = _param(cfg, (Y, D, F), ("layers", "embed", "mlp"), std)
         self.up = _param(cfg, (Y, D, F), ("layers", "embed", "mlp"), std)
         self.down = _param(cfg, (Y, F, D), ("layers", "mlp", "embed"), out_std)
+        if ranks:
+            self.adapters = Adapters(self, ranks)
+
+    def _product(self, equation: str, x: jax.Array, name: str) -> jax.Array:
+        """x times a matrix, and what the matrix's adapter adds where it has one."""
+        y = jnp.einsum(equation, x, getattr(self, name)[...].astype(x.dtype))
+        adapter = getattr(getattr(self, "adapters", None), name, None)
+        return y if adapter is None else y + adapter(x)
 
     def __call__(self, x_BLD, positions_BL, segments_BL, kv_BTKH=None, kv_segments_BT=None, offset=0):
         """One layer (its parameters already sliced). Returns (x_BLD, (k, v)) with k, v as kept for the cache."""
-        cfg, dtype = self.cfg, x_BLD.dtype
+        cfg = self.cfg
         y_BLD = _rms_norm(x_BLD, self.attention_norm[...], cfg.norm_eps)
-        q_BLNH = jnp.einsum("BLD,DNH->BLNH", y_BLD, self.q[...].astype(dtype))
-        k_BLKH = jnp.einsum("BLD,DKH->BLKH", y_BLD, self.k[...].astype(dtype))
-        v_BLKH = jnp.einsum("BLD,DKH->BLKH", y_BLD, self.v[...].astype(dtype))
+        q_BLNH = self._product("BLD,DNH->BLNH", y_BLD, "q")
+        k_BLKH = self._product("BLD,DKH->BLKH", y_BLD, "k")
+        v_BLKH = self._product("BLD,DKH->BLKH", y_BLD, "v")
         if cfg.qk_norm:
             q_BLNH = _rms_norm(q_BLNH, self.q_norm[...], cfg.norm_eps)
             k_BLKH = _rms_norm(k_BLKH, self.k_norm[...], cfg.norm_eps)
@@ -148,24 +158,25 @@ class Block(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(kv_BTKH[1], v_BLKH.astype(kv_BTKH[1].dtype), offset, axis=1)
             kv_segments = kv_segments_BT
         o_BLNH = attention(q_BLNH, k, v, segments_BL, kv_segments, q_offset=offset, backend=cfg.attention)
-        x_BLD = x_BLD + jnp.einsum("BLNH,NHD->BLD", o_BLNH, self.out[...].astype(dtype))
+        x_BLD = x_BLD + self._product("BLNH,NHD->BLD", o_BLNH, "out")
         x_BLD = checkpoint_name(constrain(x_BLD, "batch", "length", None), "attention_residual")
         y_BLD = _rms_norm(x_BLD, self.mlp_norm[...], cfg.norm_eps)
-        gate_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", y_BLD, self.gate[...].astype(dtype)), "gate")
-        up_BLF = checkpoint_name(jnp.einsum("BLD,DF->BLF", y_BLD, self.up[...].astype(dtype)), "up")
+        gate_BLF = checkpoint_name(self._product("BLD,DF->BLF", y_BLD, "gate"), "gate")
+        up_BLF = checkpoint_name(self._product("BLD,DF->BLF", y_BLD, "up"), "up")
         hidden_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, "batch", "length", "mlp")
-        x_BLD = x_BLD + jnp.einsum("BLF,FD->BLD", hidden_BLF, self.down[...].astype(dtype))
+        x_BLD = x_BLD + self._product("BLF,FD->BLD", hidden_BLF, "down")
         return constrain(x_BLD, "batch", "length", None), (k, v)
 
 
 class Transformer(nnx.Module):
     """The whole decoder. Use through `init_params`, `forward` and `decode`."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, ranks: Mapping[str, int] = NO_ADAPTERS):
+        """`ranks`: of the LoRA adapters of the layers' matrices, by name."""
         self.cfg = cfg
         V, D = cfg.padded_vocab_size, cfg.d_model
         self.embed = _param(cfg, (V, D), ("vocab", "embed"), cfg.init_std)
-        self.layers = Block(cfg)
+        self.layers = Block(cfg, ranks)
         self.final_norm = _param(cfg, (D,), (None,), "ones")
         if not cfg.tie_embeddings:
             self.head = _param(cfg, (D, V), ("embed", "vocab"), cfg.init_std)
@@ -233,23 +244,26 @@ def _head_logits_backward(kept, dlogits_BLV):
 head_logits.defvjp(_head_logits_forward, _head_logits_backward)
 
 
-def _abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: Transformer(cfg)))
+def _abstract(cfg: ModelConfig, ranks: Mapping[str, int]) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Transformer(cfg, ranks)))
 
 
-def abstract_params(cfg: ModelConfig) -> dict:
-    """Nested dict of ShapeDtypeStructs: the form in which parameters are passed around, saved and converted."""
-    return nnx.to_pure_dict(_abstract(cfg)[1])
+def abstract_params(cfg: ModelConfig, ranks: Mapping[str, int] = NO_ADAPTERS) -> dict:
+    """Nested dict of ShapeDtypeStructs: the form in which parameters are passed around, saved and converted.
+
+    With `ranks` (see `Transformer`) there are adapters among them, as `lora` says.
+    """
+    return nnx.to_pure_dict(_abstract(cfg, ranks)[1])
 
 
-def logical_axes(cfg: ModelConfig) -> dict:
+def logical_axes(cfg: ModelConfig, ranks: Mapping[str, int] = NO_ADAPTERS) -> dict:
     """Nested dict like `abstract_params`, with each parameter's logical axis names."""
-    return _metadata(cfg, "axes")
+    return _metadata(cfg, ranks, "axes")
 
 
-def _metadata(cfg: ModelConfig, name: str) -> dict:
+def _metadata(cfg: ModelConfig, ranks: Mapping[str, int], name: str) -> dict:
     tree: dict = {}
-    for path, leaf in nnx.to_flat_state(_abstract(cfg)[1]):
+    for path, leaf in nnx.to_flat_state(_abstract(cfg, ranks)[1]):
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
@@ -263,7 +277,7 @@ def _normal_quantiles() -> np.ndarray:
     return scipy.special.ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32)
 
 
-def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
+def init_params(cfg: ModelConfig, key: jax.Array, ranks: Mapping[str, int] = NO_ADAPTERS) -> dict:
     """Draws every parameter: normal with its declared deviation, from `key` folded with the parameter's path.
 
     Sixteen random bits choose a quantile from a table: `jax.random.normal` computes it instead, and the compiler's
@@ -278,7 +292,7 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict:
         bits = jax.random.bits(own_key, leaf.shape, jnp.uint16)
         return (init * jnp.asarray(_normal_quantiles())[bits]).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg), _metadata(cfg, "init"))
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(cfg, ranks), _metadata(cfg, ranks, "init"))
 
 
 def forward(
@@ -293,7 +307,7 @@ def forward(
 
     Args:
       cfg: the architecture.
-      params: nested dict as `init_params` gives it.
+      params: nested dict as `init_params` gives it; adapters in it are used.
       tokens_BL: int32 ids.
       positions_BL: int32 position of each token within its document.
       segments_BL: int32 document of each token; tokens see only their own; 0 is padding.
@@ -319,7 +333,7 @@ def head(cfg: ModelConfig, params: dict) -> jax.Array:
 
 
 def _module(cfg: ModelConfig, params: dict) -> Transformer:
-    graph, state = _abstract(cfg)
+    graph, state = _abstract(cfg, ranks_in(params))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
 
@@ -335,18 +349,20 @@ def init_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
     )
 
 
-def count_params(cfg: ModelConfig) -> int:
+def count_params(cfg: ModelConfig, ranks: Mapping[str, int] = NO_ADAPTERS) -> int:
     """Number of parameters, counted from the arrays."""
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg)))
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(cfg, ranks)))
 
 
-def flops_per_token(cfg: ModelConfig, length: int, causal: bool) -> float:
+def flops_per_token(cfg: ModelConfig, length: int, causal: bool, adapters: int = 0) -> float:
     """Model FLOPs of one training token (forward and backward, no recomputation).
 
     6 per matmul parameter (the embedding look-up is none), plus 12 x layers x heads x head size x length for scores
     and mixing; `causal` halves the latter (only the visible half), the other convention counts the full square.
+    With `adapters`, as many of LoRA's parameters alone are trained: the others have no gradient and take 4.
     """
     N, H, Y, D = cfg.num_heads, cfg.head_dim, cfg.num_layers, cfg.d_model
     per_layer = D * H * (2 * N + 2 * cfg.num_kv_heads) + 3 * D * cfg.d_ff
     matmul = Y * per_layer + D * cfg.padded_vocab_size
-    return 6.0 * matmul + (6.0 if causal else 12.0) * Y * N * H * length
+    products = 4.0 * matmul + 6.0 * adapters if adapters else 6.0 * matmul
+    return products + (6.0 if causal else 12.0) * Y * N * H * length

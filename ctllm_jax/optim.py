@@ -1,12 +1,14 @@
 """AdamW with a warm-up and a decay, as CT-LLM trained (Megatron defaults: betas 0.9 and 0.95, decay 0.1, clip 1.0)."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ctllm_jax.duration import Clock, parse
+from ctllm_jax.lora import NO_ADAPTERS, trained
 from ctllm_jax.model import ModelConfig, logical_axes
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
@@ -56,12 +58,17 @@ class Optimizer:
     spike_deviations: float
 
 
-def make_optimizer(config: OptimizerConfig, model: ModelConfig, clock: Clock) -> Optimizer:
-    """Clip by global norm, then AdamW (arXiv 1711.05101) with decoupled decay on matrices only."""
+def make_optimizer(
+    config: OptimizerConfig, model: ModelConfig, clock: Clock, ranks: Mapping[str, int] = NO_ADAPTERS
+) -> Optimizer:
+    """Clip by global norm, then AdamW (arXiv 1711.05101) with decoupled decay on matrices only.
+
+    With `ranks`, those of LoRA adapters by matrix, it is the adapters' alone.
+    """
     direction = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, decay_mask(model)),
+        optax.add_decayed_weights(config.weight_decay, decay_mask(model, ranks)),
     )
     return Optimizer(direction, schedule(config, clock), config.spike_window, config.spike_deviations)
 
@@ -84,11 +91,11 @@ def schedule(config: OptimizerConfig, clock: Clock) -> optax.Schedule:
     return optax.join_schedules(parts, starts)
 
 
-def decay_mask(model: ModelConfig) -> dict:
+def decay_mask(model: ModelConfig, ranks: Mapping[str, int] = NO_ADAPTERS) -> dict:
     """True for every matrix, False for every norm scale: each parameter is in exactly one of the two groups."""
     return jax.tree.map(
         lambda axes: any(axis not in (None, "layers") for axis in axes),
-        logical_axes(model),
+        trained(logical_axes(model, ranks)),
         is_leaf=lambda leaf: isinstance(leaf, tuple),
     )
 

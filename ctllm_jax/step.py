@@ -8,7 +8,7 @@ Legend: B sequences or pairs of the global batch, L positions, Y layers, W gradi
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ctllm_jax.lora import NO_ADAPTERS, trained
 from ctllm_jax.model import ModelConfig, abstract_params, logical_axes
 from ctllm_jax.objectives import BATCH_FIELDS, Batch, Objective, whole_step
 from ctllm_jax.optim import Optimizer, is_spike
@@ -39,7 +40,7 @@ class TrainState:
     """What training changes.
 
     Attributes:
-      params: fp32 parameters.
+      params: fp32 parameters: all, or those of LoRA adapters alone.
       moments: the optimizer's, laid out as the parameters.
       step: updates so far, those that were skipped among them.
       skipped: updates that were skipped: the gradient was not finite, or a spike.
@@ -137,9 +138,15 @@ def _remember(norms_W: jax.Array, norm: jax.Array, finite: jax.Array, step: jax.
     return norms_W.at[place].set(jnp.where(finite, norm, norms_W[place]))
 
 
-def state_shardings(model: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """Where a state lies: moments with their parameters, counters everywhere."""
-    params, layout = abstract_params(model), shardings(mesh, abstract_params(model), logical_axes(model))
+def state_shardings(
+    model: ModelConfig, optimizer: Optimizer, mesh: Mesh, ranks: Mapping[str, int] = NO_ADAPTERS
+) -> TrainState:
+    """Where a state lies: moments with their parameters, counters everywhere.
+
+    With `ranks`, those of LoRA adapters by matrix, the state is the adapters' alone.
+    """
+    params = trained(abstract_params(model, ranks))
+    layout = shardings(mesh, params, trained(logical_axes(model, ranks)))
     everywhere = NamedSharding(mesh, PartitionSpec())
     moments = optax.tree_utils.tree_map_params(
         optimizer.direction,

@@ -7,7 +7,6 @@ there two runs agree in what they see, not in the last bits of what they learn.
 
 import contextlib
 import dataclasses
-import functools
 import io
 import shutil
 import sys
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ctllm_jax import __version__, processes
-from ctllm_jax.checkpoint import Checkpoints
+from ctllm_jax.checkpoint import Checkpoints, save_params
 from ctllm_jax.common.files import write_json
 from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.common.progress import Progress
@@ -30,14 +29,15 @@ from ctllm_jax.data.store import TokenStore, open_store
 from ctllm_jax.duration import Clock
 from ctllm_jax.evaluate.in_loop import HeldOut, InLoop, Probes, SamplesLog, make_probes
 from ctllm_jax.loading import LoadedModel, load_model
+from ctllm_jax.lora import adapted, joined, trained
 from ctllm_jax.metrics.log import open_log
 from ctllm_jax.metrics.meter import Meter
-from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
+from ctllm_jax.model import ModelConfig, abstract_params, count_params, flops_per_token, init_params, logical_axes
 from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer
 from ctllm_jax.reference import scored_store
 from ctllm_jax.restore import restore_newest
-from ctllm_jax.sharding import make_mesh
+from ctllm_jax.sharding import make_mesh, shardings
 from ctllm_jax.step import TrainState, jit_step, start_state, state_shardings
 from ctllm_jax.stopping import Stopping, stop_on_notice, stop_on_signal
 from ctllm_jax.train_config import TrainConfig, check_fit, check_layout, check_past_rates, decisive, rates
@@ -56,6 +56,12 @@ class Job:
     mesh: Mesh
     stage: Stage
     probes: Probes
+
+    @property
+    def adapters(self) -> int:
+        """Parameters of LoRA's adapters; 0 where all of the model's are trained."""
+        ranks = self.config.lora.ranks
+        return count_params(self.model, ranks) - count_params(self.model) if ranks else 0
 
 
 def run(config: TrainConfig, workdir: str) -> dict:
@@ -101,10 +107,11 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
     config, store, sources, steps = job.config, job.store, job.store.sources("train"), job.clock.run
     if jax.process_index() == 0:
         _write_run(job)
-    optimizer = make_optimizer(config.optimizer, job.model, job.clock)
-    state, reference = _start_state(job, optimizer, origin)
+    optimizer = make_optimizer(config.optimizer, job.model, job.clock, config.lora.ranks)
+    state, frozen = _start_state(job, optimizer, origin)
     if config.objective.reference == "cached":
-        store = scored_store(job.stage.folder, store, config, job.model, state.params, origin.digest, job.mesh)
+        start = frozen if config.lora.rank else state.params
+        store = scored_store(job.stage.folder, store, config, job.model, start, origin.digest, job.mesh)
         job = dataclasses.replace(job, store=store, stream=dataclasses.replace(job.stream, store=store))
     first, ledger = 0, dict.fromkeys(sources, 0)
     saved = restore_newest(job.stage.folder, _like(state.params), _like(state.rest))
@@ -117,26 +124,26 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
 
     # ---- Compiled steps, the stream of batches, the books
     objective = make_objective(config.objective, job.model, len(sources))
-    layout = state_shardings(job.model, optimizer, job.mesh)
-    step_fn = jit_step(objective, optimizer, config.microbatches, layout, config.xla_options)
+    layout = state_shardings(job.model, optimizer, job.mesh, config.lora.ranks)
+    step_fn = jit_step(adapted(config.lora, objective), optimizer, config.microbatches, layout, config.xla_options)
     held_out = HeldOut(config.eval, store, config.batch_size, config.data.mask_documents, job.mesh, objective)
     in_loop = InLoop(held_out, job.probes, job.model, job.mesh)
     samples = SamplesLog(job.stage.folder, first, writes=jax.process_index() == 0)
     log = open_log(config.log, job.stage, first, dataclasses.asdict(config), writes=jax.process_index() == 0)
     meter = Meter(log, config.log, sources, ledger)
-    meter.measure(job.model, store, config.batch_size, job.mesh)
+    meter.measure(job.model, store, config.batch_size, job.mesh, job.adapters)
 
     # ---- The loop: dispatch a step, then read the metrics of the one before
     vote = processes.Vote(job.mesh)
-    held = in_loop.look(state.params, reference)
+    held = in_loop.look(joined(config.lora, state.params, frozen), frozen)
     if first == 0:
         log.write("eval", 0, {**held, **job.probes.chance})
-        samples.write(0, in_loop.sample(state.params))
+        samples.write(0, in_loop.sample(joined(config.lora, state.params, frozen)))
     stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
     with Progress(f"train {config.objective.name}", steps, "steps", stream_out) as progress, meter.profiler:
         for step, batch in meter.steps(prefetched(job.stream, first, steps, job.mesh), first, progress):
             watch.at("step", step)
-            state, metrics = step_fn(state, reference, batch)
+            state, metrics = step_fn(state, frozen, batch)
             meter.dispatched(step, metrics)
             last, stop = step == steps, vote.cast(stopping.requested)  # all processes stop at the same step
             evaluated = last or step % config.eval.every == 0
@@ -145,8 +152,9 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
             if evaluated:
                 watch.at("evaluation", step)
                 meter.pause("evaluation")
-                held = in_loop.look(state.params, reference)
-                samples.write(step, in_loop.sample(state.params))
+                whole = joined(config.lora, state.params, frozen)
+                held = in_loop.look(whole, frozen)
+                samples.write(step, in_loop.sample(whole))
                 log.write("eval", step, {**held, **meter.go_on()})
             if last or stop or checkpoints.due(step):
                 watch.at("save", step)
@@ -183,15 +191,36 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
 
 
 def _start_state(job: Job, optimizer, origin: LoadedModel | None) -> tuple[TrainState, dict | None]:
-    """(state at step 0 laid out over the mesh, DPO's frozen reference if it is live)."""
-    layout = state_shardings(job.model, optimizer, job.mesh)
-    if origin is None:
-        draw = jax.jit(functools.partial(init_params, job.model), out_shardings=layout.params)
-        params = draw(jax.random.key(job.config.seed))
-    else:
-        params = jax.device_put(jax.device_get(origin.params), layout.params)  # every process has read all of them
-    reference = jax.tree.map(jnp.copy, params) if job.config.objective.reference == "live" else None
-    return start_state(params, optimizer, layout), reference
+    """(state at step 0 laid out over the mesh, what its steps read beside it and leave as it is).
+
+    That is what LoRA's adapters are beside, or DPO's live reference, or None.
+    """
+    config, ranks = job.config, job.config.lora.ranks
+    layout = state_shardings(job.model, optimizer, job.mesh, ranks)
+    frozen = None
+    if origin is None or ranks:
+        draw = jax.jit(lambda key: trained(init_params(job.model, key, ranks)), out_shardings=layout.params)
+        params = draw(jax.random.key(config.seed))
+    if origin is not None:
+        places = shardings(job.mesh, abstract_params(job.model), logical_axes(job.model))
+        given = jax.device_put(jax.device_get(origin.params), places)  # every process has read all of them
+        if ranks:
+            frozen = given
+            _keep_base(job, frozen)
+        else:
+            params = given
+            frozen = jax.tree.map(jnp.copy, params) if config.objective.reference == "live" else None
+    return start_state(params, optimizer, layout), frozen
+
+
+def _keep_base(job: Job, frozen: dict) -> None:
+    """RUN/base, a run directory of the frozen parameters: checkpoints hold the adapters alone."""
+    folder = job.stage.folder / "base"
+    if jax.process_index() == 0:
+        about = {"model": dataclasses.asdict(job.model), "fingerprint": f"base of {job.stage.fingerprint}"}
+        write_json(folder / "run.json", about)
+        shutil.copytree(job.store.tokenizer_folder, folder / "tokenizer", dirs_exist_ok=True)
+    save_params(folder, frozen, 0)
 
 
 def _like(tree: Any) -> Any:
@@ -208,9 +237,10 @@ def _write_run(job: Job) -> None:
             "config": dataclasses.asdict(job.config),
             "model": dataclasses.asdict(job.model),
             "parameters": count_params(job.model),
+            "trained_parameters": job.adapters or count_params(job.model),
             "flops_per_token": {
-                "causal": flops_per_token(job.model, length, causal=True),
-                "full": flops_per_token(job.model, length, causal=False),
+                "causal": flops_per_token(job.model, length, causal=True, adapters=job.adapters),
+                "full": flops_per_token(job.model, length, causal=False, adapters=job.adapters),
             },
             "mesh": dict(job.mesh.shape),
             "devices": f"{job.mesh.size} x {job.mesh.devices.flat[0].device_kind}",

@@ -12,6 +12,7 @@ from ctllm_jax.data.store import TokenStore
 from ctllm_jax.duration import Clock, parse
 from ctllm_jax.evaluate.in_loop import InLoopConfig
 from ctllm_jax.loading import LoadedModel
+from ctllm_jax.lora import LoraConfig
 from ctllm_jax.metrics import LogConfig
 from ctllm_jax.model import ModelConfig
 from ctllm_jax.objectives import STORE_KINDS, ObjectiveConfig
@@ -30,6 +31,7 @@ class TrainConfig:
     objective: ObjectiveConfig
     model: ModelConfig | None  # None: as in init_from
     init_from: str | None  # run or Hugging Face folder whose parameters start the run (and are DPO's reference)
+    lora: LoraConfig
     data: DataConfig
     optimizer: OptimizerConfig
     mesh: MeshConfig
@@ -53,6 +55,8 @@ class TrainConfig:
             raise ValueError(f"preference loss {loss!r} compares the pairs of a step; it needs microbatches 1")
         if (self.model is None) == (self.init_from is None):
             raise ValueError("give either model (a fresh start) or init_from (its architecture is taken over)")
+        if self.lora.rank and self.init_from is None:
+            raise ValueError("lora trains adapters beside a model's parameters, which it needs: give init_from")
         if self.checkpoints.keep_best and self.checkpoints.every % self.eval.every:
             raise ValueError(
                 "checkpoints.keep_best compares held-out losses, but not every step of checkpoints.every "
@@ -93,6 +97,8 @@ def decisive(config: TrainConfig, model: ModelConfig, clock: Clock) -> dict:
     settings["objective"].pop("cross_entropy")  # a matter of memory
     settings["data"].pop("store")  # by its fingerprint
     settings["data"].pop("rates"), settings["data"].pop("rate_changes")  # may change ahead: see check_past_rates
+    if not config.lora.rank:
+        settings.pop("lora")  # without adapters a run is what it was before there were any
     settings["duration"] = clock.run
     for name in ("warmup", "decay"):
         settings["optimizer"][name] = clock.steps(settings["optimizer"][name] or "0 steps")

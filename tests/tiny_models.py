@@ -80,7 +80,7 @@ def tiny_model(seed: int = 0, **changes) -> LoadedModel:
     """A random model with its tokenizer; every norm scale differs from 1, so that none can hide."""
     tokenizer = tiny_tokenizer()
     config = tiny_config(**{"vocab_size": tokenizer.vocab_size, **changes})
-    params = init_params(config, jax.random.key(seed))
+    params = jax.jit(functools.partial(init_params, config))(jax.random.key(seed))
     random = np.random.default_rng(seed)
 
     def scale(path, leaf):

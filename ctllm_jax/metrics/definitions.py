@@ -105,11 +105,17 @@ METRICS = (
         "grad_norm",
         _TRAIN,
         "nats per token, or pair, per unit of parameter",
-        "Euclidean norm of the gradient over all parameters, before clipping",
+        "Euclidean norm of the gradient over all parameters that are trained, before clipping",
         "step.py",
     ),
     Metric("update_norm", _TRAIN, "parameter", "Euclidean norm of the update, applied or skipped", "step.py"),
-    Metric("param_norm", _TRAIN, "parameter", "Euclidean norm of the parameters before the step", "step.py"),
+    Metric(
+        "param_norm",
+        _TRAIN,
+        "parameter",
+        "Euclidean norm of what is trained (parameters, or LoRA's adapters) before the step",
+        "step.py",
+    ),
     Metric("layers/grad_norm", _TRAIN, "as `grad_norm`", "`grad_norm` of each layer's own parameters", "step.py"),
     Metric(
         "layers/update_ratio",
@@ -148,8 +154,8 @@ METRICS = (
         "mfu_causal",
         _TRAIN,
         "share",
-        "model FLOP/s (6 per matrix weight and token, attention over the visible half, nothing for what is computed "
-        "twice) divided by the dense bf16 peak of all devices; absent where the peak is not known",
+        "model FLOP/s (6 per matrix weight and token, 4 where it is frozen; attention over the visible half; nothing "
+        "for what is computed twice) divided by the dense bf16 peak of all devices; absent where the peak is not known",
         "metrics/meter.py",
         timing=True,
     ),

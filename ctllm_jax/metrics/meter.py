@@ -49,11 +49,12 @@ class Meter:
         self._loss, self._weight, self._pace = 0.0, 0.0, ""  # for the progress line
         self._restart()
 
-    def measure(self, model: ModelConfig, store: TokenStore, batch_size: int, mesh: Mesh) -> None:
+    def measure(self, model: ModelConfig, store: TokenStore, batch_size: int, mesh: Mesh, adapters: int = 0) -> None:
         """What a step's speed and share of the hardware's peak are computed from."""
         rows = 2 * batch_size if store.kind == "preference" else batch_size
         self._tokens_per_step = rows * store.sequence_length
-        self._flops = tuple(flops_per_token(model, store.sequence_length, causal) for causal in (True, False))
+        length = store.sequence_length
+        self._flops = tuple(flops_per_token(model, length, causal, adapters) for causal in (True, False))
         chip = chip_of(mesh.devices.flat[0])  # an unknown device has no share of a peak: a guess would be worse
         self._peak = chip.peak_flops * mesh.size if chip else None
         self._devices = list(mesh.local_devices)
