@@ -128,6 +128,18 @@ VERBS = {
         "configs/judge.py",
         "answers of one model -> marks by other models; of two -> which is better",
     ),
+    "select": Verb(
+        "ctllm_jax.selection",
+        "SelectConfig",
+        "configs/select.py",
+        "conversations + a model -> those whose answers it finds neither too surprising nor too plain",
+    ),
+    "pairs": Verb(
+        "ctllm_jax.pairs",
+        "PairsConfig",
+        "configs/pairs.py",
+        "prompts -> a model's own answers, ranked by judges or a function -> preference pairs",
+    ),
     "generate": Verb("ctllm_jax.samples", "GenerateConfig", "configs/generate.py", "checkpoint + prompts -> text"),
     "chat": Verb(
         "ctllm_jax.chat",

@@ -210,18 +210,31 @@ def _work(stage: Stage, model: LoadedModel, config: GenerateConfig, lines: list[
         )
     if not encoded:
         raise UserError(f"{config.input}: no line is a prompt")
-    path = stage.folder / "partial.jsonl"
+    done = sample_kept(stage.folder / "partial.jsonl", model, encoded, encoder.stop_ids, config.sampling, config.slots)
+    place = {row: {} if lines[row].line is None else {"line": lines[row].line} for row in encoded}
+    return [{**place[row], "prompt": lines[row].prompt, **done[row]} for row in encoded]
+
+
+def sample_kept(
+    path: pathlib.Path,
+    model: LoadedModel,
+    prompts: Mapping[int, list[int]],
+    stop_ids: frozenset[int],
+    config: SamplingConfig,
+    slots: int,
+) -> dict[int, dict]:
+    """{row: its entry as `sample_each` gives it}; each is kept in a file as it comes, and what is there is not done
+    again."""
     done = _read_partial(path)
-    with path.open("a", encoding="utf-8") as file, Progress("generate", len(encoded), "prompts") as progress:
+    with path.open("a", encoding="utf-8") as file, Progress("generate", len(prompts), "prompts") as progress:
         progress.at(len(done))
-        missing = {row: ids for row, ids in encoded.items() if row not in done}
-        for row, entry in sample_each(model, missing, encoder.stop_ids, config.sampling, config.slots):
+        missing = {row: ids for row, ids in prompts.items() if row not in done}
+        for row, entry in sample_each(model, missing, stop_ids, config, slots):
             done[row] = entry
             file.write(json.dumps({"row": row, **entry}, ensure_ascii=False) + "\n")
             file.flush()
             progress.at(len(done))
-    place = {row: {} if lines[row].line is None else {"line": lines[row].line} for row in encoded}
-    return [{**place[row], "prompt": lines[row].prompt, **done[row]} for row in encoded]
+    return done
 
 
 def _read_partial(path: pathlib.Path) -> dict[int, dict]:

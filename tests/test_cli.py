@@ -20,6 +20,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What a verb's default config leaves to the user.
 NEEDED = {
     "tokenize": ["--config.corpus=CORPUS"],
+    "select": ["--config.scores=DIR"],
+    "pairs": ["--config.earlier=DIR"],
     "train": ["--config=configs/pretrain.py:tiny", "--config.data.store=STORE"],
     "plan": ["--config=configs/pretrain.py:ct_llm_2b", "--slice=v5e:4x4"],
     "trace": ["--step=1"],

@@ -50,6 +50,7 @@ CASES = [
     Case("tokenize", "chat", "tokenize", (("input", ("CHATS",)),)),
     *(Case("tokenize", f"chat@{ratio}", "tokenize", (("input", ("CHATS",)),)) for ratio in CT_LLM_SFT_RATIOS),
     Case("tokenize", "preference", "tokenize", (("input", ("PAIRS",)),)),
+    *(Case("select", name, "select", (("scores", "DIR"),)) for name in ("ifd", "coig_pc", "open_hermes")),
     Case("pretrain", "ct_llm_2b", "train"),
     Case("pretrain", "tiny", "train"),
     *(Case("pretrain", f"ct_llm_2b@{name}", "train") for name in hardware.SLICES),
@@ -63,6 +64,7 @@ CASES = [
     Case("answer", None, "answer"),
     Case("judge", "judge", "judge"),
     Case("judge", "one+other", "judge"),
+    Case("pairs", None, "pairs", (("earlier", "DIR"),)),
     Case("generate", None, "generate"),
     Case("chat", None, "chat"),
     Case("serve", None, "serve"),
@@ -140,6 +142,7 @@ DEFAULT_ARGUMENTS = {
     "tokenize": "pretrain",
     "eval": "",
     "judge": "judge",
+    "select": "ifd",
 }
 
 

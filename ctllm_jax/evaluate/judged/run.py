@@ -86,7 +86,7 @@ def run(config: JudgingConfig, workdir: str) -> dict:
         raise UserError("judge: config.judges is empty")
     sets = [read_answers(location) for location in config.answers]
     settings = {
-        "judges": {name: _decides(judge) for name, judge in config.judges.items()},
+        "judges": {name: decides(judge) for name, judge in config.judges.items()},
         "samples": config.samples,
         "draws": config.draws,
         "prompts": fingerprint(prompts.TEXTS),
@@ -110,14 +110,14 @@ def run(config: JudgingConfig, workdir: str) -> dict:
     return stage.finish(result)
 
 
-def _decides(judge: JudgeConfig) -> dict:
+def decides(judge: JudgeConfig) -> dict:
     """What of a judge decides its judgements: not where it is reached, nor with whose key."""
     return {"model": judge.model, "temperature": judge.temperature, "max_tokens": judge.max_tokens}
 
 
-def _ask(config: JudgingConfig, judge: str, sample: int, messages: prompts.Messages) -> Ask:
-    key = fingerprint([judge, _decides(config.judges[judge]), sample, messages])
-    return Ask(key, judge, messages)
+def asked_for(judges: Mapping[str, JudgeConfig], judge: str, sample: int, messages: prompts.Messages) -> Ask:
+    """The request for one judgement, named after all that decides it."""
+    return Ask(fingerprint([judge, decides(judges[judge]), sample, messages]), judge, messages)
 
 
 Asked = list[tuple[dict, list[Ask]]]  # what a line of judgements.jsonl begins with, and the requests that it needs
@@ -130,7 +130,7 @@ def _grades(config: JudgingConfig, answers: AnswerSet) -> Asked:
             messages = prompts.grade(row, turn)
             about = {"id": row["id"], "category": row["category"], "turn": turn + 1, "characters": len(text)}
             found += [
-                ({**about, "judge": judge, "sample": sample}, [_ask(config, judge, sample, messages)])
+                ({**about, "judge": judge, "sample": sample}, [asked_for(config.judges, judge, sample, messages)])
                 for judge in config.judges
                 for sample in range(config.samples)
             ]
@@ -149,7 +149,10 @@ def _comparisons(config: JudgingConfig, one: AnswerSet, other: AnswerSet) -> Ask
         lengths = [sum(map(len, own["answers"])) for own in pair]
         about = {"id": id, "category": row["category"], "characters": lengths}
         found += [
-            ({**about, "judge": judge, "sample": sample}, [_ask(config, judge, sample, order) for order in orders])
+            (
+                {**about, "judge": judge, "sample": sample},
+                [asked_for(config.judges, judge, sample, order) for order in orders],
+            )
             for judge in config.judges
             for sample in range(config.samples)
         ]
