@@ -76,18 +76,11 @@ class PairsConfig:
 
 def run(config: PairsConfig, workdir: str) -> dict:
     """Samples, ranks and pairs, or goes on where it was cut short. Returns counts."""
-    settings: dict = {"margin": config.margin, "reward": None, "judges": None}
-    if config.asked:
-        judges = {name: decides(judge) for name, judge in config.asked.items()}
-        settings["judges"] = {"judges": judges, "samples": config.samples, "references": config.references}
-        settings["prompts"] = fingerprint(prompts.TEXTS)
     reward = _load_reward(config.reward) if config.reward else None
-    if reward:
-        file, _, settings["reward"] = config.reward.rpartition(":")
-    inputs = {"reward": identity(file) if reward else None}
+    settings = {"margin": config.margin, "ranking": _ranking(config)}
     if config.earlier:
         mark, result = read_result(config.earlier, "pairs")
-        stage = open_stage("pairs", 1, workdir, settings, {**inputs, "earlier": mark})
+        stage = open_stage("pairs", 1, workdir, settings, {"earlier": mark})
         if not stage.done:
             rows = _earlier(config.earlier, "answers.jsonl")
             write_jsonl(stage.folder / "answers.jsonl", rows)  # so that this folder can be `earlier` to another
@@ -95,13 +88,25 @@ def run(config: PairsConfig, workdir: str) -> dict:
         return _told(stage)
     model, files = load_model(config.model, config.step, config.dtype), expand(config.input)
     settings |= {"dtype": config.dtype, "answers": config.answers, "sampling": dataclasses.asdict(config.sampling)}
-    inputs |= {"model": model.digest, "input": [identity(file) for file in files]}
+    inputs = {"model": model.digest, "input": [identity(file) for file in files]}
     stage = open_stage("pairs", 1, workdir, settings, inputs)
     if not stage.done:
         rows, rejected = _answers(stage.folder, model, config, files)
         write_jsonl(stage.folder / "rejected.jsonl", rejected)
         _finish(stage, config, reward, rows, len(rejected))
     return _told(stage)
+
+
+def _ranking(config: PairsConfig) -> dict:
+    """What decides the marks."""
+    if config.reward:
+        file, _, name = config.reward.rpartition(":")
+        return {"reward": name, "file": identity(file)}
+    if not config.asked:
+        return {}
+    judges = {name: decides(judge) for name, judge in config.asked.items()}
+    shown = {"references": config.references, "prompts": fingerprint(prompts.TEXTS)}
+    return {"judges": judges, "samples": config.samples, **shown}
 
 
 # ---- Answers

@@ -78,11 +78,11 @@ def run(config: SelectConfig, workdir: str) -> dict:
         return _told(stage)
     model = load_model(config.model, config.step, config.dtype)
     files = expand(config.input)
-    settings |= {"template": config.template, "dtype": config.dtype}
+    template = _template(config.template, model)
+    settings |= {"template": template.jinja, "dtype": config.dtype}
     inputs = {"model": model.digest, "input": [identity(file) for file in files]}
     stage = open_stage("select", 1, workdir, settings, inputs)
     if not stage.done:
-        template = _template(config.template, model)
         records, unusable = read_conversations(files, template)
         if not records:
             why = f"; the first record: {unusable[0]['reason']}" if unusable else ""
@@ -98,6 +98,8 @@ def run(config: SelectConfig, workdir: str) -> dict:
 
 class PlainTemplate(ChatTemplate):
     """For models that know no conversations: a line for each message, and the end of document after the last."""
+
+    jinja = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\\n' }}{% endfor %}"
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.end_ids = tokenizer, (tokenizer.eos_id,)
