@@ -49,7 +49,7 @@ def run(config: ConvertConfig, workdir: str) -> dict:
         check = export(model.config, model.params, model.tokenizer, folder, config.dtype)
     else:
         check = None
-        _write_run(model, folder, config.dtype)
+        write_run(model, folder, config.dtype)
     result = {
         "model": str(folder),
         "source": model.name,
@@ -62,7 +62,7 @@ def run(config: ConvertConfig, workdir: str) -> dict:
     return stage.finish(result)
 
 
-def _write_run(model: LoadedModel, folder: pathlib.Path, dtype: str) -> None:
+def write_run(model: LoadedModel, folder: pathlib.Path, dtype: str) -> None:
     """A run directory with parameters alone, as step 0: to evaluate, or to start training from."""
     config = dataclasses.replace(model.config, param_dtype=dtype)
     with atomic_dir(folder) as temporary:

@@ -18,16 +18,20 @@ from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
 from ctllm_jax.convert import ConvertConfig
+from ctllm_jax.duration import Clock
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
 from ctllm_jax.loading import load_model
-from ctllm_jax.lora import NO_ADAPTERS, TARGETS, LoraConfig, adapted, joined, merged, trained
-from ctllm_jax.model import abstract_params, flops_per_token, forward, init_params, logical_axes
+from ctllm_jax.lora import NO_ADAPTERS, NO_LORA, TARGETS, LoraConfig, adapted, joined, merged, trained
+from ctllm_jax.model import abstract_params, count_params, flops_per_token, forward, init_params, logical_axes
 from ctllm_jax.objectives import make_objective
+from ctllm_jax.optim import OptimizerConfig, make_optimizer
 from ctllm_jax.restore import load_params
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
-from ctllm_jax.step import abstract_batch, gradient
+from ctllm_jax.step import abstract_batch, gradient, jit_step, start_state, state_shardings
 from ctllm_jax.train_config import TrainConfig
 
+DOUBLE = tiny_config(dtype="float64", param_dtype="float64", d_ff=64)
+CLOCK = Clock(tokens=16, run=10)
 LORA = LoraConfig(rank=4, alpha=8.0, targets=tuple(TARGETS))
 
 
@@ -38,9 +42,9 @@ def random_adapters(config, seed: int = 2) -> dict:
     return jax.tree.map(lambda leaf: random.normal(0, 0.2, leaf.shape).astype(leaf.dtype), abstract)
 
 
-def drawn(ranks=NO_ADAPTERS) -> dict:
+def drawn(ranks=NO_ADAPTERS, config=None) -> dict:
     """What a run draws."""
-    config = tiny_config()
+    config = config or tiny_config()
     return jax.jit(lambda key: init_params(config, key, ranks))(jax.random.key(5))
 
 
@@ -62,24 +66,25 @@ def test_adapters_that_cannot_be_are_refused(change, message):
 
 
 def test_new_adapters_change_no_bit_and_merged_ones_compute_the_same():
-    model = tiny_model()
-    tokens_BL = np.random.default_rng(0).integers(0, 370, (2, 16), dtype=np.int32)
+    config, random = tiny_config(), np.random.default_rng(0)
+    params, adapters = random_params(config, 0), random_adapters(config)
+    tokens_BL = random.integers(0, config.vocab_size, (2, 16), dtype=np.int32)
     inputs = tokens_BL, np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16)), np.ones_like(tokens_BL)
-    run = jax.jit(functools.partial(forward, model.config))
+    run = jax.jit(functools.partial(forward, config))
 
     def logits(params):
-        return np.asarray(run(params, *inputs)[0])[..., : model.config.vocab_size]
+        return np.asarray(run(params, *inputs)[0])[..., : config.vocab_size]
 
-    new = trained(drawn(LORA.ranks))
-    before = logits(model.params)
-    np.testing.assert_array_equal(logits(joined(LORA, new, model.params)), before)
-    adapters = random_adapters(model.config)
-    beside = logits(joined(LORA, adapters, model.params))
-    into = logits(merged(LORA, adapters, model.params))
+    new = jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * (path[-1].key == "a"), adapters)
+    before = logits(params)
+    np.testing.assert_array_equal(logits(joined(LORA, new, params)), before)
+    beside = logits(joined(LORA, adapters, params))
+    into = logits(merged(LORA, adapters, params))
     np.testing.assert_allclose(into, beside, rtol=0, atol=2e-5 * np.abs(beside).max())
     assert np.abs(beside - before).max() > 0.1 * np.abs(before).max()
 
 
+@pytest.mark.slow
 def test_what_is_drawn_for_the_model_does_not_depend_on_adapters():
     with_adapters = drawn(LORA.ranks)
     new = with_adapters["layers"].pop("adapters")
@@ -93,7 +98,7 @@ def test_what_is_drawn_for_the_model_does_not_depend_on_adapters():
 
 def adapter_gradient(axes: tuple[int, ...], microbatches: int = 1) -> tuple[dict, dict]:
     """(gradient of the adapters, sums) in fp64, over a mesh of as many devices as the axes take."""
-    config = tiny_config(dtype="float64", param_dtype="float64", d_ff=64)
+    config = DOUBLE
     batch, mesh = batch_for("chat"), make_mesh(MeshConfig(*axes), jax.devices()[: np.prod(axes)])
     objective = adapted(LORA, make_objective(lm(1e-4), config, 2))
     with jax.enable_x64(True), jax.set_mesh(mesh):
@@ -109,7 +114,7 @@ def adapter_gradient(axes: tuple[int, ...], microbatches: int = 1) -> tuple[dict
 
 def test_the_gradient_is_that_of_the_merged_matrix_through_both_factors():
     """dA = scale * dW B^T and dB = scale * A^T dW, layer by layer."""
-    config = tiny_config(dtype="float64", param_dtype="float64", d_ff=64)
+    config = DOUBLE
     grads, sums = adapter_gradient((1, 1, 1, 1))
     with jax.enable_x64(True):
         adapters = random_adapters(config)
@@ -138,6 +143,25 @@ def test_eight_devices_and_microbatches_give_the_gradient_of_one():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-12), sharded, grads)
 
 
+@pytest.mark.slow
+def test_the_compiled_step_holds_neither_gradient_nor_moments_of_what_is_frozen():
+    config, memory = tiny_config(d_model=256, d_ff=1024, padded_vocab_size=4096), {}
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    for lora in (NO_LORA, LORA):
+        optimizer = make_optimizer(build(OptimizerConfig, train_values("")["optimizer"]), config, CLOCK, lora.ranks)
+        layout = state_shardings(config, optimizer, mesh, lora.ranks)
+        step = jit_step(adapted(lora, make_objective(lm(), config, 1)), optimizer, 1, layout)
+        with jax.set_mesh(mesh):
+            state = start_state(jax.device_put(trained(drawn(lora.ranks, config)), layout.params), optimizer, layout)
+            frozen = abstract_params(config) if lora.rank else None
+            analysis = step.lower(state, frozen, abstract_batch(1, 16, (), mesh)).compile().memory_analysis()
+        memory[lora.rank] = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    size = 4 * count_params(config)
+    (whole_arguments, whole_temporary), (arguments, temporary) = memory[0], memory[LORA.rank]
+    assert whole_arguments > 3 * size and arguments < 1.1 * size  # parameters and two moments; parameters
+    assert whole_temporary - temporary > 0.9 * size  # the gradient
+
+
 def test_frozen_parameters_cost_no_gradient():
     config = tiny_config()
     whole, adapters = (flops_per_token(config, 32, True, count) for count in (0, 1000))
@@ -160,7 +184,7 @@ def config_of(store, origin, **changes) -> TrainConfig:
 def origin(tmp_path_factory):
     """A run directory to start from."""
     folder = tmp_path_factory.mktemp("origin") / "run"
-    convert._write_run(tiny_model(max_length=32), folder, "float32")
+    convert.write_run(tiny_model(max_length=32), folder, "float32")
     return folder
 
 

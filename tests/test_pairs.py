@@ -38,7 +38,7 @@ def lost(prompt, answer, reference):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    convert._write_run(tiny_model(max_length=64), folder / "run", "float32")
+    convert.write_run(tiny_model(max_length=64), folder / "run", "float32")
     (folder / "mine.py").write_text(REWARD)
     return PairsConfig(
         model=str(folder / "run"),

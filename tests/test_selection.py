@@ -35,7 +35,7 @@ UNUSABLE = 1
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "run"
-    convert._write_run(tiny_model(max_length=CONTEXT), folder, "float32")
+    convert.write_run(tiny_model(max_length=CONTEXT), folder, "float32")
     return folder
 
 
@@ -48,7 +48,7 @@ def config(run_dir, tmp_path_factory):
         step=None,
         dtype=None,
         template=None,
-        batch_tokens=256,
+        batch_tokens=2048,  # more than there are: one shape, one compilation
         scores=None,
         perplexity=FREE,
         ifd=FREE,
@@ -168,7 +168,7 @@ def test_a_model_without_a_template_reads_a_line_a_message(run_dir):
     ids, mask = template.render(say("山", "水", "山", "庙"))
     assert model.tokenizer.decode(ids) == "山\n水\n山\n庙" and ids[-1] == model.tokenizer.eos_id
     assert ids[0] == model.tokenizer.bos_id and sum(mask) == 2 and mask[-2:] == [1, 1]
-    [found] = selection.score_block(model, template, [{"messages": say("山", "水")}], 256, "test")
+    [found] = selection.score_block(model, template, [{"messages": say("山", "水")}], 2048, "test")
     assert found["values"]["tokens"] == 2 and not found["cut"]
 
 

@@ -6,6 +6,7 @@ import pathlib
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 
@@ -80,7 +81,7 @@ def tiny_model(seed: int = 0, **changes) -> LoadedModel:
     """A random model with its tokenizer; every norm scale differs from 1, so that none can hide."""
     tokenizer = tiny_tokenizer()
     config = tiny_config(**{"vocab_size": tokenizer.vocab_size, **changes})
-    params = jax.jit(functools.partial(init_params, config))(jax.random.key(seed))
+    params = jax.tree.map(jnp.array, _drawn(config, seed))
     random = np.random.default_rng(seed)
 
     def scale(path, leaf):
@@ -89,6 +90,12 @@ def tiny_model(seed: int = 0, **changes) -> LoadedModel:
 
     params = jax.tree_util.tree_map_with_path(scale, params)
     return LoadedModel(config, params, tokenizer, f"digest-{seed}", "tiny")
+
+
+@functools.cache
+def _drawn(config: ModelConfig, seed: int) -> dict:
+    """Parameters as numpy has them, drawn in one program: compiling it takes seconds."""
+    return jax.device_get(jax.jit(functools.partial(init_params, config))(jax.random.key(seed)))
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
