@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import pathlib
 import random
+import shlex
 import subprocess
 import tempfile
 import time
@@ -57,7 +58,7 @@ def plan(payload: Payload, options: Mapping[str, Any]) -> Plan:
     Raises:
       UserError: uncommitted changes, a variable that is not set, a config file that is not shipped, a wrong number.
     """
-    for name, least in (("devices", 0), ("port", 0), ("restarts", 0), ("wait", 1), ("install_minutes", 1)):
+    for name, least in (("devices", 0), ("restarts", 0), ("wait", 1), ("install_minutes", 1)):
         if options[name] < least:
             raise UserError(f"launch: --{name}={options[name]}: must be at least {least}")
     place = ship.place(options)
@@ -113,18 +114,19 @@ def set_up(plan: Plan, hosts: Sequence[Host], say: Callable[[str], None]) -> Non
         everywhere(bare, place.install(), 60 * plan.options["install_minutes"], "could not make the environment")
 
 
-def describe(plan: Plan, hosts: Sequence[Host], coordinator: str, job: str) -> str:
-    """Every command of a job with its input, as `set_up` and `processes` would use them."""
-    place, lines = plan.place, [f"# code: {plan.place.code.revision}, tree {plan.place.code.tree}"]
+def describe_set_up(plan: Plan, hosts: Sequence[Host]) -> str:
+    """Every command of `set_up`, and when it is used."""
+    place = plan.place
+    lines = [
+        f"# code: {place.code.revision}, tree {place.code.tree}",
+        f"git -C {place.code.root} archive --format=tar.gz {place.code.tree}  # the archive",
+    ]
     steps = [("what is there", place.probe()), ("unless the code is there; reads the archive", place.unpack())]
     if not place.environment:
         steps.append(("unless the environment is there", place.install()))
-    lines.append(f"git -C {place.code.root} archive --format=tar.gz {place.code.tree}  # the archive")
     for title, script in steps:
         lines.append(f"# {title}")
-        lines += [str(Process("", host.reach(script), {})) for host in {host.name: host for host in hosts}.values()]
-    lines.append("# the processes")
-    lines += map(str, processes(plan, hosts, coordinator, job))
+        lines += [shlex.join(host.reach(script)) for host in {host.name: host for host in hosts}.values()]
     return "\n".join(lines)
 
 

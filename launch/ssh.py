@@ -37,7 +37,8 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     coordinator = options["coordinator"] or names[0].rpartition("@")[2]
     job = new_id(payload.verb)
     if dry_run:
-        print(hosts.describe(plan, listed, coordinator, job))
+        print(hosts.describe_set_up(plan, listed), "# the processes", sep="\n")
+        print(*hosts.processes(plan, listed, coordinator, job), sep="\n")
         return 0
 
     def start() -> Sequence[Process]:

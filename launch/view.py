@@ -108,7 +108,10 @@ def follow(job: Job, target: Target, from_end: bool = False, owner: bool = True)
             if over:
                 break
             if time.monotonic() - asked > _ASK / (5 if stops else 1):
-                state, asked = target.state(jobs.load(job.id)), time.monotonic()
+                before, state = state, target.state(jobs.load(job.id))
+                asked = time.monotonic()
+                if state.text != before.text and state.status is None:
+                    say(f"{job.id}: {state.text}")
             if state.status is None:
                 time.sleep(_TICK)
         except KeyboardInterrupt:

@@ -1,5 +1,7 @@
-"""A real sshd on the loopback interface whose hosts are folders: `python tests/clusters/sshd.py COMMAND ...` runs a command
-with CLUSTER set to the folder that holds `ssh_config`, in which the hosts `one` and `two` stand, and stops the server.
+"""A real sshd on the loopback interface, for two hosts that are folders of this machine.
+
+`python tests/clusters/sshd.py COMMAND ...` runs a command while it is there; CLUSTER names the folder of `ssh_config`,
+in which the hosts `one` and `two` stand. Needs root and Debian's openssh-server.
 """
 
 import contextlib

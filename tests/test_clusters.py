@@ -1,0 +1,84 @@
+"""`ctllm launch` over a real sshd and a real SLURM on this machine: small runs that are disturbed and end alike."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+from clusters import sshd
+from test_launch import ROOT, WAIT, once_there, pids_of
+from test_processes import OPTIONS
+from test_train import assert_same_run
+from tiny_stores import tiny_store
+
+LONG = ("--config.duration=32 steps", "--config.checkpoints.every=8", "--config.eval.every=16")
+VENV = pathlib.Path(sys.executable).parent.parent
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(store, folder of a run that two processes of `ctllm launch local` have made of it)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    store = tiny_store(folder / "store").folder
+    log = folder / "log"
+    job = launch("local", ["--processes=2", "--devices=2"], store, folder / "run", log=log)
+    assert job.wait(timeout=5 * WAIT) == 0, log.read_text()
+    return store, folder / "run"
+
+
+def launch(target: str, options: list[str], store: pathlib.Path, workdir: pathlib.Path, log: pathlib.Path):
+    """`ctllm launch TARGET` with a small training run, its output in `log`."""
+    command = [sys.executable, "-m", "ctllm_jax.cli", "launch", target, *options, "--"]
+    command += ["train", *OPTIONS, *LONG, f"--config.data.store={store}", f"--workdir={workdir}"]
+    with log.open("w") as file:
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+
+
+def uncommitted() -> list[str]:
+    """The flag that ships what is being worked on."""
+    status = subprocess.run(
+        ["git", "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    names = ",".join(entry[3:] for entry in status.split("\0") if entry)
+    return [f"--uncommitted={names}"] if names else []
+
+
+def connection_to(host: str) -> int:
+    """The ssh client that leads to the process of a job there."""
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if words[0] == b"ssh" and host.encode() in words and b"launch.keeper" in words[-2]:
+                return int(folder.name)
+    raise AssertionError(f"no connection to {host}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing())
+def test_over_ssh_a_job_that_lost_a_connection_and_was_stopped_ends_in_the_undisturbed_bits(undisturbed, tmp_path):
+    store, whole = undisturbed
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    with sshd.sshd(tmp_path / "hosts") as config:
+        options = [f"--ssh_config={config}", "--hosts=one,two", "--coordinator=127.0.0.1", "--devices=2"]
+        options += [f"--environment={VENV}", *uncommitted()]
+
+        job = launch("ssh", options, store, workdir, log)
+        once_there(workdir / "metrics.jsonl", '"step": 10,')
+        os.kill(connection_to("two"), signal.SIGKILL)
+        once_there(log, "launch: process 1 two was killed by SIGKILL")
+        once_there(workdir / "metrics.jsonl", '"step": 20,')
+        job.send_signal(signal.SIGINT)
+        assert job.wait(timeout=WAIT) == 75, log.read_text()
+        text = log.read_text()
+        assert "[0 one] train: resumed at step" in text and "(restart 1 of 3)" in text and "shipping " in text
+        assert "is saved; the same command goes on" in text and not pids_of(workdir)
+
+        job = launch("ssh", options, store, workdir, log)
+        assert job.wait(timeout=5 * WAIT) == 0, log.read_text()
+        assert "[0 one] train lm: 32/32 steps" in log.read_text() and "shipping" not in log.read_text()
+        assert (tmp_path / "hosts" / "two" / ".ctllm" / "code").is_dir() and not pids_of(workdir)
+    assert_same_run(workdir, whole)
