@@ -38,7 +38,7 @@ again=
 
 end() {{
   echo "launch: ended with status $1"
-  echo "$1" > "$job.end.new" && mv "$job.end.new" "$job.end"
+  if [ ! -e "$job.end" ]; then echo "$1" > "$job.end.new" && mv "$job.end.new" "$job.end"; fi
   exit "$1"
 }}
 ask() {{ # why; the processes, not this script, are asked to save and end
@@ -48,6 +48,7 @@ ask() {{ # why; the processes, not this script, are asked to save and end
 }}
 trap 'ask limit' TERM
 trap 'ask cancel' USR1
+rm -f "$job.end" # of an earlier time in the queue
 
 cd {folder} || end 2
 JAX_COORDINATOR_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -90,6 +91,8 @@ while :; do
     end "$status"
   fi
   if [ "$stopping" = limit ]; then
+    # SLURM sends the same signal when somebody cancels the job; then it does not run any more.
+    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then end "$status"; fi
     echo "launch: the time is over (status $status); back to the queue"
     scontrol requeue "$SLURM_JOB_ID"
     exit "$status"

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from clusters import sshd
+from clusters import slurm, sshd
 from test_launch import ROOT, WAIT, once_there, pids_of
 from test_processes import OPTIONS
 from test_train import assert_same_run
@@ -81,4 +81,39 @@ def test_over_ssh_a_job_that_lost_a_connection_and_was_stopped_ends_in_the_undis
         assert job.wait(timeout=5 * WAIT) == 0, log.read_text()
         assert "[0 one] train lm: 32/32 steps" in log.read_text() and "shipping" not in log.read_text()
         assert (tmp_path / "hosts" / "two" / ".ctllm" / "code").is_dir() and not pids_of(workdir)
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(slurm.missing()), reason=slurm.missing())
+def test_under_slurm_a_job_that_lost_a_process_and_was_cancelled_ends_in_the_undisturbed_bits(
+    undisturbed, tmp_path, monkeypatch
+):
+    store, whole = undisturbed
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    monkeypatch.setenv("CTLLM_JOBS", str(tmp_path / "jobs"))
+    with slurm.slurm(tmp_path / "slurm") as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        options = [
+            "--per_node=2",
+            "--devices=2",
+            f"--environment={VENV}",
+            f"--home={tmp_path / 'home'}",
+            *uncommitted(),
+        ]
+
+        job = launch("slurm", options, store, workdir, log)
+        once_there(workdir / "metrics.jsonl", '"step": 10,')
+        os.kill(pids_of(workdir)[1], signal.SIGKILL)
+        once_there(log, "launch: the step ended with status 137")
+        once_there(workdir / "metrics.jsonl", '"step": 20,')
+        job.send_signal(signal.SIGINT)
+        assert job.wait(timeout=WAIT) == 75, log.read_text()
+        text = log.read_text()
+        assert "0: train: resumed at step" in text and "(restart 1 of 3)" in text and not pids_of(workdir)
+
+        job = launch("slurm", options, store, workdir, log)
+        assert job.wait(timeout=5 * WAIT) == 0, log.read_text()
+        assert "0: train lm: 32/32 steps" in log.read_text() and not pids_of(workdir)
     assert_same_run(workdir, whole)

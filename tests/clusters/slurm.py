@@ -41,7 +41,7 @@ def slurm(folder: pathlib.Path) -> Iterator[dict[str, str]]:
         "SlurmdPort": free_port(),
         "SlurmUser": "root",
         "AuthType": "auth/munge",
-        "AuthInfo": f"socket={socket}",
+        "AuthInfo": f"socket={socket},cred_expire=5",  # a job waits as long in the queue when it comes again
         "CredType": "cred/munge",
         "StateSaveLocation": folder / "state",
         "SlurmdSpoolDir": folder / "spool",
@@ -55,7 +55,6 @@ def slurm(folder: pathlib.Path) -> Iterator[dict[str, str]]:
         "MpiDefault": "none",
         "KillWait": 5,
         "SlurmdParameters": "config_overrides",  # more CPUs than there are
-        "SchedulerParameters": "requeue_delay=1",
         "NodeName": "localhost NodeAddr=127.0.0.1 CPUs=8 Sockets=8 CoresPerSocket=1 ThreadsPerCore=1 RealMemory=1000",
         "PartitionName": "tiny Nodes=ALL Default=YES MaxTime=INFINITE OverTimeLimit=0 State=UP",
     }
