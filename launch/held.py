@@ -25,24 +25,27 @@ def hold(
     start: Callable[[], Sequence[Process]],
     restarts: int,
     detach: bool = False,
+    finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Runs a job as `launch.supervise` does, under a name by which other terminals find it.
 
     With `detach` the launcher goes on in the background, and this returns 0 once it has the first attempt's processes
-    to start. Raises UserError as `supervise`.
+    to start. `finish` is called when the job has ended, however that was. Raises UserError as `supervise`.
     """
     job = Job(job_id, target, (payload.verb, *payload.arguments), revision, time.time(), {})
-    first = [start()] if detach else []  # what can go wrong goes wrong here, where it is seen
-    if detach and _in_background(job):
-        print(f"launch: {job.id} runs in the background; `ctllm launch attach {job.id}` shows it", file=sys.stderr)
-        return 0
-    job = dataclasses.replace(job, handle=launcher())
-    job.save()
-    output = Output(None if detach else job.log)
-    output.say(f"job {job.id}")
-    status = 1
+    output, status, here = None, 1, True
     try:
+        first = [start()] if detach else []  # what can go wrong goes wrong here, where it is seen
+        here = not detach or not _in_background(job)
+        if not here:
+            print(f"launch: {job.id} runs in the background; `ctllm launch attach {job.id}` shows it", file=sys.stderr)
+            return 0
+        job = dataclasses.replace(job, handle=launcher())
+        job.save()
+        output = Output(None if detach else job.log)
+        output.say(f"job {job.id}")
         status = supervise(lambda: first.pop() if first else start(), restarts, output=output)
+        return status
     except UserError:
         status = EXIT_MISTAKE
         raise
@@ -50,9 +53,11 @@ def hold(
         status = 130
         raise
     finally:
-        dataclasses.replace(job, status=status).save()
-        output.close()
-    return status
+        if here:
+            finish()
+        if output:
+            dataclasses.replace(job, status=status).save()
+            output.close()
 
 
 def _in_background(job: Job) -> bool:

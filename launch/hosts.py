@@ -66,13 +66,17 @@ def plan(payload: Payload, options: Mapping[str, Any]) -> Plan:
     return Plan(payload, place, options, ship.forwarded(options["forward"]), config, arguments)
 
 
-def processes(plan: Plan, hosts: Sequence[Host], coordinator: str, job: str) -> list[Process]:
-    """The processes of one attempt, one a host and in their order; a host that stands there twice gets two."""
+def processes(plan: Plan, hosts: Sequence[Host], coordinator: str | None, job: str) -> list[Process]:
+    """The processes of one attempt, one a host and in their order; a host that stands there twice gets two.
+
+    Without a coordinator's address JAX looks for the job itself.
+    """
     place, options = plan.place, plan.options
-    port = options["port"] or random.choice(_PORTS)
     several = len(hosts) > 1
+    given = several and coordinator is not None
     shared = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options["devices"])} if options["devices"] else {}
-    if several:
+    if given:
+        port = options["port"] or random.choice(_PORTS)
         shared |= {"JAX_COORDINATOR_ADDRESS": f"{coordinator}:{port}", "JAX_NUM_PROCESSES": str(len(hosts))}
     started = []
     for index, host in enumerate(hosts):
@@ -83,7 +87,7 @@ def processes(plan: Plan, hosts: Sequence[Host], coordinator: str, job: str) -> 
             "config": plan.config,
             "arguments": [*plan.arguments, *(["--config.distributed=True"] if several else [])],
             "folder": options["folder"],
-            "environment": {**shared, **({"JAX_PROCESS_ID": str(index)} if several else {})},
+            "environment": {**shared, **({"JAX_PROCESS_ID": str(index)} if given else {})},
         }
         command = host.reach(place.keep())
         started.append(Process(f"{index} {host.name}", command, {}, order, plan.secrets))

@@ -11,11 +11,12 @@ from ctllm_jax.common.errors import UserError
 from launch import view
 from launch.target import Payload, Target
 
-TARGETS = {
+TARGETS = {  # {name: the module whose TARGET it is}
     "local": "launch.local",
-    "slurm": "launch.slurm",
     "ssh": "launch.ssh",
-}  # {name: the module whose TARGET it is}
+    "slurm": "launch.slurm",
+    "tpu": "launch.tpu",
+}
 USAGE = "ctllm launch TARGET [--flag=value ...] -- VERB --config=FILE.py[:arg] ... --workdir=DIR"
 COMMON = {"dry_run": Option("--dry_run", "print every command and file exactly, start nothing", False)}
 

@@ -156,10 +156,11 @@ class Place:
         """Makes the environment from the lock; who comes second waits."""
         venv, python, source = (shlex.quote(path) for path in (self.venv, self.interpreter, self.source))
         extras = f"[{self.extra}]" if self.extra else ""
+        unfit = shlex.quote(f"{self.python} is no Python 3.11 to 3.13 here; name one with --python")
         lines = [
             f"test ! -e {venv}/whole || exit 0",
             f"{shlex.quote(self.python)} -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' "
-            f"|| {{ echo {shlex.quote(f'{self.python} is no Python 3.11 to 3.13 here')} >&2; exit 1; }}",
+            f"|| {{ echo {unfit} >&2; exit 1; }}",
             f"rm -rf {venv}",
             f"{shlex.quote(self.python)} -m venv {venv}",
             f"cp -r {source} {venv}/source",  # pip builds in the folder that it installs from

@@ -1,8 +1,8 @@
-"""Target `tpu`: Cloud TPU VMs, one slice or several, as a queued resource that is made or used again; one process a host.
+"""Target `tpu`: Cloud TPU VMs, one slice or several, as a queued resource that is made or used again.
 
-Everything goes through `gcloud`, whose login and project are the user's. JAX finds the job's other hosts in the TPU's own
-metadata. A queued resource that was made here is deleted when the job has ended, unless --keep; one that stops being
-active (a spot slice that was taken away) is deleted and asked for again, which counts as a restart.
+Everything goes through `gcloud`, whose login and project are the user's. A host gets one process; JAX finds the others
+in the TPU's own metadata. A queued resource that was made here is deleted when the job has ended, unless --keep; one
+that stops being active (a spot slice that was taken away) is deleted and asked for again, which counts as a restart.
 """
 
 import json
@@ -26,9 +26,8 @@ _OVER = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")  # it never becomes ac
 _NEXT = {  # what gcloud says: the next step
     "do not currently have an active account": "log in with `gcloud auth login`",
     "Reauthentication": "log in again with `gcloud auth login`",
-    "property [project]": "name a project: `gcloud config set project PROJECT`, or --project",
-    "PERMISSION_DENIED": "the account needs the role TPU Admin, and the project the Cloud TPU API (`gcloud services enable "
-    "tpu.googleapis.com`)",
+    "attribute [project]": "name a project: `gcloud config set project PROJECT`, or --project",
+    "PERMISSION_DENIED": "the account needs the role TPU Admin in this project",
     "SERVICE_DISABLED": "enable the API: `gcloud services enable tpu.googleapis.com`",
     "uota": "ask for more under IAM & Admin > Quotas, or take another --zone, a smaller --type, or --spot",
     "RESOURCE_EXHAUSTED": "there is no capacity: take another --zone, or wait longer with --queue_minutes",
@@ -69,12 +68,13 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
         hosts.set_up(plan, listed, say)
         return hosts.processes(plan, listed, None, job)
 
-    try:
-        return hold(job, "tpu", payload, plan.place.code.revision, start, options["restarts"], options["detach"])
-    finally:
+    def finish() -> None:
         if slices.made and not options["keep"]:
             say(f"deleting {options['name']}")
             gcloud(slices.delete())
+
+    revision = plan.place.code.revision
+    return hold(job, "tpu", payload, revision, start, options["restarts"], options["detach"], finish)
 
 
 class Slices:
@@ -87,7 +87,8 @@ class Slices:
 
     def __init__(self, options: Mapping[str, Any]):
         self._options, self.made, name = options, False, options["name"]
-        self._where = [f"--zone={options['zone']}", *([f"--project={options['project']}"] if options["project"] else [])]
+        project = [f"--project={options['project']}"] if options["project"] else []
+        self._where = [f"--zone={options['zone']}", *project]
         count = options["slices"]
         self.nodes = [name] if count == 1 else [f"{name}-{index}" for index in range(count)]
 
@@ -148,8 +149,8 @@ class Slices:
                 told = found
             if time.monotonic() > until:
                 raise UserError(
-                    f"launch tpu: {self._options['name']} is still {found} after {self._options['queue_minutes']} minutes; "
-                    "wait longer with --queue_minutes, or take another --zone or --spot"
+                    f"launch tpu: {self._options['name']} is still {found} after {self._options['queue_minutes']} "
+                    "minutes; wait longer with --queue_minutes, or take another --zone or --spot"
                 )
             time.sleep(_TICK)
 
@@ -170,7 +171,9 @@ def gcloud(command: list[str], allowed: str = "no such error") -> str:
             command, capture_output=True, text=True, timeout=_ANSWER, check=False, stdin=subprocess.DEVNULL
         )
     except FileNotFoundError:
-        raise UserError("launch tpu: no gcloud here; install the Google Cloud CLI and run `gcloud auth login`") from None
+        raise UserError(
+            "launch tpu: no gcloud here; install the Google Cloud CLI and run `gcloud auth login`"
+        ) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"launch tpu: {' '.join(command[:5])} did not answer within {_ANSWER} s; try again") from None
     if ended.returncode == 0:

@@ -1,4 +1,4 @@
-"""`ctllm launch` over a real sshd and a real SLURM on this machine: small runs that are disturbed and end alike."""
+"""`ctllm launch` over a real sshd, a real SLURM and a fake gcloud: small runs that are disturbed and end alike."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ import pytest
 from clusters import slurm, sshd
 from test_launch import ROOT, WAIT, once_there, pids_of
 from test_processes import OPTIONS
+from test_targets_tpu import install_gcloud
 from test_train import assert_same_run
 from tiny_stores import tiny_store
 
@@ -117,3 +118,25 @@ def test_under_slurm_a_job_that_lost_a_process_and_was_cancelled_ends_in_the_und
         assert job.wait(timeout=5 * WAIT) == 0, log.read_text()
         assert "0: train lm: 32/32 steps" in log.read_text() and not pids_of(workdir)
     assert_same_run(workdir, whole)
+
+
+@pytest.mark.slow
+def test_on_tpu_slices_a_job_of_four_that_was_preempted_ends_in_the_bits_of_an_undisturbed_one(tmp_path, monkeypatch):
+    store, log = tiny_store(tmp_path / "store").folder, tmp_path / "log"
+    options = ["--name=big", "--zone=z", "--type=v5litepod-8", "--runtime=r", "--slices=2", "--spot", "--devices=1"]
+    options += [f"--environment={VENV}", *uncommitted()]
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CTLLM_JOBS", str(tmp_path / "jobs"))
+    install_gcloud(tmp_path, monkeypatch)
+    for name in ("whole", "preempted"):
+        job = launch("tpu", options, store, tmp_path / name, log)
+        if name == "preempted":
+            once_there(tmp_path / name / "metrics.jsonl", '"step": 10,')
+            (tmp_path / "state").write_text("SUSPENDED")
+            os.kill(pids_of(tmp_path / name)[3], signal.SIGKILL)
+        assert job.wait(timeout=6 * WAIT) == 0, log.read_text()
+        assert not (tmp_path / "state").exists() and not pids_of(tmp_path / name)
+    text = log.read_text()
+    assert "big is suspended; deleting it" in text and "[0 big-0/0] train: resumed at step 8" in text
+    assert_same_run(tmp_path / "preempted", tmp_path / "whole")

@@ -374,7 +374,7 @@ def pids_of(workdir: pathlib.Path) -> dict[int, int]:
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes().split(b"\0")
             names = dict(entry.partition(b"=")[::2] for entry in (folder / "environ").read_bytes().split(b"\0"))
-            if f"--workdir={workdir}".encode() in command and b"launch" not in command:
+            if f"--workdir={workdir}".encode() in command and b"JAX_PROCESS_ID" in names:
                 found[int(names[b"JAX_PROCESS_ID"])] = int(folder.name)
     return found
 
