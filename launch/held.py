@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.status import EXIT_MISTAKE
-from launch.jobs import Job, launcher
+from launch.jobs import Job, launcher, new_id
 from launch.process import Output, Process
 from launch.supervise import supervise
 from launch.target import Payload
@@ -18,7 +18,6 @@ DETACH = {"detach": Option("--detach", "go on in the background once it is set u
 
 
 def hold(
-    job_id: str,
     target: str,
     payload: Payload,
     revision: str,
@@ -32,7 +31,7 @@ def hold(
     With `detach` the launcher goes on in the background, and this returns 0 once it has the first attempt's processes
     to start. `finish` is called when the job has ended, however that was. Raises UserError as `supervise`.
     """
-    job = Job(job_id, target, (payload.verb, *payload.arguments), revision, time.time(), {})
+    job = Job(new_id(payload.verb), target, (payload.verb, *payload.arguments), revision, time.time(), {})
     output, status, here = None, 1, True
     try:
         first = [start()] if detach else []  # what can go wrong goes wrong here, where it is seen

@@ -5,6 +5,8 @@ A host has the code and the environment each once (`launch.ship`). On it `launch
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import pathlib
 import random
 import shlex
@@ -66,7 +68,7 @@ def plan(payload: Payload, options: Mapping[str, Any]) -> Plan:
     return Plan(payload, place, options, ship.forwarded(options["forward"]), config, arguments)
 
 
-def processes(plan: Plan, hosts: Sequence[Host], coordinator: str | None, job: str) -> list[Process]:
+def processes(plan: Plan, hosts: Sequence[Host], coordinator: str | None) -> list[Process]:
     """The processes of one attempt, one a host and in their order; a host that stands there twice gets two.
 
     Without a coordinator's address JAX looks for the job itself.
@@ -78,10 +80,13 @@ def processes(plan: Plan, hosts: Sequence[Host], coordinator: str | None, job: s
     if given:
         port = options["port"] or random.choice(_PORTS)
         shared |= {"JAX_COORDINATOR_ADDRESS": f"{coordinator}:{port}", "JAX_NUM_PROCESSES": str(len(hosts))}
+    # The same command on the same host waits for what is left of it from before, whoever had launched that.
+    words = json.dumps([plan.payload.verb, *plan.payload.arguments, options["folder"]])
+    lock = f"{place.home}/locks/{plan.payload.verb}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
     started = []
     for index, host in enumerate(hosts):
         order = {
-            "lock": f"{place.home}/locks/{job}.{index}",
+            "lock": f"{lock}.{index}",
             "python": place.interpreter,
             "verb": plan.payload.verb,
             "config": plan.config,
@@ -152,10 +157,11 @@ def everywhere(
             said.append(_words(out))
             if status != 0:
                 last = words.splitlines()[-1].strip() if words.strip() else f"status {status}"
-                failures.append(f"{host.name} {problem} ({last})")
+                failures.append((f"{host.name} {problem} ({last})", shlex.join(host.reach("true"))))
     if failures:
         count = f" ({len(failures)} of {len(hosts)} hosts)" if len(hosts) > 1 else ""
-        raise UserError(f"launch: {failures[0]}{count}; nothing was started")
+        trouble, by_hand = failures[0]
+        raise UserError(f"launch: {trouble}{count}; nothing was started; to try it by hand: {by_hand}")
     return said
 
 

@@ -1,9 +1,9 @@
 """Stands on a host before one process of a job: starts it, tells it what the launcher says, ends it without a launcher.
 
 The launcher speaks through standard input, over whatever connects the two. The first line is a JSON object: `lock` (a
-file that one process of the job at a time may hold), `python`, `verb`, `config` (a file of the code), `arguments`,
-`folder` (where it runs) and `environment`; paths are relative to the home folder. After it come single bytes: BEAT
-every few seconds, STOP, SHOW, KILL. When the input ends, or nothing has come for SILENCE seconds, the connection is
+file that one process at a time may hold), `python`, `verb`, `config` (a file of the code), `arguments`, `folder` (where
+it runs) and `environment`; paths are relative to the home folder. After it come single bytes: BEAT every few seconds,
+STOP, SHOW, KILL. When the input ends, or nothing has come for SILENCE seconds, the connection is
 lost: the process is asked to save, and killed after PATIENCE seconds. So nothing stays behind, and a launcher that
 starts the job again waits for the lock and finds the devices free.
 
@@ -27,7 +27,7 @@ from ctllm_jax.common.children import die_with_parent
 BEAT, STOP, SHOW, KILL = b".", b"t", b"q", b"k"
 SILENCE = 40.0  # seconds without a beat after which the launcher counts as gone
 PATIENCE = 30.0  # seconds that a process without a launcher has to save
-EXIT_TAKEN = 70  # an earlier process of the job would not go
+EXIT_TAKEN = 70  # an earlier process of the same command would not go
 
 _TICK = 0.2  # seconds between looks at the process
 
@@ -64,7 +64,7 @@ def _alone(path: pathlib.Path):
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    print(f"keeper: an earlier process of this job still runs here ({path})", file=sys.stderr)
+                    print(f"keeper: an earlier process of the same command still runs here ({path})", file=sys.stderr)
                     sys.exit(EXIT_TAKEN)
                 time.sleep(_TICK)
         yield

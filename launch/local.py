@@ -13,7 +13,6 @@ from typing import Any
 from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
 from launch.held import DETACH, hold
-from launch.jobs import new_id
 from launch.process import Process
 from launch.target import Payload, Target
 
@@ -34,7 +33,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     if dry_run:
         print("\n".join(str(process) for process in start()))
         return 0
-    return hold(new_id(payload.verb), "local", payload, "", start, restarts, options["detach"])
+    return hold("local", payload, "", start, restarts, options["detach"])
 
 
 def processes(payload: Payload, count: int, devices: int) -> list[Process]:

@@ -118,8 +118,8 @@ class Running:
         for pipe in self.streams:
             os.set_blocking(pipe.fileno(), False)
         if process.order is not None:
-            os.set_blocking(self.popen.stdin.fileno(), False)
             self._tell(process.first_line())
+            os.set_blocking(self.popen.stdin.fileno(), False)
 
     def look(self) -> bool:
         """Whether it has ended just now; then nothing that it started here is left either."""

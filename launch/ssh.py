@@ -12,7 +12,6 @@ from ctllm_jax.common.errors import UserError
 from launch import hosts
 from launch.held import DETACH, hold
 from launch.hosts import Host
-from launch.jobs import new_id
 from launch.process import Process, say
 from launch.target import Payload, Target
 
@@ -35,17 +34,16 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     plan = hosts.plan(payload, options)
     listed = [Host(name, _reach(name, options)) for name in names]
     coordinator = options["coordinator"] or names[0].rpartition("@")[2]
-    job = new_id(payload.verb)
     if dry_run:
         print(hosts.describe_set_up(plan, listed), "# the processes", sep="\n")
-        print(*hosts.processes(plan, listed, coordinator, job), sep="\n")
+        print(*hosts.processes(plan, listed, coordinator), sep="\n")
         return 0
 
     def start() -> Sequence[Process]:
         hosts.set_up(plan, listed, say)
-        return hosts.processes(plan, listed, coordinator, job)
+        return hosts.processes(plan, listed, coordinator)
 
-    return hold(job, "ssh", payload, plan.place.code.revision, start, options["restarts"], options["detach"])
+    return hold("ssh", payload, plan.place.code.revision, start, options["restarts"], options["detach"])
 
 
 def _reach(name: str, options: Mapping[str, Any]):

@@ -16,7 +16,6 @@ from ctllm_jax.common.errors import UserError
 from launch import hosts
 from launch.held import DETACH, hold
 from launch.hosts import Host
-from launch.jobs import new_id
 from launch.process import Process, say
 from launch.target import Payload, Target
 
@@ -52,13 +51,12 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     if not payload.distributed:
         raise UserError(f"launch tpu: {payload.verb} runs in one process; log into a host and run it there")
     plan, slices = hosts.plan(payload, options), Slices(options)
-    job = new_id(payload.verb)
     if dry_run:
         listed = [host for node in slices.nodes for host in slices.hosts(node, 1)]
         print("# the slices", *map(_line, (slices.look(), slices.create())), sep="\n")
         print(*(_line(slices.describe(node)) for node in slices.nodes), sep="\n")
         print("# on every host, here worker 0 of each slice", hosts.describe_set_up(plan, listed), sep="\n")
-        print("# the processes", *hosts.processes(plan, listed, None, job), sep="\n")
+        print("# the processes", *hosts.processes(plan, listed, None), sep="\n")
         print(*([] if options["keep"] else ["# in the end, if it was made here", _line(slices.delete())]), sep="\n")
         return 0
 
@@ -66,7 +64,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
         slices.ready(say)
         listed = slices.all_hosts()
         hosts.set_up(plan, listed, say)
-        return hosts.processes(plan, listed, None, job)
+        return hosts.processes(plan, listed, None)
 
     def finish() -> None:
         if slices.made and not options["keep"]:
@@ -74,7 +72,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
             gcloud(slices.delete())
 
     revision = plan.place.code.revision
-    return hold(job, "tpu", payload, revision, start, options["restarts"], options["detach"], finish)
+    return hold("tpu", payload, revision, start, options["restarts"], options["detach"], finish)
 
 
 class Slices:
