@@ -32,6 +32,7 @@ def undisturbed(tmp_path_factory):
 
 def launch(target: str, options: list[str], store: pathlib.Path, workdir: pathlib.Path, log: pathlib.Path):
     """`ctllm launch TARGET` with a small training run, its output in `log`."""
+    options = options if target == "local" else [f"--environment={VENV}", *uncommitted(), *options]
     command = [sys.executable, "-m", "ctllm_jax.cli", "launch", target, *options, "--"]
     command += ["train", *OPTIONS, *LONG, f"--config.data.store={store}", f"--workdir={workdir}"]
     with log.open("w") as file:
@@ -65,7 +66,6 @@ def test_over_ssh_a_job_that_lost_a_connection_and_was_stopped_ends_in_the_undis
     workdir, log = tmp_path / "run", tmp_path / "log"
     with sshd.sshd(tmp_path / "hosts") as config:
         options = [f"--ssh_config={config}", "--hosts=one,two", "--coordinator=127.0.0.1", "--devices=2"]
-        options += [f"--environment={VENV}", *uncommitted()]
 
         job = launch("ssh", options, store, workdir, log)
         once_there(workdir / "metrics.jsonl", '"step": 10,')
@@ -124,7 +124,6 @@ def test_under_slurm_a_job_that_lost_a_process_and_was_cancelled_ends_in_the_und
 def test_on_tpu_slices_a_job_of_four_that_was_preempted_ends_in_the_bits_of_an_undisturbed_one(tmp_path, monkeypatch):
     store, log = tiny_store(tmp_path / "store").folder, tmp_path / "log"
     options = ["--name=big", "--zone=z", "--type=v5litepod-8", "--runtime=r", "--slices=2", "--spot", "--devices=1"]
-    options += [f"--environment={VENV}", *uncommitted()]
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("CTLLM_JOBS", str(tmp_path / "jobs"))
