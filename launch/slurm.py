@@ -50,7 +50,10 @@ trap 'ask limit' TERM
 trap 'ask cancel' USR1
 rm -f "$job.end" # of an earlier time in the queue
 
+mkdir -p {folder}
 cd {folder} || end 2
+# srun does not take this over by itself; a process would have a single CPU.
+if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 JAX_COORDINATOR_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export JAX_NUM_PROCESSES={processes} PYTHONPATH={source} PYTHONUNBUFFERED=1{devices}
 host=$JAX_COORDINATOR_ADDRESS
@@ -222,7 +225,9 @@ TARGET = Target(
     {
         "nodes": Option("--nodes=N", "how many", 1),
         "per_node": Option("--per_node=N", "processes of a node; one has all its devices", 1),
-        "sbatch": Option("--sbatch=OPTIONS", "sbatch's own, as '--partition=gpu --gpus-per-node=8 --time=1-0'", ""),
+        "sbatch": Option(
+            "--sbatch=OPTIONS", "sbatch's own, as '--partition=gpu --gpus-per-node=8 --cpus-per-task=64'", ""
+        ),
         "save_seconds": Option("--save_seconds=S", "before the end of the job's time, to save in (120)", 120),
         **{name: option for name, option in hosts.OPTIONS.items() if name != "port"},
         **DETACH,

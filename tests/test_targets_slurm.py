@@ -132,7 +132,7 @@ def test_failures_are_counted_the_resume_status_is_not_and_who_failed_is_known(t
         """
         attempt = len(list(FOLDER.glob(f"attempt{INDEX}.*")))
         (FOLDER / f"attempt{INDEX}.{attempt}").write_text(os.environ["JAX_COORDINATOR_ADDRESS"] + os.environ["TOKEN"])
-        print("here I am", flush=True)
+        print("here I am, CPUs:", os.environ["SLURM_CPUS_PER_TASK"], flush=True)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         if INDEX == "1":
             time.sleep(1)
@@ -142,9 +142,10 @@ def test_failures_are_counted_the_resume_status_is_not_and_who_failed_is_known(t
         sys.exit([75, 75, 0][attempt])
         """
     )
-    status, out, err = ctllm(capsys, *launch(there, "--per_node=2", "--restarts=1", "--forward=TOKEN"))
+    options = ["--per_node=2", "--restarts=1", "--forward=TOKEN", "--sbatch=--cpus-per-task=2"]
+    status, out, err = ctllm(capsys, *launch(there, *options))
     assert status == 0, out + err
-    assert "1: here I am\n" in out and "launch: the step ended with status 5\n" in out
+    assert "1: here I am, CPUs: 2\n" in out and "launch: the step ended with status 5\n" in out
     assert out.count("launch: starting all processes again") == 2 and "(restart 1 of 1)" in out
     words = [(there.folder / f"attempt0.{attempt}").read_text() for attempt in range(3)]
     assert len(set(words)) == 3 and all(word.startswith("localhost:") and "tremendous" in word for word in words)
