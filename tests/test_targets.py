@@ -14,7 +14,7 @@ from fake_hosts import ROOT, Hosts, git, repository
 from test_launch import WAIT, ended, once_there
 
 from ctllm_jax.common.errors import UserError
-from launch import jobs, ship
+from launch import jobs, ship, view
 from launch.target import Payload
 
 TRAIN = ("train", "--config=configs/pretrain.py:tiny", "--config.data.store=a b", "--workdir=RUN")
@@ -304,7 +304,8 @@ def test_processes_whose_launcher_was_killed_save_and_end(hosts):
 # ---- Jobs from other terminals
 
 
-def test_jobs_are_listed_followed_and_cancelled_from_elsewhere(hosts, capsys):
+def test_jobs_are_listed_followed_and_cancelled_from_elsewhere(hosts, capsys, monkeypatch):
+    monkeypatch.setattr(view, "_ASK", 0.1)
     hosts.program("print('first line', flush=True)\n" + SAVES)
     with launched(hosts, "--detach") as launcher:
         said = launcher.communicate(timeout=WAIT)[0]
