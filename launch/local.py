@@ -12,7 +12,8 @@ from typing import Any
 
 from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
-from launch.supervise import Process, supervise
+from launch.held import DETACH, hold
+from launch.process import Process
 from launch.target import Payload, Target
 
 
@@ -32,7 +33,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     if dry_run:
         print("\n".join(str(process) for process in start()))
         return 0
-    return supervise(start, restarts)
+    return hold("local", payload, "", start, restarts, options["detach"])
 
 
 def processes(payload: Payload, count: int, devices: int) -> list[Process]:
@@ -60,6 +61,7 @@ TARGET = Target(
         "processes": Option("--processes=N", "how many", 1),
         "devices": Option("--devices=M", "virtual CPU devices of each; without it what JAX finds", 0),
         "restarts": Option("--restarts=K", "how often to start again after a failure (3)", 3),
+        **DETACH,
     },
     run,
 )

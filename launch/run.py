@@ -8,11 +8,17 @@ from absl import flags
 from ctllm_jax import cli
 from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
+from launch import view
 from launch.target import Payload, Target
 
-TARGETS = {"local": "launch.local"}  # {name: the module whose TARGET it is}
+TARGETS = {  # {name: the module whose TARGET it is}
+    "local": "launch.local",
+    "ssh": "launch.ssh",
+    "slurm": "launch.slurm",
+    "tpu": "launch.tpu",
+}
 USAGE = "ctllm launch TARGET [--flag=value ...] -- VERB --config=FILE.py[:arg] ... --workdir=DIR"
-COMMON = {"dry_run": Option("--dry_run", "print the commands and their environment, start nothing", False)}
+COMMON = {"dry_run": Option("--dry_run", "print every command and file exactly, start nothing", False)}
 
 
 def main(arguments: list[str]) -> None:
@@ -25,6 +31,8 @@ def main(arguments: list[str]) -> None:
         print(_overview())
         return
     name, *rest = arguments
+    if name in view.FORMS:
+        sys.exit(view.run(name, rest, TARGETS))
     if name not in TARGETS:
         raise UserError(f"launch: unknown target {name!r}; there are: {', '.join(TARGETS)}")
     target = _target(name)
@@ -69,10 +77,12 @@ def _payload(name: str, command: list[str]) -> Payload | None:
 
 
 def _help(name: str, target: Target) -> str:
-    lines = [f"  {option.form:<23} {option.help}" for option in (*target.options.values(), *COMMON.values())]
+    lines = [f"  {option.form:<25} {option.help}" for option in (*target.options.values(), *COMMON.values())]
     return "\n".join([f"ctllm launch {name}: {target.help}", "", USAGE.replace("TARGET", name), "", *lines])
 
 
 def _overview() -> str:
     lines = [f"  {name:<11} {_target(name).help}" for name in TARGETS]
-    return "\n".join([USAGE, "", *lines, "", "ctllm launch TARGET --help lists a target's flags."])
+    views = [f"  {name:<11} {form}" for name, form in view.FORMS.items()]
+    hint = "ctllm launch TARGET --help lists a target's flags."
+    return "\n".join([USAGE, "", *lines, "", hint, "", "Of jobs that were launched:", "", *views])

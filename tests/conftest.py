@@ -30,8 +30,10 @@ def shared_data() -> pathlib.Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_by_children(tmp_path_factory):
-    """What one program that a test starts has compiled, the next ones find; this process is past reading it."""
+    """What one program that a test starts has compiled, the next ones find; this process is past reading it. Records of
+    launched jobs stay among the tests' files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "compiled"))
+        patch.setenv("CTLLM_JOBS", str(tmp_path_factory.getbasetemp() / "jobs"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         yield

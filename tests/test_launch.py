@@ -20,7 +20,8 @@ from ctllm_jax import cli
 from launch import run as launch_run
 from launch.lines import Lines
 from launch.local import processes
-from launch.supervise import Process, supervise
+from launch.process import Process
+from launch.supervise import supervise
 from launch.target import Payload, Target
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -303,14 +304,14 @@ def test_help_names_targets_and_flags(capsys):
     ],
 )
 def test_a_mistake_is_one_line_and_status_2_and_starts_nothing(capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr("launch.local.supervise", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("launch.local.hold", lambda *_: pytest.fail("started"))
     status, out, err = ctllm(capsys, "launch", *arguments)
     assert (status, out) == (2, "")
     assert err.startswith("ctllm: error: ") and message in err and err.count("\n") == 1
 
 
 def test_a_dry_run_prints_what_would_be_started(capsys, monkeypatch):
-    monkeypatch.setattr("launch.local.supervise", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("launch.local.hold", lambda *_: pytest.fail("started"))
     status, out, err = ctllm(capsys, "launch", "local", "--processes=2", "--devices=3", "--dry_run", "--", *TRAIN)
     assert (status, err) == (0, "")
     first, second = (shlex.split(line) for line in out.splitlines())
@@ -373,7 +374,7 @@ def pids_of(workdir: pathlib.Path) -> dict[int, int]:
         with contextlib.suppress(OSError):
             command = (folder / "cmdline").read_bytes().split(b"\0")
             names = dict(entry.partition(b"=")[::2] for entry in (folder / "environ").read_bytes().split(b"\0"))
-            if f"--workdir={workdir}".encode() in command and b"launch" not in command:
+            if f"--workdir={workdir}".encode() in command and b"JAX_PROCESS_ID" in names:
                 found[int(names[b"JAX_PROCESS_ID"])] = int(folder.name)
     return found
 

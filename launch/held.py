@@ -1,0 +1,78 @@
+"""A job that this process holds together: recorded, written to its log, in the background if that is wanted."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from ctllm_jax.cli import Option
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.status import EXIT_MISTAKE
+from launch.jobs import Job, launcher, new_id
+from launch.process import Output, Process
+from launch.supervise import supervise
+from launch.target import Payload
+
+DETACH = {"detach": Option("--detach", "go on in the background once it is set up; `attach` shows it", False)}
+
+
+def hold(
+    target: str,
+    payload: Payload,
+    revision: str,
+    start: Callable[[], Sequence[Process]],
+    restarts: int,
+    detach: bool = False,
+    finish: Callable[[], None] = lambda: None,
+) -> int:
+    """Runs a job as `launch.supervise` does, under a name by which other terminals find it.
+
+    With `detach` the launcher goes on in the background, and this returns 0 once it has the first attempt's processes
+    to start. `finish` is called when the job has ended, however that was. Raises UserError as `supervise`.
+    """
+    job = Job(new_id(payload.verb), target, (payload.verb, *payload.arguments), revision, time.time(), {})
+    output, status, here = None, 1, True
+    try:
+        first = [start()] if detach else []  # what can go wrong goes wrong here, where it is seen
+        here = not detach or not _in_background(job)
+        if not here:
+            print(f"launch: {job.id} runs in the background; `ctllm launch attach {job.id}` shows it", file=sys.stderr)
+            return 0
+        job = dataclasses.replace(job, handle=launcher())
+        job.save()
+        output = Output(None if detach else job.log)
+        output.say(f"job {job.id}")
+        status = supervise(lambda: first.pop() if first else start(), restarts, output=output)
+        return status
+    except UserError:
+        status = EXIT_MISTAKE
+        raise
+    except KeyboardInterrupt:
+        status = 130
+        raise
+    finally:
+        if here:
+            finish()
+        if output:
+            dataclasses.replace(job, status=status).save()
+            output.close()
+
+
+def _in_background(job: Job) -> bool:
+    """Goes on twice: True in this process, False in one without a terminal that writes to the job's log."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return True
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    with open(os.devnull) as nothing, job.log.open("ab") as log:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    return False

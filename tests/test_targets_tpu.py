@@ -1,0 +1,146 @@
+"""`ctllm launch tpu` with a gcloud that checks commands against the vendor's reference; hosts are folders."""
+
+import pathlib
+import sys
+
+import pytest
+from clusters.sshd import free_port
+from command import ctllm
+from fake_hosts import Hosts, repository
+from test_targets import TRAIN
+
+from launch import jobs, ship, tpu
+
+FLAGS = ("--name=big", "--zone=us-east5-a", "--type=v5litepod-8", "--runtime=v2-alpha-tpuv5-lite")
+FAKE = pathlib.Path(__file__).with_name("fake_gcloud.py")
+
+
+def install_gcloud(folder: pathlib.Path, monkeypatch) -> None:
+    """A fake gcloud whose state lies in `folder`; `folder / "bin"` is where commands are found."""
+    path = folder / "bin" / "gcloud"
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -S {FAKE} "$@"\n')
+    path.chmod(0o755)
+    (folder / "port").write_text(str(free_port()))
+    monkeypatch.setenv("FAKE_GCLOUD", str(folder))
+
+
+@pytest.fixture
+def hosts(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ctllm"])
+    made = Hosts(tmp_path / "hosts", monkeypatch)
+    made.checkout = repository(tmp_path / "checkout")
+    monkeypatch.setattr(ship, "checkout", lambda: made.checkout)
+    monkeypatch.chdir(made.checkout)
+    monkeypatch.setattr(tpu, "_TICK", 0.01)
+    install_gcloud(made.folder, monkeypatch)
+    return made
+
+
+def launch(hosts: Hosts, *options: str) -> list[str]:
+    return ["launch", "tpu", *FLAGS, f"--environment={hosts.environment}", *options, "--", *TRAIN]
+
+
+PREEMPTED = """
+attempt = len(list(FOLDER.glob(f"attempt{INDEX}.*")))
+(FOLDER / f"attempt{INDEX}.{attempt}").write_text(" ".join(sys.argv))
+if attempt == 0 and INDEX == "3":
+    (FOLDER / "state").write_text("SUSPENDED")
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+while attempt == 0:
+    time.sleep(0.1)
+"""
+
+
+def test_slices_that_are_taken_away_are_made_again_and_deleted_in_the_end(hosts, capsys):
+    hosts.program(PREEMPTED)
+    status, _, err = ctllm(capsys, *launch(hosts, "--slices=2", "--spot", "--restarts=1", "--project=mine"))
+    assert status == 0, err
+    assert "launch: process 3 big-1/1 was killed by SIGKILL" in err and "big is suspended; deleting it" in err
+    calls = hosts.calls().splitlines()
+    where = "--zone=us-east5-a --project=mine"
+    create = (
+        f"queued-resources create big {where} --node-count=2 --node-prefix=big --accelerator-type=v5litepod-8 "
+        "--runtime-version=v2-alpha-tpuv5-lite --spot --quiet"
+    )
+    assert calls.count(create) == 2 and calls[-1] == f"queued-resources delete big {where} --force --quiet"
+    assert sum(call.startswith("queued-resources delete") for call in calls) == 2
+    for index in range(4):
+        arguments = (hosts.folder / f"attempt{index}.1").read_text()
+        assert arguments.endswith("--workdir=RUN --config.distributed=True")
+    (job,) = jobs.everything()
+    assert (job.target, job.status) == ("tpu", 0)
+
+
+def test_a_slice_that_is_there_is_used_and_left(hosts, capsys):
+    hosts.program("print('worker', INDEX)")
+    (hosts.folder / "state").write_text("ACTIVE")
+    (hosts.folder / "slices").write_text("1")
+    status, out, err = ctllm(capsys, *launch(hosts))
+    assert status == 0 and "[0 big/0] worker 0\n" in out and "[1 big/1] worker 1\n" in out, err
+    assert "create" not in hosts.calls() and "delete" not in hosts.calls()
+
+
+def test_what_was_made_stays_with_keep(hosts, capsys):
+    hosts.program("sys.exit(2)")
+    assert ctllm(capsys, *launch(hosts, "--keep"))[0] == 2
+    assert "create big --zone=us-east5-a --node-id=big " in hosts.calls() and "delete" not in hosts.calls()
+
+
+def test_a_dry_run_asks_google_nothing(hosts, capsys):
+    status, out, err = ctllm(capsys, *launch(hosts, "--dry_run"))
+    assert (status, err, hosts.calls()) == (0, "", "")
+    lines = out.splitlines()
+    queued = "gcloud compute tpus queued-resources"
+    assert lines[1:3] == [
+        f"{queued} describe big --zone=us-east5-a --format=json",
+        f"{queued} create big --zone=us-east5-a --node-id=big --accelerator-type=v5litepod-8 "
+        "--runtime-version=v2-alpha-tpuv5-lite --quiet",
+    ]
+    assert lines[-1] == "gcloud compute tpus queued-resources delete big --zone=us-east5-a --force --quiet"
+    assert "gcloud compute tpus tpu-vm ssh big --zone=us-east5-a --worker=0 --quiet '--command=cd && " in out
+    assert "JAX_COORDINATOR_ADDRESS" not in out  # JAX asks the TPU's metadata
+
+
+@pytest.mark.parametrize(
+    ("says", "step"),
+    [
+        ("ERROR: (gcloud) You do not currently have an active account selected.", "log in with `gcloud auth login`"),
+        ("ERROR: (gcloud) Failed to find attribute [project].", "name a project: "),
+        (
+            "ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepodPerProject' exceeded",
+            "ask for more under IAM",
+        ),
+        ("ERROR: (gcloud) INVALID_ARGUMENT: accelerator type 'v9-8' not found", "accelerator-types list --zone=ZONE"),
+    ],
+)
+def test_what_google_refuses_is_one_line_with_the_next_step(hosts, capsys, says, step):
+    (hosts.folder / "says").write_text(says)
+    status, _, err = ctllm(capsys, *launch(hosts))
+    last = err.splitlines()[-1]
+    assert status == 2 and last.startswith("ctllm: error: ") and says.removeprefix("ERROR: ") in last and step in last
+
+
+def test_slices_that_do_not_come_in_time_are_given_up(hosts, capsys, monkeypatch):
+    (hosts.folder / "state").write_text("PROVISIONING")
+    monkeypatch.setattr(tpu.time, "monotonic", iter(range(0, 10000, 40)).__next__)
+    with pytest.raises(tpu.UserError, match="big is still PROVISIONING after 1 minutes; wait longer"):
+        tpu.Slices({"name": "big", "zone": "z", "project": "", "slices": 1, "queue_minutes": 1}).ready(print)
+
+
+def test_mistakes_are_one_line_each(hosts, capsys, monkeypatch):
+    for arguments, message in (
+        (["launch", "tpu", "--", *TRAIN], "launch tpu: give --name=NAME"),
+        (launch(hosts, "--zone="), "launch tpu: give --zone=ZONE"),
+        (launch(hosts, "--slices=0"), "--slices=0: must be at least 1"),
+        ([*launch(hosts)[: -len(TRAIN)], "eval"], "eval runs in one process; log into a host"),
+    ):
+        status, out, err = ctllm(capsys, *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+    assert not hosts.calls()
+    with pytest.raises(tpu.UserError, match="no gcloud here"):
+        monkeypatch.setenv("PATH", "/nowhere")
+        tpu.gcloud(["gcloud"])
+    monkeypatch.setattr(tpu, "_ANSWER", 0.2)
+    with pytest.raises(tpu.UserError, match="did not answer within 0.2 s; try again"):
+        tpu.gcloud([sys.executable, "-c", "import time; time.sleep(9)"])
