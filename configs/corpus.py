@@ -21,6 +21,8 @@ Chinese measure is); a measure without a limit is recorded all the same. Lists o
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.contamination import benchmarks
+
 _CHINESE_SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others")
 
 
@@ -35,6 +37,7 @@ def get_config(filters: str = "default") -> ConfigDict:
     config.filters = {"default": _default, "ct_llm": _ct_llm, "released": _released}[filters]()
 
     config.dedup = _dedup(filters)
+    config.benchmarks = benchmarks()  # documents that hold their items are left out
 
     config.beam = ConfigDict({"runner": "local", "options": ()})
     return config

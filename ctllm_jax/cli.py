@@ -67,6 +67,12 @@ VERBS = {
         "configs/corpus.py",
         "raw documents -> MAP-CC, rejects with every reason, report",
     ),
+    "contamination": Verb(
+        "data_pipeline.contamination.run",
+        "ContaminationConfig",
+        "configs/contamination.py",
+        "documents, conversations or token store + benchmarks -> which items they hold, and where",
+    ),
     "tokenizer": Verb(
         "data_pipeline.tokenizer",
         "TokenizerConfig",

@@ -6,6 +6,7 @@ from typing import Any
 
 from ctllm_jax.common import html
 from ctllm_jax.common.files import read_json
+from data_pipeline.contamination.clean import RULE as CONTAMINATED
 from data_pipeline.documents import SUBSETS, UNKNOWN, InputFile
 from data_pipeline.filters.stage import EXAMPLES
 from data_pipeline.shards import STEPS, Layout
@@ -17,6 +18,7 @@ _COUNTED = (
     "passed_rules",
     "passed_language",
     *_DUPLICATES,
+    CONTAMINATED,
     "similar_lines",
     "kept",
     "characters",
@@ -26,8 +28,10 @@ _SIZES = ("characters", "bytes", "similar_lines")
 FUNNEL = ("read", "well-formed", "rules", "language", "unique id", "exact dedup", "near dedup")
 
 
-def collect(files: list[InputFile], layout: Layout) -> dict[str, Any]:
+def collect(files: list[InputFile], layout: Layout, benchmarks: dict[str, Any] | None = None) -> dict[str, Any]:
     """Adds up the counts of all shards.
+
+    benchmarks: what `contamination.clean` found; None: no benchmark was looked for.
 
     Returns a dict with
       subsets: {subset: {read, well_formed, passed_rules, passed_language, duplicate_id, duplicate_exact,
@@ -36,18 +40,19 @@ def collect(files: list[InputFile], layout: Layout) -> dict[str, Any]:
         rules: {rule: n}, funnel: [[stage, documents left], ...]}}; 'unknown': no source can be told;
       totals: the same over all subsets;
       examples: {rule: up to 3 rejected {id, excerpt, value, threshold, ...}};
-      files, empty_files, damaged_files.
+      files, empty_files, damaged_files, benchmarks.
     """
     subsets: dict[str, dict[str, Any]] = {}
     examples: dict[str, list] = {}
     empty, damaged = [], []
     for file in files:
         counts, outcome = read_json(layout.counts(file.index)), read_json(layout.outcome(file.index))
+        cleaned = read_json(layout.cleaned(file.index)) if benchmarks else {"subsets": {}, "examples": {}}
         if counts["damage"]:
             damaged.append({"file": file.path, "damage": counts["damage"], "records": counts["records"]})
         elif not counts["records"]:
             empty.append(file.path)
-        for part in (counts, outcome):
+        for part in (counts, outcome, cleaned):
             for subset, values in part["subsets"].items():
                 _add(subsets.setdefault(subset, _zero()), values)
             for rule, found in part["examples"].items():
@@ -57,14 +62,16 @@ def collect(files: list[InputFile], layout: Layout) -> dict[str, Any]:
     for values in subsets.values():
         _add(totals, values)
     order = [name for name in (*SUBSETS, UNKNOWN) if name in subsets]
+    looked = benchmarks is not None
     return {
         "map_cc": layout.map_cc.name,
-        "totals": _finished(totals),
-        "subsets": {name: _finished(subsets[name]) for name in order},
+        "totals": _finished(totals, looked),
+        "subsets": {name: _finished(subsets[name], looked) for name in order},
         "examples": dict(sorted(examples.items())),
         "files": len(files),
         "empty_files": empty,
         "damaged_files": damaged,
+        "benchmarks": benchmarks,
     }
 
 
@@ -109,18 +116,19 @@ def _add(target: dict[str, Any], values: Mapping[str, Any]) -> None:
             target[name] += value
 
 
-def _finished(values: dict[str, Any]) -> dict[str, Any]:
-    """Sorted by frequency, with the funnel: documents left after each stage."""
+def _finished(values: dict[str, Any], looked: bool) -> dict[str, Any]:
+    """Sorted by frequency, with the funnel: documents left after each stage. looked: whether for benchmarks."""
     left = [values["read"], values["well_formed"], values["passed_rules"], values["passed_language"]]
-    for name in _DUPLICATES:
+    for name in (*_DUPLICATES, *([CONTAMINATED] if looked else [])):
         left.append(left[-1] - values[name])
     if left[-1] != values["kept"]:
         raise AssertionError(f"documents lost: {left[-1]} should be left, {values['kept']} are")
+    stages = (*FUNNEL, *(["no benchmark"] if looked else []))
     ordered = {
         name: dict(sorted(values[name].items(), key=lambda item: (-item[1], item[0])))
         for name in ("malformed", "rules")
     }
-    return values | ordered | {"funnel": [list(step) for step in zip(FUNNEL, left, strict=True)]}
+    return values | ordered | {"funnel": [list(step) for step in zip(stages, left, strict=True)]}
 
 
 def _file_notes(found: Mapping[str, Any]) -> str:
@@ -135,14 +143,15 @@ def _funnel(found: Mapping[str, Any]) -> str:
         for name, values in {**found["subsets"], "all": found["totals"]}.items()
     ]
     return html.paragraph("Documents left after each stage, then what is kept.", "soft") + html.table(
-        ["subset", *FUNNEL, "characters", "bytes", "similar lines dropped"], rows
+        ["subset", *(stage for stage, _ in found["totals"]["funnel"]), "characters", "bytes", "similar lines dropped"],
+        rows,
     )
 
 
 def _reasons(found: Mapping[str, Any]) -> str:
     totals = found["totals"]
     reasons = {**totals["malformed"], **totals["rules"]}
-    reasons |= {name: totals[name] for name in _DUPLICATES if totals[name]}
+    reasons |= {name: totals[name] for name in (*_DUPLICATES, CONTAMINATED) if totals[name]}
     note = html.paragraph("A document that breaks several rules counts for each of them.", "soft")
     bars = dict(sorted(reasons.items(), key=lambda item: -item[1]))
     return note + html.bar_chart("Rejections by reason", bars)

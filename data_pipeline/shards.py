@@ -76,8 +76,26 @@ class Layout:
         """What deduplication did to a shard; written last."""
         return self._work("deduplicated") / f"{shard:05d}.json"
 
+    def clean(self, shard: int, subset: str) -> pathlib.Path:
+        """Survivors of one subset that hold no item of a benchmark; there where benchmarks were looked for."""
+        return self._work("clean") / f"{shard:05d}.{subset}.jsonl.zst"
+
+    def written(self, shard: int, subset: str) -> pathlib.Path:
+        """Documents of one subset that go into MAP-CC."""
+        clean = self.clean(shard, subset)
+        return clean if clean.exists() else self.survivors(shard, subset)
+
+    def cleaned(self, shard: int) -> pathlib.Path:
+        """What the search for benchmarks did to a shard; written last."""
+        return self._work("clean") / f"{shard:05d}.json"
+
+    def hits(self, shard: int) -> pathlib.Path:
+        """A shard's part of `hits.jsonl`."""
+        return self._work("clean") / f"{shard:05d}.hits.jsonl"
+
     def rejected(self, shard: int, stage: str) -> pathlib.Path:
-        """What was rejected, with reasons: by 'filter', by 'dedup', or as similar 'lines'. Part of the result."""
+        """What was rejected, with reasons: by 'filter', 'dedup', 'benchmarks', or as similar 'lines'. Part of the
+        result."""
         return pathlib.Path(self.root) / "rejected" / f"{shard:05d}.{stage}.jsonl.gz"
 
     def report(self, ending: str) -> pathlib.Path:

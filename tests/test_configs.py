@@ -44,6 +44,7 @@ CASES = [
     Case("corpus", "default", "corpus"),
     Case("corpus", "ct_llm", "corpus"),
     Case("corpus", "released", "corpus"),
+    Case("contamination", None, "contamination", (("corpus", "CORPUS"),)),
     Case("tokenizer", "train", "tokenizer", (("corpus", "CORPUS"),)),
     Case("tokenizer", "given", "tokenizer", (("corpus", "CORPUS"), ("model", "MODEL"))),
     Case("tokenize", "pretrain", "tokenize", (("corpus", "CORPUS"),)),
