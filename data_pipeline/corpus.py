@@ -34,6 +34,7 @@ from data_pipeline.dedup.stage import deduplicate
 from data_pipeline.documents import SUBSETS, Fields, InputFile, input_files
 from data_pipeline.filters.rules import FilterConfig
 from data_pipeline.filters.stage import FilterSettings, filter_file
+from data_pipeline.report_page import page
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 from data_pipeline.shards import Layout
 
@@ -79,14 +80,15 @@ def run(config: CorpusConfig, workdir: str) -> dict:
     inputs = [[file.name, identity(file.path)] for file in files] + fingerprints + asked
     stage = open_stage("corpus", VERSION, workdir, settings, inputs)
     layout = Layout(os.path.abspath(workdir))
+    corpora = Corpora(earlier, layout, len(files))
     if not stage.done:
         _filter(files, config, layout)
         with Watch("corpus: deduplicate", len(files), "files", lambda: _count(files, layout.outcome)):
-            deduplicate(Corpora(earlier, layout, len(files)), config.dedup, config.beam)
+            deduplicate(corpora, config.dedup, config.beam)
         seen = clean(items, len(files), config.benchmarks, layout, config.beam) if items else None
-        found = report.collect(files, layout, seen)
+        found = report.collect(files, corpora, config.filters, seen)
         write_json(layout.report("json"), found)
-        write_atomic(layout.report("html"), report.page(found))
+        write_atomic(layout.report("html"), page(found))
         _tell(found)
         _write_map_cc(found, len(files), layout, config.beam)
         stage.finish(report.summary(found))

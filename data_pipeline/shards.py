@@ -19,6 +19,7 @@ import zstandard
 from ctllm_jax.common.files import atomic_file
 
 HASHES = "hashes"  # folder of a corpus's hashes, for comparing a later one with it
+SIGNALS = "signals"  # folder of what the filters measured
 STEPS = ("id", "exact", "near")  # of deduplication, in order: each sees only what the ones before left
 REMOVAL = np.dtype([("row", "<u4"), ("of_shard", "<u4"), ("of_row", "<u4"), ("similarity", "<f4")])
 
@@ -97,6 +98,10 @@ class Layout:
         """What was rejected, with reasons: by 'filter', 'dedup', 'benchmarks', or as similar 'lines'. Part of the
         result."""
         return pathlib.Path(self.root) / "rejected" / f"{shard:05d}.{stage}.jsonl.gz"
+
+    def signals(self, shard: int, subset: str) -> pathlib.Path:
+        """What the filters measured of a shard's documents of a subset, in columns (signals.py). Part of the result."""
+        return pathlib.Path(self.root) / SIGNALS / f"{shard:05d}.{subset}.parquet"
 
     def report(self, ending: str) -> pathlib.Path:
         """report.json or report.html. Part of the result."""
