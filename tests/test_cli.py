@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What a verb's default config leaves to the user.
 NEEDED = {
     "contamination": ["--config.corpus=CORPUS"],
+    "explain": ["ID"],
     "tokenize": ["--config.corpus=CORPUS"],
     "train": ["--config=configs/pretrain.py:tiny", "--config.data.store=STORE"],
     "plan": ["--config=configs/pretrain.py:ct_llm_2b", "--slice=v5e:4x4"],
@@ -161,7 +162,10 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain"], "unknown verb 'pretrain'; there are: corpus, contamination, tokenizer, tokenize, plan, train"),
+        (
+            ["pretrain"],
+            "unknown verb 'pretrain'; there are: corpus, explain, sweep, contamination, tokenizer",
+        ),
         (["convert", "--nosuch=1"], "convert: Unknown command line flag 'nosuch'"),
         (["convert", "--config.nosuch=1"], "nosuch"),
         (["train", "--config=configs/pretrain.py:tiny", "--config.optimizer.nosuch=1"], "nosuch"),

@@ -44,6 +44,8 @@ CASES = [
     Case("corpus", "default", "corpus"),
     Case("corpus", "ct_llm", "corpus"),
     Case("corpus", "released", "corpus"),
+    Case("explain", None, "explain", (("documents", ("ID",)),)),
+    Case("sweep", None, "sweep"),
     Case("contamination", None, "contamination", (("corpus", "CORPUS"),)),
     Case("tokenizer", "train", "tokenizer", (("corpus", "CORPUS"),)),
     Case("tokenizer", "given", "tokenizer", (("corpus", "CORPUS"), ("model", "MODEL"))),
