@@ -3,8 +3,10 @@
     ctllm corpus --config=configs/corpus.py --config.input="('raw/*.jsonl.gz',)" --workdir=runs/corpus
 
 Input: JSON lines, plain or gzip, one document each. Output in the work folder: map_cc/<subset> (TFDS),
-rejected/ (every rejected document with every reason, value and threshold), report.html, report.json, hashes/ (for
-comparing a later corpus with this one: `--config.dedup.earlier="('runs/corpus',)"`).
+rejected/ (every rejected document with every reason, value and threshold), report.html, report.json, signals/ (every
+measured value, in Parquet: `ctllm sweep` and `ctllm explain` read it), hashes/ (for comparing a later corpus with this
+one: `--config.dedup.earlier="('runs/corpus',)"`) and, where benchmarks are named (configs/contamination.py says how),
+hits.jsonl.
 
 Filters and deduplication of three kinds; `--config=configs/corpus.py:released` takes the third:
 

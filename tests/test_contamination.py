@@ -4,9 +4,12 @@ import dataclasses
 import importlib
 import json
 import random
+import unicodedata
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_corpus import ENGLISH, WORDS, jsonl, prose, rejected
 from test_corpus import config as corpus_config
 from tiny_models import write_jsonl
@@ -22,6 +25,7 @@ from data_pipeline.contamination.index import MOST_ITEMS, build_index
 from data_pipeline.contamination.items import Item
 from data_pipeline.contamination.search import find
 from data_pipeline.contamination.units import characters_of, units_of
+from data_pipeline.dedup.folding import fold
 
 QUESTION = "下列哪一项关于黄河中游水土流失的说法最符合当地治理的实际情况和长期规划"
 OPTIONS = ["植树造林", "修建水库", "退耕还草", "坡地改成梯田"]
@@ -108,6 +112,29 @@ def test_what_very_many_items_share_tells_none_of_them():
         assert bool(find([opening], build_index(items, 13))[0]) == found
 
 
+AWKWARD = "黄河水資库かハ한글ก ab1é\u0301\u3099。、_㎏ﬁ①ⅫİςΣ🀄\ud800\x00\u200b\u3000"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.one_of(st.sampled_from(AWKWARD), st.characters())))
+def test_units_are_those_of_the_rule_in_plain_python(text):
+    units, inside = [], False
+    for character in unicodedata.normalize("NFKC", text):
+        points, _ = fold([character], [False])
+        if not len(points):
+            inside = False
+        elif unicodedata.category(chr(points[0])) == "Lo":
+            units.append(chr(points[0]))
+            inside = False
+        elif inside:
+            units[-1] += chr(points[0])
+        else:
+            units.append(chr(points[0]))
+            inside = True
+    hashes = units_of([text]).hash_U.tolist()
+    assert [units.index(unit) for unit in units] == [hashes.index(value) for value in hashes]
+
+
 # ---- What items say
 
 
@@ -155,22 +182,22 @@ def planted(tmp_path_factory):
 
 
 def test_planted_items_are_found_and_nothing_else(planted, tmp_path):
-    items, given, truth = planted
+    items, texts, truth = planted
     wanted = {"items": [str(items)]}
-    result = contamination.run(config({"documents": [str(given)]}, wanted), str(tmp_path / "out"))
+    result = contamination.run(config({"documents": [str(texts)]}, wanted), str(tmp_path / "out"))
     found = hits_of(tmp_path / "out")
     assert {hit["document"]: hit["item"] for hit in found} == truth and len(found) == len(truth)
     entry = {"items": 40, "too_short": 0, "seen": 40, "documents": 40}
     assert result == {"texts": 190, "unreadable": 0, "documents": 40, "hits": 40, "tasks": {"items": entry}}
-    texts = {record["id"]: record["text"] for record in map(json.loads, given.read_text().splitlines())}
+    said = {record["id"]: record["text"] for record in map(json.loads, texts.read_text().splitlines())}
     for hit in found:
-        assert texts[hit["document"]][hit["begin"] : hit["end"]].startswith(hit["found"])
-        assert hit["file"] == str(given) and 0.5 <= hit["coverage"] <= 1 and hit["longest"] <= hit["units"]
+        assert said[hit["document"]][hit["begin"] : hit["end"]].startswith(hit["found"])
+        assert hit["file"] == str(texts) and 0.5 <= hit["coverage"] <= 1 and hit["longest"] <= hit["units"]
         if hit["document"].startswith(("as it is", "form")):
             assert hit["coverage"] == 1 and hit["longest"] == hit["units"]
     assert sum(hit["coverage"] < 1 for hit in found) == 20
     before = (tmp_path / "out" / "hits.jsonl").read_bytes()
-    assert contamination.run(config({"documents": [str(given)]}, wanted), str(tmp_path / "out")) == result
+    assert contamination.run(config({"documents": [str(texts)]}, wanted), str(tmp_path / "out")) == result
     assert (tmp_path / "out" / "hits.jsonl").read_bytes() == before and not (tmp_path / "out" / "work").exists()
 
 
@@ -181,8 +208,8 @@ def test_coverage_decides_from_its_threshold_on(tmp_path):
         jsonl(tmp_path / "documents.jsonl", [{"id": "d", "text": f"某某{item[:shared]}某某"}])
         for least, hit in ((0, share), (share or 0, share), ((share or 0) + 0.0001, None)):
             out = tmp_path / f"{shared} {least}"
-            settings = {"items": [str(tmp_path / "items.jsonl")], "min_coverage": least}
-            contamination.run(config({"documents": [str(tmp_path / "documents.jsonl")]}, settings), str(out))
+            wanted = {"items": [str(tmp_path / "items.jsonl")], "min_coverage": least}
+            contamination.run(config({"documents": [str(tmp_path / "documents.jsonl")]}, wanted), str(out))
             assert [found["coverage"] for found in hits_of(out)] == ([] if hit is None else [hit])
 
 
@@ -247,10 +274,10 @@ def test_what_the_user_got_wrong_is_said(source, wanted, message, tmp_path):
 
 
 def test_a_corpus_leaves_out_what_holds_an_item_and_counts_it(planted, tmp_path):
-    items, given, truth = planted
-    settings = corpus_config([given])
-    benchmarks = dataclasses.replace(settings.benchmarks, items=(str(items),))
-    result = corpus.run(dataclasses.replace(settings, benchmarks=benchmarks), str(tmp_path / "corpus"))
+    items, texts, truth = planted
+    wanted = corpus_config([texts])
+    benchmarks = dataclasses.replace(wanted.benchmarks, items=(str(items),))
+    result = corpus.run(dataclasses.replace(wanted, benchmarks=benchmarks), str(tmp_path / "corpus"))
     found = {record["id"]: record["reasons"][0] for record in rejected(tmp_path / "corpus")}
     assert {name: reason["item"] for name, reason in found.items()} == truth
     assert {reason["rule"] for reason in found.values()} == {"contaminated"}
@@ -258,7 +285,7 @@ def test_a_corpus_leaves_out_what_holds_an_item_and_counts_it(planted, tmp_path)
     assert (totals["read"], totals["contaminated"], totals["kept"]) == (190, 40, 150)
     assert totals["funnel"][-2:] == [["near dedup", 190], ["no benchmark", 150]]
     assert totals["characters"] == sum(
-        len(record["text"]) for record in map(json.loads, given.read_text().splitlines()) if record["id"] not in truth
+        len(record["text"]) for record in map(json.loads, texts.read_text().splitlines()) if record["id"] not in truth
     )
     assert result["benchmarks"]["hits"] == len(hits_of(tmp_path / "corpus")) == 40
     assert "contaminated" in (tmp_path / "corpus" / "report.html").read_text()

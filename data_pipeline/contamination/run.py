@@ -66,7 +66,7 @@ def run(config: ContaminationConfig, workdir: str) -> dict:
 
 def settings_of(config: BenchmarkConfig) -> dict[str, Any]:
     """The settings that decide a result; what was read is told by hashes."""
-    return {name: getattr(config, name) for name in ("tasks", "field", "ngram", "min_coverage")}
+    return {name: getattr(config, name) for name in ("field", "ngram", "min_coverage")}
 
 
 def make_index(items: Sequence[Item], ngram: int, folder: pathlib.Path) -> None:

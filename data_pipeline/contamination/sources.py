@@ -21,7 +21,8 @@ _ROWS = 256  # of a store that are read together
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text with its name; whole: it is no piece of a longer one. where: its place, for people."""
+    """A text with its name. source: a document's subset, a record's file, or a store's source; where: its place, for
+    people; whole: it is no piece of a longer text."""
 
     document: str
     source: str
@@ -113,7 +114,7 @@ def _records(shard: Shard, fields: Fields) -> Iterator[Text | None]:
             yield None
             continue
         name = entry.get("id") if entry.get("id") not in (None, "") else f"{shard.name}:{number}"
-        yield Text(str(name), "records", said, {"file": shard.file, "line": number})
+        yield Text(str(name), shard.name, said, {"file": shard.file, "line": number})
 
 
 def _said(body: Mapping[str, Any]) -> Iterator[str]:
