@@ -2,9 +2,9 @@
 
     python corpus_contamination.py FOLDER MEGABYTES [PATTERN ...]
 
-Items are Chinese passages of the documents given with all letters, digits and characters exchanged by one permutation, so that
-no document holds one but where it is planted: in every twentieth, whole, in another form, in traditional script, with
-every fiftieth character exchanged, its first 75 %, or, as a trap, its first 20 %.
+Items are Chinese passages of the documents given, with all letters, digits and characters exchanged by one permutation,
+so that no document holds one but where it is planted: in every twentieth, whole, in another form, in traditional
+script, with every fiftieth character exchanged, its first 75 %, or, as a trap, its first 20 %.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from corpus_inputs import documents_of, write_corpus
 from corpus_planted import convert, edited, exchanged_rounds, grams, reformed
 
 ITEMS, _EVERY = 2000, 20
+_TRIED = 20  # passages looked at for each item
 _LENGTHS = (60, 200)  # characters of an item
 TRAP = "first 20 %"  # too little to count
 
@@ -82,23 +83,24 @@ def _items(documents: list[dict]) -> Iterator[str]:
     """Passages of the documents in their second round, which exchanges everything."""
     rng = random.Random(0)
     _, exchanged = itertools.islice(exchanged_rounds(documents), 2)
-    long = [document["text"] for document in exchanged if len(document["text"]) >= 2 * _LENGTHS[1]]
-    passages = (_passage(text, rng) for text in itertools.cycle(long))
+    long = [document["text"] for document in exchanged if len(document["text"]) >= 2 * _LENGTHS[0]]
+    passages = (_passage(text, rng) for text in itertools.islice(itertools.cycle(long), _TRIED * ITEMS))
     yield from itertools.islice(_apart(passages), ITEMS)
 
 
 def _passage(text: str, rng: random.Random) -> str:
-    length = rng.randint(*_LENGTHS)
+    length = rng.randint(_LENGTHS[0], min(_LENGTHS[1], len(text) // 2))
     begin = rng.randrange(len(text) - length)
     return text[begin : begin + length]
 
 
 def _apart(passages: Iterable[str]) -> Iterator[str]:
-    """Those that are mostly Chinese and share no 13 characters with an earlier one: documents repeat set phrases."""
+    """Those that are mostly Chinese, do not repeat themselves and share no 13 characters with an earlier one."""
     seen: set[str] = set()
     for text in passages:
         own = grams(text, 13)
-        if sum("一" <= c <= "鿿" for c in text) >= len(text) / 2 and not own & seen:
+        chinese = sum("一" <= c <= "鿿" for c in text) >= 0.7 * len(text)
+        if chinese and len(own) > len(text) / 2 and not own & seen:
             seen |= own
             yield text
 

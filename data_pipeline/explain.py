@@ -92,6 +92,8 @@ class _Corpus:
     def _story(self, identity: str, subset: str, path: pathlib.Path, row: dict, repeated_by: list) -> dict[str, Any]:
         shard, line = path.name.split(".")[0], row["line"]
         outcome, record = self._outcome(identity, shard, line, bool(row["failed"]), subset)
+        repeats = {n: record[n] for n in ("duplicate_of", "kind", "similarity")} if outcome == BY_DEDUP else None
+        compared = outcome != BY_FILTERS and not (repeats and repeats["kind"] == "id")  # with later documents
         return {
             "id": identity,
             "source": subset,
@@ -102,8 +104,8 @@ class _Corpus:
             "rules": [self._rule(subset, name, row) for name in columns(subset) if not _missing(row[name])],
             "language": row["language"],
             "reasons": record.get("reasons", []),
-            "repeats": {n: record[n] for n in ("duplicate_of", "kind", "similarity")} if outcome == BY_DEDUP else None,
-            "repeated_by": repeated_by if outcome in (KEPT, BY_BENCHMARKS) else [],
+            "repeats": repeats,
+            "repeated_by": repeated_by if compared else [],
             "dropped_lines": [
                 {name: dropped[name] for name in ("sentence", "repeats", "distance")}
                 for dropped in self._lines(f"{shard}.lines.jsonl.gz", identity)

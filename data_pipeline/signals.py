@@ -26,7 +26,7 @@ from data_pipeline.filters.rules import Verdict
 from data_pipeline.shards import SIGNALS, Layout
 
 TEXTS = ("id", "failed", "language")
-_ROWS = 1 << 14  # documents of a row group
+_ROWS = 1 << 13  # documents of a row group
 _LINEAR, _DECADE = 100, 20  # bins of a histogram between 0 and 1, and for each power of ten above
 
 

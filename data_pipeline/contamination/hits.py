@@ -6,7 +6,7 @@ characters of the text from the first shared n-gram to the last, found and asked
 """
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.contamination.index import load_index
@@ -29,22 +29,22 @@ class Finder:
         found = []
         for text, matches in zip(texts, find([text.text for text in texts], self._index), strict=True):
             own = []
-            for item, match in matches.items():
-                if not text.whole:
-                    held = self._pieces.setdefault((text.source, text.document, item), [])
-                    held.append((match, self._place(text, match)))
-                elif match.coverage >= self._least:
-                    own.append(self._hit(text.source, text.document, item, match, self._place(text, match)))
+            if text.whole:
+                enough = {item: match for item, match in matches.items() if match.coverage >= self._least}
+                own = [self._hit(text.source, text.document, *placed) for placed in _placed(text, enough)]
+            else:
+                for item, match, place in _placed(text, matches):
+                    self._pieces.setdefault((text.source, text.document, item), []).append((match, place))
             found.append(sorted(own, key=lambda hit: -hit["coverage"]))
         return found
 
-    def hits_of_pieces(self) -> Iterator[list[dict[str, Any]]]:
+    def hits_of_pieces(self) -> Iterator[dict[str, Any]]:
         """The hits of documents that came in pieces: what the pieces hold together, at the place of the fullest."""
         for (source, document, item), held in self._pieces.items():
             fullest, place = max(held, key=lambda pair: pair[0].coverage)
             whole = Match(join([match for match, _ in held]), fullest.begin, fullest.end)
             if whole.coverage >= self._least:
-                yield [self._hit(source, document, item, whole, place)]
+                yield self._hit(source, document, item, whole, place)
         self._pieces.clear()
 
     def _hit(self, source: str, document: str, item: int, match: Match, place: dict[str, Any]) -> dict[str, Any]:
@@ -61,7 +61,13 @@ class Finder:
             "asked": asked.text,
         }
 
-    @staticmethod
-    def _place(text: Text, match: Match) -> dict[str, Any]:
-        begin, end = characters_of(text.text, match.begin, match.end)
-        return {"begin": begin, "end": end, "found": text.text[begin:end][:EXCERPT], **text.where}
+
+def _placed(text: Text, matches: Mapping[int, Match]) -> Iterator[tuple[int, Match, dict[str, Any]]]:
+    """Each match with its place in the text, whose units are looked up once for all of them."""
+    if not matches:
+        return
+    begin_U, end_U = characters_of(text.text)
+    last = len(begin_U) - 1
+    for item, match in matches.items():
+        begin, end = int(begin_U[min(match.begin, last)]), int(end_U[min(match.end - 1, last)])
+        yield item, match, {"begin": begin, "end": end, "found": text.text[begin:end][:EXCERPT], **text.where}

@@ -82,9 +82,14 @@ def save_index(folder: pathlib.Path, index: Index, items: Sequence[Item]) -> Non
             file.write(json_line({"n": index.n, "task": item.task, "id": item.id, "text": item.text[:EXCERPT]}))
 
 
-@functools.cache
 def load_index(folder: pathlib.Path) -> tuple[Index, list[Item]]:
     """The index of a folder, mapped into memory, and its items with the beginnings of their texts."""
+    return _load(folder, (folder / _ITEMS).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(folder: pathlib.Path, _written: int) -> tuple[Index, list[Item]]:
+    """Once in a process, unless the folder was written anew."""
     with open(folder / _ITEMS, "rb") as file:
         rows = [orjson.loads(line) for line in file]
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}

@@ -93,8 +93,7 @@ def _search_shard(shard: Shard, work: pathlib.Path, least: float, fields: Fields
         for batch in _batches(read(shard, fields), counts):
             for hits in finder.hits(batch):
                 out.writelines(map(json_line, hits))
-        for hits in finder.hits_of_pieces():
-            out.writelines(map(json_line, hits))
+        out.writelines(map(json_line, finder.hits_of_pieces()))
     write_json(_counts(work, shard.index), counts)
     return shard
 

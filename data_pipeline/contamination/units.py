@@ -35,22 +35,19 @@ def units_of(texts: Sequence[str]) -> Units:
     return Units(*kernels.units(*fold_words(texts), _alone()))
 
 
-def characters_of(text: str, begin: int, end: int) -> tuple[int, int]:
-    """Where units [begin, end) of a text lie in it, as it is: [first, last) characters.
+def characters_of(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """([U], [U]): where each unit of a text begins and ends in it, in characters as they are.
 
     Each character is folded by itself; where characters join (a letter and its accent) that may be a unit off.
     """
-    folded, sizes = [], []
+    folded, sizes = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
     for start in range(0, len(text), _PIECE):
-        points, ends = fold_words(text[start : start + _PIECE])  # a text as a sequence of its characters
+        points, ends = fold_words(text[start : start + _PIECE])  # a text is a sequence of its characters
         folded.append(points)
         sizes.append(np.diff(ends, prepend=0))
-    ends_C = np.cumsum(np.concatenate(sizes))
-    points_T = np.concatenate(folded)
+    ends_C, points_T = np.cumsum(np.concatenate(sizes)), np.concatenate(folded)
     _, begin_U, end_U, _ = kernels.units(points_T, np.array([len(points_T)]), _alone())
-    last = min(end, len(end_U)) - 1
-    first = min(begin, last)
-    return int(np.searchsorted(ends_C, begin_U[first], "right")), int(np.searchsorted(ends_C, end_U[last], "left")) + 1
+    return np.searchsorted(ends_C, begin_U, "right"), np.searchsorted(ends_C, end_U, "left") + 1
 
 
 @functools.cache
