@@ -21,9 +21,8 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
 from ctllm_jax.common.manifest import stage_fingerprint
 from data_pipeline import map_cc
-from data_pipeline.contamination.run import HITS
 from data_pipeline.filters.measures import family
-from data_pipeline.shards import Layout
+from data_pipeline.shards import HITS, Layout
 from data_pipeline.signals import columns, input_path, rows_of, signal_files
 
 BY_FILTERS, BY_DEDUP, BY_BENCHMARKS, KEPT = "rejected", "duplicate", "contaminated", "kept"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ctllm_jax.common import html
+from data_pipeline.documents import SUBSETS
 from data_pipeline.filters.measures import family
 from data_pipeline.report import CONTAMINATED, DUPLICATES
 from data_pipeline.signals import bin_edge, bin_of
@@ -69,10 +70,12 @@ def _funnel(found: Mapping[str, Any]) -> str:
 
 def _beside_the_paper(found: Mapping[str, Any]) -> str:
     """The share of Chinese documents that is left after each stage that the paper has, too."""
-    ours = {name: dict(v["funnel"]) for name, v in found["subsets"].items() if family(name) == "chinese" and v["read"]}
+    chinese = [name for name in SUBSETS if name in found["subsets"] and family(name) == "chinese"]
+    ours = {name: dict(found["subsets"][name]["funnel"]) for name in chinese}
     if not ours:
         return ""
-    everything = {stage: sum(funnel[stage] for funnel in ours.values()) for _, _, stage in (("", 0, "read"), *PAPER)}
+    stages = ["read", *(stage for _, _, stage in PAPER)]
+    everything = {stage: sum(funnel[stage] for funnel in ours.values()) for stage in stages}
     columns = {**ours, "all Chinese": everything} if len(ours) > 1 else ours
     rows = [
         [f"after {name}", paper, *(round(100 * funnel[stage] / funnel["read"], 1) for funnel in columns.values())]
@@ -105,7 +108,7 @@ def _signals(found: Mapping[str, Any]) -> str:
         "soft",
     )
     by_size = sorted(found["histograms"], key=lambda subset: -found["subsets"][subset]["well_formed"])
-    parts = [html.heading(f"{by_size[0]}") + html.charts(*_charts(found, by_size[0]))] if by_size else []
+    parts = [html.heading(by_size[0]) + html.charts(*_charts(found, by_size[0]))] if by_size else []
     parts += [html.details(subset, html.charts(*_charts(found, subset))) for subset in by_size[1:]]
     return note + "".join(parts)
 

@@ -20,6 +20,7 @@ from ctllm_jax.common.files import atomic_file
 
 HASHES = "hashes"  # folder of a corpus's hashes, for comparing a later one with it
 SIGNALS = "signals"  # folder of what the filters measured
+HITS = "hits.jsonl"  # items of benchmarks that documents hold
 STEPS = ("id", "exact", "near")  # of deduplication, in order: each sees only what the ones before left
 REMOVAL = np.dtype([("row", "<u4"), ("of_shard", "<u4"), ("of_row", "<u4"), ("similarity", "<f4")])
 
@@ -91,7 +92,7 @@ class Layout:
         return self._work("clean") / f"{shard:05d}.json"
 
     def hits(self, shard: int) -> pathlib.Path:
-        """A shard's part of `hits.jsonl`."""
+        """A shard's part of HITS."""
         return self._work("clean") / f"{shard:05d}.hits.jsonl"
 
     def rejected(self, shard: int, stage: str) -> pathlib.Path:

@@ -77,6 +77,8 @@ class _Subset:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def append(self, document: Document, verdict: Verdict) -> None:
+        if unknown := verdict.signals.keys() - set(self.schema.names):
+            raise AssertionError(f"signals that no column is for: {', '.join(sorted(unknown))}")
         failed = ",".join(reason["rule"] for reason in verdict.reasons)
         self.rows.append({**verdict.signals, "id": document.id, "line": document.line, "failed": failed})
         if len(self.rows) >= _ROWS:

@@ -236,7 +236,8 @@ def test_the_funnel_beside_the_papers_is_of_chinese_documents(built):
     report = json.loads((built[0] / "report.json").read_text())
     funnel = dict(report["subsets"]["zh_cc"]["funnel"])
     page = (built[0] / "report.html").read_text()
-    table = page[page.index("Beside the paper") :]
+    table = page[page.index("Beside the paper") : page.index("Why documents were rejected")]
+    assert "<th>unknown</th>" in page and "unknown" not in table and ">en<" not in table
     for stage in ("language", "exact dedup", "near dedup"):
         assert f">{html._text(round(100 * funnel[stage] / funnel['read'], 1))}</td>" in table
 

@@ -13,12 +13,12 @@ from ctllm_jax.common.files import write_json
 from ctllm_jax.common.progress import Watch
 from data_pipeline.contamination.hits import Finder
 from data_pipeline.contamination.items import BenchmarkConfig, Item
-from data_pipeline.contamination.run import HITS, gather, make_index, tell
+from data_pipeline.contamination.run import gather, make_index, tell
 from data_pipeline.contamination.sources import Text
 from data_pipeline.documents import EXCERPT, SUBSETS
 from data_pipeline.filters.stage import EXAMPLES
 from data_pipeline.runner import BeamConfig, make_pipeline
-from data_pipeline.shards import Layout, gzip_writer, json_line, read_lines, save_bytes, zstd_writer
+from data_pipeline.shards import HITS, Layout, gzip_writer, json_line, read_lines, save_bytes, zstd_writer
 
 RULE = "contaminated"
 _DOCUMENTS = 512  # looked at together

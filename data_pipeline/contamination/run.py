@@ -26,10 +26,9 @@ from data_pipeline.contamination.items import BenchmarkConfig, Item, read_items
 from data_pipeline.contamination.sources import Shard, SourceConfig, Text, read, shards_of
 from data_pipeline.documents import Fields
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
-from data_pipeline.shards import json_line, save_bytes
+from data_pipeline.shards import HITS, json_line, save_bytes
 
 VERSION = 1
-HITS = "hits.jsonl"
 _TEXTS, _CHARACTERS = 512, 1 << 19  # a batch is closed when it holds this many of either
 
 
