@@ -6,7 +6,8 @@ What is looked through is one of: documents (globs of JSON lines, before any fil
 preference pairs in any format that `ctllm tokenize` reads), corpus (a folder of `ctllm corpus`), store (a folder of
 `ctllm tokenize`, whose tokens are decoded).
 
-What is looked for: benchmarks.items, the user's own JSON lines, and declared tasks, read as `ctllm eval` reads them:
+What is looked for: benchmarks.items, JSON lines of the user's own (of sets of open questions, with `field=turns`), and
+declared tasks, read as `ctllm eval` reads them:
 `--config.benchmarks.data=BENCHMARKS --config.benchmarks.tasks="('ceval_ppl', 'cmmlu_ppl')"`. An item was seen where at
 least min_coverage of its units lie in n-grams that the text has, too; a unit is a Chinese character or a word of a
 script that parts words, on text without case, width, punctuation and script variants.

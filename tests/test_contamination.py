@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_corpus import ENGLISH, WORDS, jsonl, prose, rejected
-from test_corpus import config as corpus_config
+from test_corpus import ENGLISH, WORDS, jsonl, prose
 from tiny_models import write_jsonl
 from tiny_stages import documents, stages
 
@@ -19,11 +18,11 @@ from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
 from ctllm_jax.evaluate.texts import item_texts
-from data_pipeline import corpus
 from data_pipeline.contamination import run as contamination
 from data_pipeline.contamination.index import MOST_ITEMS, build_index
-from data_pipeline.contamination.items import Item
+from data_pipeline.contamination.items import Item, read_items
 from data_pipeline.contamination.search import find
+from data_pipeline.contamination.sources import shards_of
 from data_pipeline.contamination.units import characters_of, units_of
 from data_pipeline.dedup.folding import fold
 
@@ -201,6 +200,18 @@ def test_planted_items_are_found_and_nothing_else(planted, tmp_path):
     assert (tmp_path / "out" / "hits.jsonl").read_bytes() == before and not (tmp_path / "out" / "work").exists()
 
 
+def test_a_shard_that_was_searched_is_not_read_again(planted, tmp_path):
+    items, texts, _ = planted
+    settings = config({"documents": [str(texts)]}, {"items": [str(items)]})
+    (shard,), _ = shards_of(settings)
+    contamination.make_index(read_items(settings.benchmarks)[0], 13, tmp_path)
+    contamination.search([shard], settings, tmp_path)
+    gone = dataclasses.replace(shard, file="/nowhere")
+    contamination.search([gone], settings, tmp_path)
+    with pytest.raises(Exception, match="/nowhere"):
+        contamination.search([dataclasses.replace(gone, index=1)], settings, tmp_path)
+
+
 def test_coverage_decides_from_its_threshold_on(tmp_path):
     item = "".join(WORDS[:10])  # 20 characters
     write_jsonl(tmp_path / "items.jsonl", [{"text": item}])
@@ -250,6 +261,14 @@ def test_a_corpus_and_the_token_store_made_of_it_tell_the_same(tmp_path):
     assert {hit["split"] for hit in found["store"].values()} <= {"train", "validation"}
 
 
+def test_an_item_may_be_a_list_of_texts(tmp_path):
+    turns = [QUESTION, "".join(OPTIONS)]
+    write_jsonl(tmp_path / "items.jsonl", [{"id": 7, "turns": turns}, {"turns": turns[:1]}])
+    wanted = config({"corpus": "x"}, {"items": [str(tmp_path / "items.jsonl")], "field": "turns"}).benchmarks
+    found = read_items(wanted)[0]
+    assert [(item.id, item.text) for item in found] == [("7", "\n".join(turns)), ("2", QUESTION)]
+
+
 @pytest.mark.parametrize(
     ("source", "wanted", "message"),
     [
@@ -268,24 +287,3 @@ def test_what_the_user_got_wrong_is_said(source, wanted, message, tmp_path):
     wanted = wanted | {"items": [str(tmp_path / "items.jsonl") if i == "ITEMS" else i for i in wanted.get("items", [])]}
     with pytest.raises(UserError, match=message):
         contamination.run(config(source, wanted), str(tmp_path / "out"))
-
-
-# ---- Inside `ctllm corpus`
-
-
-def test_a_corpus_leaves_out_what_holds_an_item_and_counts_it(planted, tmp_path):
-    items, texts, truth = planted
-    wanted = corpus_config([texts])
-    benchmarks = dataclasses.replace(wanted.benchmarks, items=(str(items),))
-    result = corpus.run(dataclasses.replace(wanted, benchmarks=benchmarks), str(tmp_path / "corpus"))
-    found = {record["id"]: record["reasons"][0] for record in rejected(tmp_path / "corpus")}
-    assert {name: reason["item"] for name, reason in found.items()} == truth
-    assert {reason["rule"] for reason in found.values()} == {"contaminated"}
-    totals = result["totals"]
-    assert (totals["read"], totals["contaminated"], totals["kept"]) == (190, 40, 150)
-    assert totals["funnel"][-2:] == [["near dedup", 190], ["no benchmark", 150]]
-    assert totals["characters"] == sum(
-        len(record["text"]) for record in map(json.loads, texts.read_text().splitlines()) if record["id"] not in truth
-    )
-    assert result["benchmarks"]["hits"] == len(hits_of(tmp_path / "corpus")) == 40
-    assert "contaminated" in (tmp_path / "corpus" / "report.html").read_text()

@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import importlib
 import json
-import math
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -237,7 +236,7 @@ def test_the_funnel_beside_the_papers_is_of_chinese_documents(built):
     funnel = dict(report["subsets"]["zh_cc"]["funnel"])
     page = (built[0] / "report.html").read_text()
     table = page[page.index("Beside the paper") : page.index("Why documents were rejected")]
-    assert "<th>unknown</th>" in page and "unknown" not in table and ">en<" not in table
+    assert "<td>unknown</td>" in page and "unknown" not in table and ">en<" not in table
     for stage in ("language", "exact dedup", "near dedup"):
         assert f">{html._text(round(100 * funnel[stage] / funnel['read'], 1))}</td>" in table
 
@@ -252,8 +251,15 @@ def test_clusters_show_what_a_removed_document_repeats(built):
             assert pair["first"]["excerpt"] != pair["second"]["excerpt"]
 
 
-def test_rejections_by_benchmarks_lie_beside_the_others(built):
-    layout = Layout(str(built[0]))
-    with gzip.open(layout.rejected(5, "benchmarks")) as lines:
+def test_what_holds_an_item_of_a_benchmark_is_left_out_and_counted(built):
+    folder, result, _ = built
+    with gzip.open(Layout(str(folder)).rejected(5, "benchmarks")) as lines:
         (record,) = map(json.loads, lines)
-    assert record["id"] == "seen" and math.isclose(record["reasons"][0]["value"], 1.0)
+    (reason,) = record["reasons"]
+    assert (record["id"], reason["rule"], reason["value"], reason["item"]) == ("seen", "contaminated", 1, "the item")
+    kept = [document for subset in ("zh_cc", "en", "code") for document in examples(folder, subset).values()]
+    totals = result["totals"]
+    assert (len(kept), sum(len(document["text"]) for document in kept)) == (totals["kept"], totals["characters"])
+    assert totals["contaminated"] == 1 and "seen" not in {document["id"] for document in kept}
+    assert totals["funnel"][-2:] == [["near dedup", totals["kept"] + 1], ["no benchmark", totals["kept"]]]
+    assert (folder / "hits.jsonl").read_text().count("\n") == result["benchmarks"]["hits"] == 1

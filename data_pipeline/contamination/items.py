@@ -15,7 +15,7 @@ class BenchmarkConfig:
     """Which items are looked for, and from what on a text counts as having seen one.
 
     data: folder of the benchmarks' files as published; tasks: declared tasks that are read from it, as in `ctllm eval`.
-    items: globs of JSON lines, each with `field` and, if it has one, `id`.
+    items: globs of JSON lines, each with `field` (a text, or several) and, if it has one, `id`.
     ngram: units (Chinese characters, or words of scripts that part them) that an item and a text must share in a row.
     min_coverage: share of an item's units in shared n-grams from which on it was seen; 0: one n-gram is enough.
     """
@@ -71,6 +71,8 @@ def read_items(config: BenchmarkConfig) -> tuple[list[Item], list[str]]:
 
 def _own(file: InputFile, field: str) -> Iterator[Item]:
     for number, row in enumerate(read_jsonl(file.path), 1):
-        if not isinstance(row.get(field), str):
+        texts = row.get(field)
+        texts = texts if isinstance(texts, list) else [texts]
+        if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{file.path}: entry {number}: no text under {field!r} (it has: {', '.join(row)})")
-        yield Item(file.name, str(row.get("id", number)), row[field])
+        yield Item(file.name, str(row.get("id", number)), "\n".join(texts))
