@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ctllm_jax.common import html
@@ -189,28 +189,25 @@ def _duplicates(found: Mapping[str, Any]) -> str:
     if not found["duplicates"]:
         return html.paragraph("There are none, or they repeat an earlier corpus.", "soft")
     note = (
-        "What stays (left) and what repeats it (right), from shortly before the first difference on: the least similar "
-        "pairs, then exact ones. What the other text lacks is marked."
+        "What stays (left) and what repeats it, from shortly before the first difference on: clusters with the least "
+        "similar copies, then exact ones. Marked is what the first copy changes, and what each copy has of its own."
     )
-    return html.paragraph(note, "soft") + "".join(map(_pair, found["duplicates"]))
+    return html.paragraph(note, "soft") + "".join(map(_cluster, found["duplicates"]))
 
 
-def _pair(pair: Mapping[str, Any]) -> str:
-    headings = [
-        f"{pair['first']['id']}: stays",
-        f"{pair['second']['id']}: {pair['kind']} duplicate, similarity {pair['similarity']:.2f}",
-    ]
-    pieces = _differences(pair["first"]["excerpt"], pair["second"]["excerpt"])
-    return html.side_by_side(list(zip(headings, pieces, strict=True)))
+def _cluster(cluster: Mapping[str, Any]) -> str:
+    first, copies = cluster["first"], cluster["copies"]
+    columns = [(f"{first['id']}: stays", _own(first["excerpt"], copies[0]["excerpt"]))]
+    for copy in copies:
+        heading = f"{copy['id']}: {cluster['kind']} duplicate, similarity {copy['similarity']:.2f}"
+        columns.append((heading, _own(copy["excerpt"], first["excerpt"])))
+    return html.side_by_side(columns)
 
 
-def _differences(first: str, second: str) -> tuple[Sequence[tuple[str, bool]], Sequence[tuple[str, bool]]]:
-    """Both texts in pieces, with whether each piece is missing in the other."""
-    blocks = difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes()
-    return (
-        [(first[a:b], kind != "equal") for kind, a, b, _, _ in blocks],
-        [(second[a:b], kind != "equal") for kind, _, _, a, b in blocks],
-    )
+def _own(text: str, other: str) -> list[tuple[str, bool]]:
+    """A text in pieces, with whether each is missing in another."""
+    blocks = difflib.SequenceMatcher(None, other, text, autojunk=False).get_opcodes()
+    return [(text[begin:end], kind != "equal") for kind, _, _, begin, end in blocks]
 
 
 def _benchmarks(seen: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ def built(tmp_path_factory):
         {"id": "seen", "text": f"{prose(random)}。{item}"},
         {"id": "script copy", "text": HOSTILE + prose(np.random.default_rng(5)) + "完。"},
         {"id": EVIL, "text": HOSTILE + prose(np.random.default_rng(5)) + "终。"},
+        {"id": "script copy 3", "text": HOSTILE + prose(np.random.default_rng(5)) + "了。"},
     ]
     inputs.append(jsonl(folder / "5.jsonl", hostile))
     write_jsonl(folder / "items.jsonl", [{"id": "the item", "text": item}])
@@ -242,13 +243,13 @@ def test_the_funnel_beside_the_papers_is_of_chinese_documents(built):
 
 
 def test_clusters_show_what_a_removed_document_repeats(built):
-    pairs = json.loads((built[0] / "report.json").read_text())["duplicates"]
-    told = {(pair["kind"], pair["first"]["id"], pair["second"]["id"]) for pair in pairs}
+    found = json.loads((built[0] / "report.json").read_text())["duplicates"]
+    told = {(c["kind"], c["first"]["id"], *(copy["id"] for copy in c["copies"])) for c in found}
     # near ones of one file, and as no exact ones are, exact ones of two
-    assert told == {("near", "script copy", EVIL), ("exact", "doc7", "exact")}
-    for pair in pairs:
-        if pair["kind"] == "near":
-            assert pair["first"]["excerpt"] != pair["second"]["excerpt"]
+    assert told == {("near", "script copy", EVIL, "script copy 3"), ("exact", "doc7", "exact")}
+    near = next(cluster for cluster in found if cluster["kind"] == "near")
+    assert all(copy["excerpt"] != near["first"]["excerpt"] for copy in near["copies"])
+    assert [copy["similarity"] for copy in near["copies"]] == sorted(copy["similarity"] for copy in near["copies"])
 
 
 def test_what_holds_an_item_of_a_benchmark_is_left_out_and_counted(built):
