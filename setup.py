@@ -34,6 +34,7 @@ DATA = [
     "jieba",  # the segmenter of the released filter; ours is rjieba
     "numba",  # loops over characters and hashes
     "orjson",
+    "pyarrow",  # what the filters measured, in columns
     "rjieba",  # jieba's segmentation, 20 times faster
     "seqio",
     "tensorflow",

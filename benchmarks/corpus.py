@@ -1,7 +1,8 @@
 """The corpus stage beside datatrove's: documents per CPU second and memory of filters and deduplication, and what
-deduplication finds of duplicates that were planted.
+deduplication finds of duplicates, and the search for benchmarks of items, that were planted.
 
-    python benchmarks/corpus.py [--part filters|dedup|memory] [--quick] [--input 'raw/*.jsonl.gz' ...] [--folder DIR]
+    python benchmarks/corpus.py [--part filters|dedup|contamination|memory] [--quick]
+        [--input 'raw/*.jsonl.gz' ...] [--folder DIR]
 
 benchmarks/README.md says what is counted, and how.
 """
@@ -15,7 +16,9 @@ import shutil
 import sys
 import tempfile
 
-from common import Cost, environment, finish, least, measure, middle, pin, table, take_turns
+from common import CTLLM, Cost, environment, finish, least, measure, middle, pin, table, take_turns
+from corpus_contamination import ITEMS, write_contaminated
+from corpus_contamination import score as score_hits
 from corpus_inputs import write_corpus
 from corpus_planted import SIMILAR, score, write_planted
 
@@ -29,14 +32,14 @@ FEW_MB, FILTERS_MB, DEDUP_MB, LARGE_MB = 0.05, 16, 40, (160, 640)
 def main() -> None:
     """Runs the comparison and prints its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["filters", "dedup", "memory"], help="one part alone")
+    parser.add_argument("--part", choices=["filters", "dedup", "contamination", "memory"], help="one part alone")
     parser.add_argument("--quick", action="store_true", help="small inputs, one round")
     parser.add_argument("--input", nargs="*", default=[], help="globs of Chinese documents; none: the sample's")
     parser.add_argument("--folder", help="keeps the inputs, and finds those that an earlier run made")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(options.folder or scratch).resolve()
-        python = environment("corpus", PEERS)
+        python = environment("corpus", PEERS) if options.part in (None, "filters", "dedup") else ""
         pin()
         quick = options.quick
         rounds, large = (1, (2, 8)) if quick else (2, LARGE_MB)
@@ -45,6 +48,8 @@ def main() -> None:
             figures |= filters(folder, options.input, python, out, 2 if quick else FILTERS_MB, rounds)
         if options.part in (None, "dedup"):
             figures |= dedup(folder, options.input, python, out, 4 if quick else DEDUP_MB, rounds)
+        if options.part in (None, "contamination"):
+            figures |= contamination(folder, options.input, out, 4 if quick else DEDUP_MB, rounds, large)
         if options.part in (None, "memory"):
             figures |= memory(folder, options.input, out, large)
     ratios = {name: value for name, value in figures.items() if name.endswith("_ratio")}
@@ -153,6 +158,41 @@ def _removed_by_us(output: pathlib.Path) -> dict[str, str]:
 
 def _removed_by_datatrove(output: pathlib.Path) -> dict[str, None]:
     return {json.loads(line)["id"]: None for path in (output / "removed").iterdir() for line in path.open()}
+
+
+def contamination(folder, patterns, out: pathlib.Path, megabytes: float, rounds: int, large: tuple) -> dict:
+    """`ctllm contamination`, JSON lines in, hits out; what was found of planted items; its memory as documents grow."""
+    sizes = {size: folder / f"{size:g}mb_contaminated" for size in (FEW_MB, megabytes, *large)}
+    counts = {size: write_contaminated(place, patterns, size) for size, place in sizes.items()}
+
+    def run(size: float) -> Cost:
+        shutil.rmtree(out / "seen", ignore_errors=True)
+        flags = [
+            f"--config.documents=('{sizes[size]}/documents.jsonl',)",
+            f"--config.benchmarks.items=('{sizes[megabytes]}/items.jsonl',)",
+        ]
+        return measure([*CTLLM, "contamination", *flags, f"--workdir={out / 'seen'}"])
+
+    run(FEW_MB)  # numba compiles once for all that follows
+    peaks = {size: run(size).peak_mib for size in large}
+    starts, costs = (take_turns({"": functools.partial(run, size)}, rounds)[""] for size in (FEW_MB, megabytes))
+    found = score_hits(sizes[megabytes] / "key.json", out / "seen" / "hits.jsonl")
+    seconds = least(costs) - least(starts)
+    table(
+        f"contamination: {counts[megabytes]:,} documents, {megabytes:g} MB, {ITEMS:,} items",
+        ("", "CPU s", "start CPU s", "documents/CPU s", "recall", "precision", *found.by_kind),
+        [
+            ("ctllm", least(costs), least(starts), counts[megabytes] / seconds, found.recall, found.precision)
+            + tuple(found.by_kind.values())
+        ],
+    )
+    table("contamination: memory", ("MB", "MiB"), [(f"{size:g}", peak) for size, peak in peaks.items()])
+    return {
+        "contamination_documents_per_cpu_s": counts[megabytes] / seconds,
+        "contamination_recall": found.recall,
+        "contamination_precision": found.precision,
+        "contamination_mib": {f"{size:g}": peak for size, peak in peaks.items()},
+    }
 
 
 def memory(folder, patterns, out: pathlib.Path, sizes: tuple[float, ...]) -> dict:

@@ -101,12 +101,12 @@ def _write(path: pathlib.Path, key: pathlib.Path, megabytes: float, patterns: Se
 def _planted(sources: list[dict], planted: dict[str, dict]) -> Iterator[tuple[int, dict]]:
     """(place, document) for ever; notes in `planted` what was planted: {id: {of, kind, jaccard}}."""
     place = 0
-    for round_number, renamed in enumerate(_rounds(sources)):
+    for round_number, renamed in enumerate(exchanged_rounds(sources)):
         rng = random.Random(round_number)
         chosen = [i for i, source in enumerate(renamed) if i % _EVERY == 0 and len(source["text"]) >= 100]
         kinds = {i: list(_KINDS)[n % len(_KINDS)] for n, i in enumerate(chosen)}
         texts = [renamed[i]["text"] for i in chosen if kinds[i] == "script"]
-        scripts = iter(_convert([(_SCRIPTS[n % 3], text) for n, text in enumerate(texts)]))
+        scripts = iter(convert([(_SCRIPTS[n % 3], text) for n, text in enumerate(texts)]))
         for i, source in enumerate(renamed):
             yield place, source
             if i in kinds:
@@ -132,7 +132,7 @@ def _delayed(placed: Iterable[tuple[int, dict]]) -> Iterator[dict]:
 # ---- Copies
 
 
-def _edited(share: float, text: str, rng: random.Random) -> str:
+def edited(share: float, text: str, rng: random.Random) -> str:
     characters = list(text)
     for _ in range(max(1, round(len(text) * share))):
         characters[rng.randrange(len(text))] = rng.choice(text)
@@ -150,21 +150,21 @@ def _shuffled(text: str, rng: random.Random) -> str:
     return "\n".join(paragraphs)
 
 
-def _reformed(text: str, rng: random.Random) -> str:
+def reformed(text: str, rng: random.Random) -> str:
     """Other marks, widths and spaces."""
     wide = [chr(ord(c) + 0xFEE0) if c.isascii() and c.isalnum() else c for c in text.translate(_MARKS)]
     return "".join(c + " " * (rng.random() < 0.05) for c in wide)
 
 
 _KINDS = {
-    "edited 0.5 %": functools.partial(_edited, 0.005),
-    "edited 1 %": functools.partial(_edited, 0.01),
-    "edited 2 %": functools.partial(_edited, 0.02),
+    "edited 0.5 %": functools.partial(edited, 0.005),
+    "edited 1 %": functools.partial(edited, 0.01),
+    "edited 2 %": functools.partial(edited, 0.02),
     "boilerplate": lambda text, rng: _HEADER + text + _FOOTER,
     "sentences dropped": _dropped,
     "cut to 85 %": lambda text, rng: text[: int(0.85 * len(text))],
     "paragraphs shuffled": _shuffled,
-    "form": _reformed,
+    "form": reformed,
     "script": None,  # by OpenCC
 }
 
@@ -172,11 +172,11 @@ _KINDS = {
 # ---- Similarity
 
 
-def grams(text: str) -> set[str]:
-    """5-grams of the text without case, width, punctuation, symbols and space."""
+def grams(text: str, size: int = _GRAM) -> set[str]:
+    """n-grams of the text without case, width, punctuation, symbols and space."""
     folded = unicodedata.normalize("NFKC", text).lower()
     folded = "".join(c for c in folded if unicodedata.category(c)[0] in "LNM")
-    return {folded[i : i + _GRAM] for i in range(len(folded) - _GRAM + 1)}
+    return {folded[i : i + size] for i in range(len(folded) - size + 1)}
 
 
 def jaccard(first: set[str], second: set[str]) -> float:
@@ -184,7 +184,7 @@ def jaccard(first: set[str], second: set[str]) -> float:
     return len(first & second) / max(len(first | second), 1)
 
 
-def _convert(pairs: Sequence[tuple[str, str]]) -> list[str]:
+def convert(pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Texts by OpenCC's conversions."""
     script = pathlib.Path(__file__).with_name("opencc_convert.py")
     lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
@@ -200,7 +200,7 @@ def _convert(pairs: Sequence[tuple[str, str]]) -> list[str]:
 def _sources(patterns: Sequence[str]) -> list[dict]:
     """The documents without those that are similar to an earlier one, all in simplified script."""
     documents = list(documents_of(patterns))
-    simplified = _convert([("t2s", document["text"]) for document in documents])
+    simplified = convert([("t2s", document["text"]) for document in documents])
     kept, sets, index = [], [], defaultdict(list)
     for number, (document, text) in enumerate(zip(documents, simplified, strict=True)):
         own = grams(text)
@@ -216,7 +216,7 @@ def _sources(patterns: Sequence[str]) -> list[dict]:
     return kept
 
 
-def _rounds(sources: list[dict]) -> Iterator[list[dict]]:
+def exchanged_rounds(sources: list[dict]) -> Iterator[list[dict]]:
     """The sources, then again and again with everything exchanged."""
     yield sources
     text = set("".join(source["text"] for source in sources))

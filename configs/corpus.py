@@ -3,8 +3,10 @@
     ctllm corpus --config=configs/corpus.py --config.input="('raw/*.jsonl.gz',)" --workdir=runs/corpus
 
 Input: JSON lines, plain or gzip, one document each. Output in the work folder: map_cc/<subset> (TFDS),
-rejected/ (every rejected document with every reason, value and threshold), report.html, report.json, hashes/ (for
-comparing a later corpus with this one: `--config.dedup.earlier="('runs/corpus',)"`).
+rejected/ (every rejected document with every reason, value and threshold), report.html, report.json, signals/ (every
+measured value, in Parquet: `ctllm sweep` and `ctllm explain` read it), hashes/ (for comparing a later corpus with this
+one: `--config.dedup.earlier="('runs/corpus',)"`) and, where benchmarks are named (configs/contamination.py says how),
+hits.jsonl.
 
 Filters and deduplication of three kinds; `--config=configs/corpus.py:released` takes the third:
 
@@ -21,6 +23,8 @@ Chinese measure is); a measure without a limit is recorded all the same. Lists o
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.contamination import benchmarks
+
 _CHINESE_SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others")
 
 
@@ -35,6 +39,7 @@ def get_config(filters: str = "default") -> ConfigDict:
     config.filters = {"default": _default, "ct_llm": _ct_llm, "released": _released}[filters]()
 
     config.dedup = _dedup(filters)
+    config.benchmarks = benchmarks()  # documents that hold their items are left out
 
     config.beam = ConfigDict({"runner": "local", "options": ()})
     return config

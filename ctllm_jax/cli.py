@@ -67,6 +67,32 @@ VERBS = {
         "configs/corpus.py",
         "raw documents -> MAP-CC, rejects with every reason, report",
     ),
+    "explain": Verb(
+        "data_pipeline.explain",
+        "ExplainConfig",
+        "configs/explain.py",
+        "corpus + document ids -> where each came from, every rule, duplicates, what became of it",
+        workdir="folder of `ctllm corpus` to look into; nothing is written",
+        short={
+            "text_chars": Short("--text_chars=N", "characters of text to show"),
+            "json": Short("--json", "a JSON object a line instead of text", bare="True"),
+        },
+        bare=("documents", "ID [ID ...]"),
+    ),
+    "sweep": Verb(
+        "data_pipeline.sweep",
+        "SweepConfig",
+        "configs/sweep.py",
+        "corpus -> which share of it other thresholds would keep, from stored signals",
+        workdir="folder of `ctllm corpus` to look into; nothing is written",
+        short={"json": Short("--json", "a JSON object a line instead of a table", bare="True")},
+    ),
+    "contamination": Verb(
+        "data_pipeline.contamination.run",
+        "ContaminationConfig",
+        "configs/contamination.py",
+        "documents, conversations or token store + benchmarks -> which items they hold, and where",
+    ),
     "tokenizer": Verb(
         "data_pipeline.tokenizer",
         "TokenizerConfig",

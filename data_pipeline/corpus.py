@@ -1,6 +1,8 @@
 """`ctllm corpus`: raw documents to MAP-CC, with every rejection accounted for.
 
-    input files --filter--> kept + rejected + hashes --deduplicate--> removals --TFDS--> map_cc/<subset>
+    input files --filter--> kept + rejected + hashes --deduplicate--> survivors --TFDS--> map_cc/<subset>
+
+Where benchmarks are named, survivors that hold their items are left out before TFDS.
 
 Beam's elements are pointers to files and blocks of numbers (TFDS's own writer, which orders records by a hash
 of their id, is the one place where documents are grouped). Each step's output per shard is written whole and
@@ -23,21 +25,26 @@ from ctllm_jax.common.files import expand, identity, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
 from data_pipeline import report
+from data_pipeline.contamination.clean import clean
+from data_pipeline.contamination.items import BenchmarkConfig, read_items
+from data_pipeline.contamination.run import settings_of
 from data_pipeline.dedup.corpora import Corpora, earlier_shards
 from data_pipeline.dedup.minhash import DedupConfig
 from data_pipeline.dedup.stage import deduplicate
 from data_pipeline.documents import SUBSETS, Fields, InputFile, input_files
 from data_pipeline.filters.rules import FilterConfig
 from data_pipeline.filters.stage import FilterSettings, filter_file
+from data_pipeline.report_page import page
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 from data_pipeline.shards import Layout
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    """input: globs of jsonl(.gz); default_source: the subset of records without one (None: rejected)."""
+    """input: globs of jsonl(.gz); default_source: the subset of records without one (None: rejected); benchmarks: whose
+    items no document may hold (none are looked for unless they are named)."""
 
     input: tuple[str, ...]
     fields: Fields
@@ -45,6 +52,7 @@ class CorpusConfig:
     max_record_bytes: int
     filters: FilterConfig
     dedup: DedupConfig
+    benchmarks: BenchmarkConfig
     beam: BeamConfig
 
     def __post_init__(self) -> None:
@@ -65,18 +73,22 @@ def run(config: CorpusConfig, workdir: str) -> dict:
     make_runner(config.beam)  # a wrong name is said before anything is written
     files = input_files(expand(config.input))
     settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("input", "beam")}
+    items, asked = read_items(config.benchmarks) if config.benchmarks.wanted else ([], [])
+    settings["benchmarks"] = settings_of(config.benchmarks)
     settings["dedup"] = {name: v for name, v in settings["dedup"].items() if name != "earlier"}
     fingerprints, earlier = earlier_shards(config.dedup.earlier, config.dedup)
-    inputs = [[file.name, identity(file.path)] for file in files] + fingerprints
+    inputs = [[file.name, identity(file.path)] for file in files] + fingerprints + asked
     stage = open_stage("corpus", VERSION, workdir, settings, inputs)
     layout = Layout(os.path.abspath(workdir))
+    corpora = Corpora(earlier, layout, len(files))
     if not stage.done:
         _filter(files, config, layout)
         with Watch("corpus: deduplicate", len(files), "files", lambda: _count(files, layout.outcome)):
-            deduplicate(Corpora(earlier, layout, len(files)), config.dedup, config.beam)
-        found = report.collect(files, layout)
+            deduplicate(corpora, config.dedup, config.beam)
+        seen = clean(items, len(files), config.benchmarks, layout, config.beam) if items else None
+        found = report.collect(files, corpora, config.filters, seen)
         write_json(layout.report("json"), found)
-        write_atomic(layout.report("html"), report.page(found))
+        write_atomic(layout.report("html"), page(found))
         _tell(found)
         _write_map_cc(found, len(files), layout, config.beam)
         stage.finish(report.summary(found))

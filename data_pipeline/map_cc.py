@@ -68,7 +68,7 @@ class MapCC(tfds.core.GeneratorBasedBuilder):
         subset = self.builder_config.name
         if self._layout is None:  # TFDS builds what it does not find
             raise UserError(f"{self.data_dir}: no such subset here; `ctllm corpus` leaves out those without documents")
-        shards = [n for n in range(self._shards) if self._layout.survivors(n, subset).exists()]
+        shards = [n for n in range(self._shards) if self._layout.written(n, subset).exists()]
         return {"train": self._generate_examples(shards, subset)}
 
     def _generate_examples(self, shards: list[int], subset: str) -> beam.PTransform:
@@ -77,7 +77,7 @@ class MapCC(tfds.core.GeneratorBasedBuilder):
 
 def _examples(shard: int, subset: str, layout: Layout) -> Iterator[tuple[str, dict[str, str]]]:
     """(id, example) of one shard's documents that deduplication left."""
-    for record in read_lines(layout.survivors(shard, subset)):
+    for record in read_lines(layout.written(shard, subset)):
         packed = {name: orjson.dumps(record[name]).decode() for name in ("meta", "signals")}
         yield record["id"], {name: record[name] for name in FIELDS} | packed
 

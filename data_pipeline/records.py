@@ -51,7 +51,7 @@ def read_records(files: Sequence[str], check: Callable[[dict], str | None]) -> R
     seen: set[str] = set()
     for file, name in zip(files, _names(files), strict=True):
         own: set[str] = set()
-        for number, entry in _entries(file):
+        for number, entry in entries(file):
             try:
                 for record in _records(entry, f"{name}:{number}", check):
                     if record["id"] in own:
@@ -98,8 +98,12 @@ def _names(files: Sequence[str]) -> list[str]:
 # ---- Files
 
 
-def _entries(file: str) -> Iterator[tuple[int, Any]]:
-    """(number, parsed entry, or Unusable with the reason) of a file's records."""
+def entries(file: str) -> Iterator[tuple[int, Any]]:
+    """(number from 1, parsed entry, or Unusable with the reason) of a file's records, as they are written.
+
+    Raises:
+      UserError: an array is broken, or larger than MAX_ARRAY.
+    """
     with as_path(file).open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)

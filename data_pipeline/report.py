@@ -1,100 +1,126 @@
-"""What happened to the corpus: a JSON-able summary of the shards' counts, and the page that shows it."""
+"""What happened to the corpus: a JSON-able summary of the shards' counts, and some texts to look at."""
 
+import dataclasses
+import heapq
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ctllm_jax.common import html
-from ctllm_jax.common.files import read_json
-from data_pipeline.documents import SUBSETS, UNKNOWN, InputFile
-from data_pipeline.filters.stage import EXAMPLES
-from data_pipeline.shards import STEPS, Layout
+import xxhash
 
-_DUPLICATES = tuple(f"duplicate_{step}" for step in STEPS)
+from ctllm_jax.common.files import read_json
+from data_pipeline import clusters
+from data_pipeline.contamination.clean import RULE as CONTAMINATED
+from data_pipeline.dedup.corpora import Corpora
+from data_pipeline.documents import SUBSETS, UNKNOWN, InputFile
+from data_pipeline.filters.measures import family
+from data_pipeline.filters.rules import FilterConfig, Limits
+from data_pipeline.filters.stage import EXAMPLES
+from data_pipeline.shards import STEPS, Layout, read_lines
+
+DUPLICATES = tuple(f"duplicate_{step}" for step in STEPS)
 _COUNTED = (
     "read",
     "well_formed",
     "passed_rules",
     "passed_language",
-    *_DUPLICATES,
+    *DUPLICATES,
+    CONTAMINATED,
     "similar_lines",
     "kept",
     "characters",
     "bytes",
 )
-_SIZES = ("characters", "bytes", "similar_lines")
+_SHOWN = ("histograms", "limits", "examples", "samples", "duplicates")  # what is only for the page
+_SAMPLES, _EXCERPT, _LOOKED_AT = 4, 600, 4096  # kept documents shown, characters of each, documents to choose from
 FUNNEL = ("read", "well-formed", "rules", "language", "unique id", "exact dedup", "near dedup")
 
 
-def collect(files: list[InputFile], layout: Layout) -> dict[str, Any]:
-    """Adds up the counts of all shards.
+def collect(
+    files: list[InputFile], corpora: Corpora, filters: FilterConfig, benchmarks: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Adds up the counts of all shards, and takes some texts to look at from the folder `work`.
+
+    benchmarks: what `contamination.clean` found; None: no benchmark was looked for.
 
     Returns a dict with
       subsets: {subset: {read, well_formed, passed_rules, passed_language, duplicate_id, duplicate_exact,
-        duplicate_near, similar_lines (sentences dropped), kept (documents), characters, bytes (of kept text,
-        UTF-8), malformed: {reason: n},
+        duplicate_near, contaminated, similar_lines (sentences dropped), kept (documents), characters, bytes (of kept
+        text, UTF-8), malformed: {reason: n},
         rules: {rule: n}, funnel: [[stage, documents left], ...]}}; 'unknown': no source can be told;
       totals: the same over all subsets;
+      histograms: {subset: {measure: {bin: documents}}}, see `signals.bin_edge`;
+      limits: {subset: {measure: {bound: limit}}};
       examples: {rule: up to 3 rejected {id, excerpt, value, threshold, ...}};
-      files, empty_files, damaged_files.
+      samples: {subset: some kept {id, url, excerpt}}; duplicates: see `clusters.examples`;
+      files, empty_files, damaged_files, benchmarks.
     """
+    layout, looked = corpora.layout, benchmarks is not None
     subsets: dict[str, dict[str, Any]] = {}
     examples: dict[str, list] = {}
+    histograms: dict[str, dict[str, Counter]] = {}
     empty, damaged = [], []
     for file in files:
-        counts, outcome = read_json(layout.counts(file.index)), read_json(layout.outcome(file.index))
+        counts = read_json(layout.counts(file.index))
         if counts["damage"]:
             damaged.append({"file": file.path, "damage": counts["damage"], "records": counts["records"]})
         elif not counts["records"]:
             empty.append(file.path)
-        for part in (counts, outcome):
+        later = [layout.outcome(file.index), *([layout.cleaned(file.index)] if looked else [])]
+        for part in (counts, *map(read_json, later)):
             for subset, values in part["subsets"].items():
                 _add(subsets.setdefault(subset, _zero()), values)
             for rule, found in part["examples"].items():
                 kept = examples.setdefault(rule, [])
                 kept.extend(found[: EXAMPLES - len(kept)])
+        for subset, measures in counts["histograms"].items():
+            for name, bins in measures.items():
+                histograms.setdefault(subset, {}).setdefault(name, Counter()).update(bins)
     totals = _zero()
     for values in subsets.values():
         _add(totals, values)
     order = [name for name in (*SUBSETS, UNKNOWN) if name in subsets]
     return {
         "map_cc": layout.map_cc.name,
-        "totals": _finished(totals),
-        "subsets": {name: _finished(subsets[name]) for name in order},
+        "totals": _finished(totals, looked),
+        "subsets": {name: _finished(subsets[name], looked) for name in order},
+        "histograms": {name: histograms[name] for name in order if name in histograms},
+        "limits": {name: _limits(filters, name) for name in order if name in histograms},
         "examples": dict(sorted(examples.items())),
+        "samples": {name: _samples(layout, name, len(files)) for name in order if subsets[name]["kept"]},
+        "duplicates": clusters.examples(corpora),
         "files": len(files),
         "empty_files": empty,
         "damaged_files": damaged,
+        "benchmarks": benchmarks,
     }
 
 
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's result: `collect` without the examples."""
-    return {key: value for key, value in found.items() if key != "examples"}
+    """The manifest's result: `collect` without what is only for the page."""
+    return {key: value for key, value in found.items() if key not in _SHOWN}
 
 
-def page(found: Mapping[str, Any]) -> str:
-    """The report as one HTML page."""
-    totals = found["totals"]
-    lead = f"{totals['read']:,} records in {found['files']:,} files; {totals['kept']:,} documents kept"
-    duplicates = sum(totals[name] for name in _DUPLICATES)
-    cards = html.cards(
-        {
-            "records read": totals["read"],
-            "documents kept": totals["kept"],
-            "characters kept": totals["characters"],
-            "rejected by filters": totals["well_formed"] - totals["passed_language"],
-            "duplicates": duplicates,
-            "malformed records": totals["read"] - totals["well_formed"],
-        }
-    )
-    sections = [
-        ("Overview", cards + _file_notes(found)),
-        ("Funnel", _funnel(found)),
-        ("Why documents were rejected", _reasons(found)),
-        ("Examples", _examples(found)),
-    ]
-    return html.page("Corpus", lead, sections)
+def _limits(filters: FilterConfig, subset: str) -> dict[str, dict[str, float]]:
+    limits = dict(filters.rules.get(family(subset), {}))
+    if language := filters.languages.get(subset):
+        limits["language_score"] = Limits(min=language.min_score)
+    return {
+        name: {bound: value for bound, value in dataclasses.asdict(limit).items() if value is not None}
+        for name, limit in limits.items()
+    }
+
+
+def _samples(layout: Layout, subset: str, shards: int) -> list[dict[str, str]]:
+    """Kept documents of the first shard that has any: of its first thousands, those with the least hashes of ids."""
+    for shard in range(shards):
+        if layout.written(shard, subset).exists():
+            records = itertools.islice(read_lines(layout.written(shard, subset)), _LOOKED_AT)
+            chosen = heapq.nsmallest(_SAMPLES, records, key=lambda r: xxhash.xxh3_64_intdigest(r["id"].encode()))
+            if chosen:
+                return [{"id": r["id"], "url": r["url"], "excerpt": r["text"][:_EXCERPT]} for r in chosen]
+    return []
 
 
 def _zero() -> dict[str, Any]:
@@ -109,60 +135,16 @@ def _add(target: dict[str, Any], values: Mapping[str, Any]) -> None:
             target[name] += value
 
 
-def _finished(values: dict[str, Any]) -> dict[str, Any]:
-    """Sorted by frequency, with the funnel: documents left after each stage."""
+def _finished(values: dict[str, Any], looked: bool) -> dict[str, Any]:
+    """Sorted by frequency, with the funnel: documents left after each stage. looked: whether for benchmarks."""
     left = [values["read"], values["well_formed"], values["passed_rules"], values["passed_language"]]
-    for name in _DUPLICATES:
+    for name in (*DUPLICATES, *([CONTAMINATED] if looked else [])):
         left.append(left[-1] - values[name])
     if left[-1] != values["kept"]:
         raise AssertionError(f"documents lost: {left[-1]} should be left, {values['kept']} are")
+    stages = (*FUNNEL, *(["no benchmark"] if looked else []))
     ordered = {
         name: dict(sorted(values[name].items(), key=lambda item: (-item[1], item[0])))
         for name in ("malformed", "rules")
     }
-    return values | ordered | {"funnel": [list(step) for step in zip(FUNNEL, left, strict=True)]}
-
-
-def _file_notes(found: Mapping[str, Any]) -> str:
-    notes = [html.paragraph(f"{e['file']} is damaged: {e['damage']}", "bad") for e in found["damaged_files"]]
-    notes += [html.paragraph(f"{path} holds no record", "soft") for path in found["empty_files"]]
-    return "".join(notes)
-
-
-def _funnel(found: Mapping[str, Any]) -> str:
-    rows = [
-        [name, *(count for _, count in values["funnel"]), *(values[size] for size in _SIZES)]
-        for name, values in {**found["subsets"], "all": found["totals"]}.items()
-    ]
-    return html.paragraph("Documents left after each stage, then what is kept.", "soft") + html.table(
-        ["subset", *FUNNEL, "characters", "bytes", "similar lines dropped"], rows
-    )
-
-
-def _reasons(found: Mapping[str, Any]) -> str:
-    totals = found["totals"]
-    reasons = {**totals["malformed"], **totals["rules"]}
-    reasons |= {name: totals[name] for name in _DUPLICATES if totals[name]}
-    note = html.paragraph("A document that breaks several rules counts for each of them.", "soft")
-    bars = dict(sorted(reasons.items(), key=lambda item: -item[1]))
-    return note + html.bar_chart("Rejections by reason", bars)
-
-
-def _examples(found: Mapping[str, Any]) -> str:
-    parts = []
-    for rule, examples in found["examples"].items():
-        shown = "".join(
-            html.paragraph(_because(example), "soft") + html.quote(example["excerpt"]) for example in examples
-        )
-        parts.append(html.details(rule, shown))
-    return "".join(parts) or html.paragraph("Nothing was rejected.")
-
-
-def _because(example: Mapping[str, Any]) -> str:
-    if example.get("kind") == "id":
-        return f"{example['id']} was there before, with another text or the same"
-    if "duplicate_of" in example:
-        return f"{example['id']} repeats {example['duplicate_of']} (similarity {example['similarity']:.2f})"
-    if "threshold" in example:
-        return f"{example['id']}: {example['value']} ({example['bound']} {example['threshold']})"
-    return f"{example['id']}: {example['value']}"
+    return values | ordered | {"funnel": [list(step) for step in zip(stages, left, strict=True)]}

@@ -19,6 +19,8 @@ import zstandard
 from ctllm_jax.common.files import atomic_file
 
 HASHES = "hashes"  # folder of a corpus's hashes, for comparing a later one with it
+SIGNALS = "signals"  # folder of what the filters measured
+HITS = "hits.jsonl"  # items of benchmarks that documents hold
 STEPS = ("id", "exact", "near")  # of deduplication, in order: each sees only what the ones before left
 REMOVAL = np.dtype([("row", "<u4"), ("of_shard", "<u4"), ("of_row", "<u4"), ("similarity", "<f4")])
 
@@ -76,9 +78,31 @@ class Layout:
         """What deduplication did to a shard; written last."""
         return self._work("deduplicated") / f"{shard:05d}.json"
 
+    def clean(self, shard: int, subset: str) -> pathlib.Path:
+        """Survivors of one subset that hold no item of a benchmark; there where benchmarks were looked for."""
+        return self._work("clean") / f"{shard:05d}.{subset}.jsonl.zst"
+
+    def written(self, shard: int, subset: str) -> pathlib.Path:
+        """Documents of one subset that go into MAP-CC."""
+        clean = self.clean(shard, subset)
+        return clean if clean.exists() else self.survivors(shard, subset)
+
+    def cleaned(self, shard: int) -> pathlib.Path:
+        """What the search for benchmarks did to a shard; written last."""
+        return self._work("clean") / f"{shard:05d}.json"
+
+    def hits(self, shard: int) -> pathlib.Path:
+        """A shard's part of HITS."""
+        return self._work("clean") / f"{shard:05d}.hits.jsonl"
+
     def rejected(self, shard: int, stage: str) -> pathlib.Path:
-        """What was rejected, with reasons: by 'filter', by 'dedup', or as similar 'lines'. Part of the result."""
+        """What was rejected, with reasons: by 'filter', 'dedup', 'benchmarks', or as similar 'lines'. Part of the
+        result."""
         return pathlib.Path(self.root) / "rejected" / f"{shard:05d}.{stage}.jsonl.gz"
+
+    def signals(self, shard: int, subset: str) -> pathlib.Path:
+        """What the filters measured of a shard's documents of a subset, in columns (signals.py). Part of the result."""
+        return pathlib.Path(self.root) / SIGNALS / f"{shard:05d}.{subset}.parquet"
 
     def report(self, ending: str) -> pathlib.Path:
         """report.json or report.html. Part of the result."""

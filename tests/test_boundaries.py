@@ -25,6 +25,8 @@ SHARED = {
     "ctllm_jax.data.order",
     "ctllm_jax.data.store",
     "ctllm_jax.evaluate.questions",
+    "ctllm_jax.evaluate.declarations",
+    "ctllm_jax.evaluate.texts",
 }
 LONGEST = 400  # lines of a file
 

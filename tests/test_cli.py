@@ -19,6 +19,8 @@ from ctllm_jax.common.errors import UserError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What a verb's default config leaves to the user.
 NEEDED = {
+    "contamination": ["--config.corpus=CORPUS"],
+    "explain": ["ID"],
     "tokenize": ["--config.corpus=CORPUS"],
     "select": ["--config.scores=DIR"],
     "pairs": ["--config.earlier=DIR"],
@@ -162,7 +164,10 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pretrain"], "unknown verb 'pretrain'; there are: corpus, tokenizer, tokenize, plan, train"),
+        (
+            ["pretrain"],
+            "unknown verb 'pretrain'; there are: corpus, explain, sweep, contamination, tokenizer",
+        ),
         (["convert", "--nosuch=1"], "convert: Unknown command line flag 'nosuch'"),
         (["convert", "--config.nosuch=1"], "nosuch"),
         (["train", "--config=configs/pretrain.py:tiny", "--config.optimizer.nosuch=1"], "nosuch"),

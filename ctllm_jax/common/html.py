@@ -43,6 +43,8 @@ figure { margin: 0; }
 .legend span { margin-right: 1rem; white-space: nowrap; }
 .legend i { display: inline-block; width: 10px; height: 3px; margin-right: .35rem; vertical-align: middle; }
 .told:hover { fill-opacity: 1; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: .8rem; }
+mark { background: #f5c84c66; color: inherit; }
 svg { max-width: 100%; height: auto; }
 svg text { font-size: 11px; fill: var(--soft); }
 summary { cursor: pointer; }
@@ -209,6 +211,60 @@ def bar_chart(title: str, bars: Mapping[str, float], unit: str = "") -> str:
             f'<text x="{left + value / top * room + 5:.1f}" y="{y + 15}">{_text(value)}{_text(unit)}</text>'
         )
     return _figure(title, row * len(bars) + 4, parts)
+
+
+def histogram(
+    title: str, bars: Sequence[tuple[float, float, float, bool]], marks: Mapping[str, float], ticks: Mapping[str, float]
+) -> str:
+    """Columns of an area that grows with the square root of their height, so that few beside many are still seen.
+
+    Args:
+      title: above the chart.
+      bars: (begin, end, height, struck) along one axis; those that are struck out are red.
+      marks: vertical lines {name: where}.
+      ticks: {label: where} below the axis.
+    """
+    if not bars:
+        return paragraph(f"{title}: no data", "soft")
+    places = [edge for begin, end, _, _ in bars for edge in (begin, end)] + list(marks.values())
+    low, high = min(places), max(places)
+    top, room, floor = max(height for _, _, height, _ in bars) or 1, 84, 100
+
+    def x(place: float) -> float:
+        return 10 + (place - low) / (high - low or 1) * (_WIDTH - 20)
+
+    parts = []
+    for struck, colour in ((False, _COLOURS[0]), (True, _COLOURS[4])):
+        path = "".join(
+            f"M{x(begin):.1f} {floor}V{floor - room * math.sqrt(height / top):.1f}H{x(end) - 0.8:.1f}V{floor}z"
+            for begin, end, height, red in bars
+            if height and red == struck
+        )
+        parts.append(f'<path d="{path}" fill="{colour}"/>' if path else "")
+    for name, place in marks.items():
+        side = "start" if x(place) < _WIDTH / 2 else "end"
+        parts.append(
+            f'<line x1="{x(place):.1f}" x2="{x(place):.1f}" y1="2" y2="{floor}" stroke="var(--ink)" '
+            f'stroke-dasharray="4 3"/><text x="{x(place) + (4 if side == "start" else -4):.1f}" y="11" '
+            f'text-anchor="{side}">{_text(name)}</text>'
+        )
+    parts += [
+        f'<text x="{x(place):.1f}" y="{floor + 13}" text-anchor="middle">{_text(label)}</text>'
+        for label, place in ticks.items()
+        if low <= place <= high
+    ]
+    return _figure(title, floor + 18, parts)
+
+
+def side_by_side(columns: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> str:
+    """Texts beside each other, line breaks kept: (heading, pieces) each, a piece with whether it is to stand out."""
+    cells = "".join(
+        f"<div><p class=soft>{_text(heading)}</p><pre>"
+        + "".join(f"<mark>{_text(piece)}</mark>" if marked else _text(piece) for piece, marked in pieces)
+        + "</pre></div>"
+        for heading, pieces in columns
+    )
+    return f"<div class=beside>{cells}</div>"
 
 
 @dataclasses.dataclass(frozen=True)

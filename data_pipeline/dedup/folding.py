@@ -20,6 +20,13 @@ def fold(texts: Sequence[str], is_code: Sequence[bool]) -> tuple[np.ndarray, np.
     return kernels.keep_images(points_T, ends_N, np.array(is_code, bool), *_images())
 
 
+def fold_words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """As `fold`, but what is left out of a text stands there as a space each, so that words stay apart."""
+    points_T, ends_N = batch.fold(texts, *batch.code_points(texts))
+    image = _apart()
+    return kernels.keep_images(points_T, ends_N, np.zeros(len(texts), bool), image, image)
+
+
 @functools.cache
 def _images() -> tuple[np.ndarray, np.ndarray]:
     """[CODES] uint32 each, for text and for code: what a character of NFKC text becomes; 0: it is left out."""
@@ -32,6 +39,12 @@ def _images() -> tuple[np.ndarray, np.ndarray]:
     words = np.isin(categories, np.frombuffer(b"LNM", np.uint8))
     printed = ~np.isin(categories, np.frombuffer(b"ZC", np.uint8))
     return np.where(words, image, 0), np.where(printed, image, 0)
+
+
+@functools.cache
+def _apart() -> np.ndarray:
+    """[CODES] uint32: the image for text, with a space for what it leaves out."""
+    return np.maximum(_images()[0], np.uint32(ord(" ")))
 
 
 def _caseless(letter: str) -> str:

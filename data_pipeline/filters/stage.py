@@ -15,6 +15,7 @@ from data_pipeline.dedup.store import HashWriter
 from data_pipeline.documents import EXCERPT, Document, DocumentReader, Fields, InputFile, Malformed
 from data_pipeline.filters.rules import FilterConfig, Filters, Verdict
 from data_pipeline.shards import Layout, gzip_writer, json_line, zstd_writer
+from data_pipeline.signals import SignalWriter
 
 _DOCUMENTS, _CHARACTERS = 512, 1 << 19  # a batch is closed when it holds this many of either
 EXAMPLES = 3  # rejected documents shown per rule and file
@@ -39,14 +40,18 @@ def filter_file(file: InputFile, settings: FilterSettings, layout: Layout) -> In
     filters = Filters(settings.filters)
     with contextlib.ExitStack() as stack:
         writer = _Writer(file, layout, stack)
+        signals = SignalWriter(file.path, file.index, layout, stack)
         hashes = stack.enter_context(HashWriter(layout.all_hashes(file.index)))
         for batch, malformed in _batches(reader):
             for item in malformed:
                 writer.malformed(item)
-            judged = [writer.judged(document, verdict) for document, verdict in _judge(filters, batch)]
+            verdicts = _judge(filters, batch)
+            signals.append(verdicts)
+            judged = [writer.judged(document, verdict) for document, verdict in verdicts]
             hashes.append(hash_documents([document for document in judged if document], settings.dedup))
             layout.progress(file.index).write_text(str(reader.records))
-    write_json(layout.counts(file.index), writer.counts | {"records": reader.records, "damage": reader.damage})
+    ended = {"records": reader.records, "damage": reader.damage, "histograms": signals.histograms}
+    write_json(layout.counts(file.index), writer.counts | ended)
     return file
 
 
