@@ -2,9 +2,11 @@
 
     ctllm corpus --config=configs/corpus.py --config.input="('raw/*.jsonl.gz',)" --workdir=runs/corpus
 
-Input: JSON lines, plain or gzip, one document each. Output in the work folder: map_cc/<subset> (TFDS),
-rejected/ (every rejected document with every reason, value and threshold), report.html, report.json, hashes/ (for
-comparing a later corpus with this one: `--config.dedup.earlier="('runs/corpus',)"`).
+Input: globs, local or gs://, of JSON lines, Parquet, WARC or WET, plain, gzip or zstd, told by content; NAME.part00,
+NAME.part01 ... (the released MAP-CC) are one file. `--config.input="('zh_books=books/*.part*', 'en=wet/*.gz')"` says of
+which subset an input's records are; else their `source` does, or `default_source`. Output in the work folder:
+map_cc/<subset> (TFDS), rejected/ (every rejected document with every reason, value and threshold), report.html,
+report.json, hashes/ (for comparing a later corpus with this one: `--config.dedup.earlier="('runs/corpus',)"`).
 
 Filters and deduplication of three kinds; `--config=configs/corpus.py:released` takes the third:
 
@@ -27,7 +29,7 @@ _CHINESE_SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others")
 def get_config(filters: str = "default") -> ConfigDict:
     """`filters` is 'default', 'ct_llm' or 'released'."""
     config = ConfigDict()
-    config.input = ()  # glob patterns
+    config.input = ()  # PATTERN or SUBSET=PATTERN
     config.fields = ConfigDict({"id": "id", "url": "url", "source": "source", "text": "text"})
     config.default_source = "zh_cc"  # of records without a source
     config.max_record_bytes = 16 * 2**20

@@ -19,25 +19,25 @@ from collections.abc import Callable
 import apache_beam as beam
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import expand, identity, write_atomic, write_json
+from ctllm_jax.common.files import identity, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
 from data_pipeline import report
 from data_pipeline.dedup.corpora import Corpora, earlier_shards
 from data_pipeline.dedup.minhash import DedupConfig
 from data_pipeline.dedup.stage import deduplicate
-from data_pipeline.documents import SUBSETS, Fields, InputFile, input_files
+from data_pipeline.documents import SUBSETS, Fields, InputFile, find_inputs
 from data_pipeline.filters.rules import FilterConfig
 from data_pipeline.filters.stage import FilterSettings, filter_file
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 from data_pipeline.shards import Layout
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    """input: globs of jsonl(.gz); default_source: the subset of records without one (None: rejected)."""
+    """input: see `documents.find_inputs`; default_source: the subset of records without one (None: rejected)."""
 
     input: tuple[str, ...]
     fields: Fields
@@ -63,11 +63,11 @@ def run(config: CorpusConfig, workdir: str) -> dict:
     if not config.input:
         raise UserError("input: no files named; give --config.input=PATTERN")
     make_runner(config.beam)  # a wrong name is said before anything is written
-    files = input_files(expand(config.input))
+    files = find_inputs(config.input)
     settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("input", "beam")}
     settings["dedup"] = {name: v for name, v in settings["dedup"].items() if name != "earlier"}
     fingerprints, earlier = earlier_shards(config.dedup.earlier, config.dedup)
-    inputs = [[file.name, identity(file.path)] for file in files] + fingerprints
+    inputs = [[file.name, file.source, *map(identity, file.paths)] for file in files] + fingerprints
     stage = open_stage("corpus", VERSION, workdir, settings, inputs)
     layout = Layout(os.path.abspath(workdir))
     if not stage.done:
