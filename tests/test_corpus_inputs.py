@@ -1,5 +1,6 @@
 """`ctllm corpus` on a real Beam runner, over every input format and over inputs that are damaged or mean harm."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -16,6 +17,7 @@ from test_corpus import config, prose, rejected
 from tiny_archives import answer, by_member, entry, page
 
 from data_pipeline import corpus, map_cc, streams
+from data_pipeline.filters.mask import MaskConfig
 
 pytest.importorskip("resiliparse", exc_type=ImportError)
 LIMIT = 1 << 20  # bytes of a record
@@ -40,7 +42,7 @@ def good(folder) -> dict[str, int]:
     for i in range(3):
         cut = slice(i * len(packed) // 3, (i + 1) * len(packed) // 3)
         (folder / f"zh_books.jsonl.gz.part{i:02d}").write_bytes(packed[cut])
-    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines(*texts(5))))
+    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines(*texts(4), f"{texts(1)[0]}请联系a@b.cn。")))
     (folder / "crawl.warc.wet.gz").write_bytes(wet)
     return {
         str(folder / "rows.parquet"): 4,
@@ -50,17 +52,17 @@ def good(folder) -> dict[str, int]:
     }
 
 
-def harm(folder) -> None:
-    """Inputs that are damaged, or made to do harm: bombs are of 256 MiB and more."""
+def harm(folder, size: int) -> None:
+    """Inputs that are damaged, or made to do harm: bombs of so many bytes."""
     long = lines(*texts(300))
     (folder / "empty.jsonl").write_bytes(b"")
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(long)[:-5000])
     (folder / "cut.jsonl.zst").write_bytes(zstandard.compress(long)[:-5000])
     (folder / "bad.jsonl").write_bytes(b'{"text": "\xff\xfe"}\n{"id": "no text"}\n{"text": ""}\nno JSON\n')
     (folder / "long.jsonl").write_bytes(lines("x" * 50_000_000, *texts(1)))
-    (folder / "bomb.jsonl.gz").write_bytes(gzip.compress(b"\n" * (1 << 20)) * 300)
-    (folder / "bomb.jsonl.zst").write_bytes(zstandard.compress(b"x" * (1 << 28)))
-    table = pa.table({"text": ["x" * (1 << 28)]})
+    (folder / "bomb.jsonl.gz").write_bytes(gzip.compress(b"\n" * (1 << 20)) * (size >> 20))
+    (folder / "bomb.jsonl.zst").write_bytes(zstandard.compress(b"x" * size))
+    table = pa.table({"text": ["x" * size]})
     pq.write_table(table, folder / "bomb.parquet", use_dictionary=False, compression="zstd")
     paths = [{"id": f"{'../' * 8}evil{i}", "text": text} for i, text in enumerate(texts(1))]
     paths += [{"id": "/etc/evil\0\n", "text": texts(1)[0]}]
@@ -82,15 +84,18 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("raw")
     (folder / "harm").mkdir()
     wanted = good(folder)
-    harm(folder / "harm")
+    harm(folder / "harm", 1 << 26)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "JUDGED", 1 << 22)
         settings = config([*wanted, f"{folder}/harm/*"], max_record_bytes=LIMIT)
-        return folder, corpus.run(settings, str(folder / "out" / "corpus"))
+        filters = dataclasses.replace(settings.filters, mask=MaskConfig("<邮箱>", "", "", ""))
+        return folder, corpus.run(dataclasses.replace(settings, filters=filters), str(folder / "out" / "corpus"))
 
 
 def test_every_document_of_every_format_arrives_in_its_subset(built):
-    found = {name: values["kept"] for name, values in built[1]["subsets"].items()}
+    result = built[1]
+    found = {name: values["kept"] for name, values in result["subsets"].items()}
+    assert result["totals"]["masked"] == {"email": 1}
     assert found["zh_books"] == 20 and found["zh_others"] == 3
     ids = [map_cc.find(built[0] / "out" / "corpus" / "map_cc", f"p{i}").source for i in range(4)]
     assert ids == ["zh_cc"] * 4
@@ -112,7 +117,7 @@ def test_damage_is_counted_and_reported_file_by_file(built):
     by_file = [record for record in rejected(folder / "out" / "corpus") if record["reasons"][0]["rule"] in reasons]
     assert {record["file"].rpartition("/")[2] for record in by_file} == {"bad.jsonl", "long.jsonl", "pages.warc.gz"}
     page_of_report = (folder / "out" / "corpus" / "report.html").read_text()
-    assert all(name in page_of_report for name in damaged)
+    assert all(name in page_of_report for name in damaged) and "1 email" in page_of_report
 
 
 def test_an_id_or_a_name_like_a_path_stays_an_id(built):
@@ -127,7 +132,7 @@ def test_an_id_or_a_name_like_a_path_stays_an_id(built):
 @pytest.mark.slow
 def test_harm_costs_a_worker_little_memory(tmp_path):
     """In a process of its own, with the bounds as they are: bombs are judged from 128 MiB on."""
-    harm(tmp_path)
+    harm(tmp_path, 1 << 28)
     program = (
         "import sys; sys.path.insert(0, 'tests'); import test_corpus as t, resource; "
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
