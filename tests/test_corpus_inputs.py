@@ -64,8 +64,8 @@ def harm(folder, size: int) -> None:
     (folder / "bomb.jsonl.zst").write_bytes(zstandard.compress(b"x" * size))
     table = pa.table({"text": ["x" * size]})
     pq.write_table(table, folder / "bomb.parquet", use_dictionary=False, compression="zstd")
-    paths = [{"id": f"{'../' * 8}evil{i}", "text": text} for i, text in enumerate(texts(1))]
-    paths += [{"id": "/etc/evil\0\n", "text": texts(1)[0]}]
+    paths = [{"id": f"{'../' * 8}wicked{i}", "text": text} for i, text in enumerate(texts(1))]
+    paths += [{"id": "/etc/wicked\0\n", "text": texts(1)[0]}]
     (folder / "paths.jsonl").write_text("\n".join(map(json.dumps, paths)))
     laughs = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 30))
     pages = [
@@ -76,7 +76,7 @@ def harm(folder, size: int) -> None:
     ]
     records = [entry("response", record, url=f"http://a/{i}") for i, record in enumerate(pages)]
     (folder / "pages.warc.gz").write_bytes(by_member(*records))
-    (folder / "%2e%2e%2f$(evil).jsonl").write_bytes(lines(*texts(1)))
+    (folder / "%2e%2e%2f$(wicked).jsonl").write_bytes(lines(*texts(1)))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("raw")
     (folder / "harm").mkdir()
     wanted = good(folder)
-    harm(folder / "harm", 1 << 26)
+    harm(folder / "harm", 1 << 25)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "JUDGED", 1 << 22)
         settings = config([*wanted, f"{folder}/harm/*"], max_record_bytes=LIMIT)
@@ -122,11 +122,11 @@ def test_damage_is_counted_and_reported_file_by_file(built):
 
 def test_an_id_or_a_name_like_a_path_stays_an_id(built):
     folder, _ = built
-    for name in ("../" * 8 + "evil0", "/etc/evil\0\n", "%2e%2e%2f$(evil):1"):
+    for name in ("../" * 8 + "wicked0", "/etc/wicked\0\n", "%2e%2e%2f$(wicked):1"):
         assert map_cc.find(folder / "out" / "corpus" / "map_cc", name).id == name
-    outside = [path for path in folder.rglob("*evil*") if "harm" not in path.parts]
+    outside = [path for path in folder.rglob("*wicked*") if "harm" not in path.parts]
     assert outside == [] and [path.name for path in (folder / "out").iterdir()] == ["corpus"]
-    assert not os.path.exists("/etc/evil")
+    assert not os.path.exists("/etc/wicked")
 
 
 @pytest.mark.slow
