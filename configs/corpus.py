@@ -4,7 +4,12 @@
 
 Input: globs, local or gs://, of JSON lines, Parquet, WARC or WET, plain, gzip or zstd, told by content; NAME.part00,
 NAME.part01 ... (the released MAP-CC) are one file. `--config.input="('zh_books=books/*.part*', 'en=wet/*.gz')"` says of
-which subset an input's records are; else their `source` does, or `default_source`. Output in the work folder:
+which subset an input's records are; else their `source` does, or `default_source`. A file, or all parts of one, is read
+by one worker; many can share what was cut at lines first:
+
+    cat zh_cc.jsonl.gz.part* | zcat | split -C 1G -a 5 --additional-suffix=.jsonl.gz --filter='gzip -1 > $FILE' - zh_cc.
+
+Output in the work folder:
 map_cc/<subset> (TFDS), rejected/ (every rejected document with every reason, value and threshold), report.html,
 report.json, hashes/ (for comparing a later corpus with this one: `--config.dedup.earlier="('runs/corpus',)"`).
 

@@ -20,6 +20,7 @@ UNKNOWN = "unknown"  # where a record is counted whose source cannot be told
 EXCERPT = 120  # characters of a text shown in lists and reports
 _PARQUET, _ARCHIVE = b"PAR1", b"WARC/"
 _SKIP = 1 << 20  # bytes read at a time while skipping an over-long record
+_NESTED = 200  # brackets from which on a line may be too deep to be written
 _ROWS = 64  # of a Parquet file, decoded at a time
 
 
@@ -98,9 +99,20 @@ def _parse(raw: bytes, line: int) -> Record | Malformed:
         except UnicodeDecodeError as cause:
             return Malformed(line, "invalid_utf8", str(cause), excerpt(raw))
         return Malformed(line, "invalid_json", str(error), excerpt(raw))
+    if raw.count(b"[") + raw.count(b"{") > _NESTED and not _can_be_written(values):
+        return Malformed(line, "nested_too_deep", "lists and objects in one another", excerpt(raw))
     if not isinstance(values, dict):
         return Malformed(line, "not_an_object", f"found {type(values).__name__}", excerpt(raw))
     return Record(line, values)
+
+
+def _can_be_written(values: Any) -> bool:
+    """Whether JSON that was read can be written again: the reader takes deeper ones than the writer."""
+    try:
+        orjson.dumps([[[values]]])  # it will be a part of other records
+    except orjson.JSONEncodeError:
+        return False
+    return True
 
 
 def _skip_line(stream: BinaryIO) -> int:
@@ -147,9 +159,9 @@ def _rows(file: BinaryIO, limit: int) -> Iterator[Record | Malformed]:
 
 def _cells(table: pq.ParquetFile) -> Iterator[dict[str, pa.Scalar]]:
     for batch in table.iter_batches(batch_size=_ROWS):
+        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
         for i in range(len(batch)):
-            row = zip(batch.schema.names, batch.columns, strict=True)
-            yield {name: column[i] for name, column in row}
+            yield {name: column[i] for name, column in columns.items()}
 
 
 def _bytes(cell: pa.Scalar) -> int:
@@ -164,9 +176,19 @@ def _decoded(number: int, row: dict[str, pa.Scalar]) -> Record | Malformed:
     """A row; what JSON has no form for is said as text."""
     try:
         values = {name: cell.as_py() for name, cell in row.items()}
-        return Record(number, orjson.loads(orjson.dumps(values, default=str)))
+        return Record(number, orjson.loads(orjson.dumps(values, default=_as_text)))
     except UnicodeDecodeError as error:
         return Malformed(number, "invalid_utf8", str(error), excerpt(error.object[: 4 * EXCERPT]))
+
+
+def _as_text(value: Any) -> str | None:
+    """Binary columns hold texts often enough; what is none of theirs is dropped."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 # ---- Web archives

@@ -64,7 +64,10 @@ def _decode(body: bytes, content_type: str) -> str:
     said = [match.group(1) for match in _CHARSET.finditer(content_type)]
     for name in (*said, detect_encoding(body, from_html_meta=True), detect_encoding(body)):
         name = map_encoding_to_html5(name or "utf-8")
-        text = body.decode({"gbk": "gb18030", "x-user-defined": "latin-1"}.get(name, name), "replace")
+        try:
+            text = body.decode("gb18030" if name == "gbk" else name, "replace")
+        except LookupError:  # one that browsers know and Python does not
+            continue
         if text.count("\ufffd") <= _WRONG * len(text):
-            break
-    return text
+            return text
+    return body.decode("utf-8", "replace")

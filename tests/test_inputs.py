@@ -17,6 +17,7 @@ from tiny_archives import answer, by_member, entry
 from ctllm_jax.common.errors import UserError
 from data_pipeline import streams
 from data_pipeline.documents import Document, DocumentReader, Fields, Malformed, find_inputs, input_files
+from data_pipeline.shards import json_line
 
 FIELDS = Fields(id="id", url="url", source="source", text="text")
 LINES = b"".join(json.dumps({"id": i, "text": f"text {i * 7919 % 104729:x}"}).encode() + b"\n" for i in range(5000))
@@ -118,6 +119,16 @@ def test_an_input_named_for_a_subset_is_of_that_subset_whatever_its_records_say(
         find_inputs([f"zh_baike={path}", f"en={tmp_path}/a*"])
 
 
+def test_json_that_could_not_be_written_again_is_refused(tmp_path):
+    depths = [100, *range(240, 260), 1000, 2000]
+    lines = [f'{{"text": "t", "x": {"[" * depth}{"]" * depth}}}'.encode() for depth in depths]
+    items, _ = read(written(tmp_path / "a.jsonl", b"\n".join(lines)))
+    good = [item for item in items if isinstance(item, Document)]
+    for item in good:
+        json_line({"meta": item.meta, "signals": {}})
+    assert 10 < len(good) < 20 and [item.reason for item in items[-2:]] == ["nested_too_deep", "invalid_json"]
+
+
 # ---- Parquet
 
 
@@ -146,6 +157,12 @@ def test_a_parquet_file_that_is_broken_or_in_parts_is_damaged(tmp_path):
     assert "join them" in read(written(tmp_path / "b.part0", data[:999]), written(tmp_path / "b.part1", b"x"))[1].damage
     broken = data[:4] + b"\xff" * 200 + data[204:]
     assert read(written(tmp_path / "broken.parquet", broken))[1].damage
+
+
+def test_binary_columns_are_texts_where_they_can_be(tmp_path):
+    columns = {"text": ["一".encode(), b"\xff"], "picture": [b"\xff\xd8", b"a"]}
+    (first, second), _ = read(parquet(tmp_path / "a.parquet", columns))
+    assert (first.text, first.meta, second.reason) == ("一", {"picture": None}, "no_text")
 
 
 def test_bytes_that_are_no_text_are_named_and_the_rows_around_them_read(tmp_path):

@@ -41,6 +41,13 @@ def test_one_wrong_byte_or_a_cut_does_not_change_the_encoding():
     assert pages.text_of(cut).endswith("修筑")
 
 
+@pytest.mark.parametrize("charset", ["x-mac-cyrillic", "windows-874", "iso-2022-kr", "replacement", "no-such", "\0"])
+def test_an_encoding_that_is_unknown_or_wrong_is_no_error(charset):
+    body = page(PARAGRAPHS, "gb18030").replace(b'charset="gb18030"', f'charset="{charset}"'.encode())
+    assert pages.text_of(body, f"text/html; charset={charset}")
+    assert pages.text_of(bytes(range(128, 256)) * 20, f"text/html; charset={charset}")
+
+
 @pytest.mark.parametrize(
     "record",
     [
