@@ -21,7 +21,7 @@ EXCERPT = 120  # characters of a text shown in lists and reports
 _PARQUET, _ARCHIVE = b"PAR1", b"WARC/"
 _SKIP = 1 << 20  # bytes read at a time while skipping an over-long record
 _NESTED = 200  # brackets from which on a line may be too deep to be written
-_ROWS = 64  # of a Parquet file, decoded at a time
+_ROWS, _DECODED = 64, 1 << 28  # of a Parquet file: decoded together at most, and bytes of their dictionary's texts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,35 +133,37 @@ def _too_long(line: int, size: int, limit: int, raw: bytes) -> Malformed:
 
 
 def _rows(file: BinaryIO, limit: int) -> Iterator[Record | Malformed]:
-    """The rows of a Parquet file, whose pages are read one after the other.
-
-    Columns of texts stay dictionaries of their distinct values: a few bytes may say a long one a million times.
-    """
-    size = file.seek(0, 2)
+    size, given, number = file.seek(0, 2), 0, 0
     try:
-        schema = pq.ParquetFile(file).schema_arrow
-        texts = [field.name for field in schema if pa.types.is_string(field.type)]
-        table = pq.ParquetFile(file, buffer_size=_SKIP, read_dictionary=texts)
-        for group in map(table.metadata.row_group, range(table.num_row_groups)):
-            columns = [group.column(i) for i in range(group.num_columns)]
-            refuse_bomb(group.total_byte_size, sum(column.total_compressed_size for column in columns))
-        given = 0
-        for number, row in enumerate(_cells(table), 1):
-            length = sum(_bytes(cell) for cell in row.values())
-            given += length
-            refuse_bomb(given, size)
-            yield _too_long(number, length, limit, b"") if length > limit else _decoded(number, row)
+        table = pq.ParquetFile(file, buffer_size=_SKIP)
+        for index in range(table.num_row_groups):
+            for row in _cells(table, index):
+                number += 1
+                length = sum(_bytes(cell) for cell in row.values())
+                given += length
+                refuse_bomb(given, size)
+                yield _too_long(number, length, limit, b"") if length > limit else _decoded(number, row)
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:  # of the disk, not of the file's content
             raise
         raise Damaged(f"{type(error).__name__}: {error}") from None
 
 
-def _cells(table: pq.ParquetFile) -> Iterator[dict[str, pa.Scalar]]:
-    for batch in table.iter_batches(batch_size=_ROWS):
-        columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+def _cells(table: pq.ParquetFile, index: int) -> Iterator[dict[str, pa.Scalar]]:
+    """The rows of a row group, whose pages are read one after the other.
+
+    A dictionary may say a long text a thousand times in a few bytes: the larger it can be, the fewer rows are decoded
+    together.
+    """
+    group = table.metadata.row_group(index)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    refuse_bomb(group.total_byte_size, sum(column.total_compressed_size for column in columns))
+    largest = max((c.total_uncompressed_size for c in columns if c.has_dictionary_page), default=1)
+    rows = min(max(1, _DECODED // max(largest, 1)), _ROWS)
+    for batch in table.iter_batches(batch_size=rows, row_groups=[index]):
+        named = dict(zip(batch.schema.names, batch.columns, strict=True))
         for i in range(len(batch)):
-            yield {name: column[i] for name, column in columns.items()}
+            yield {name: column[i] for name, column in named.items()}
 
 
 def _bytes(cell: pa.Scalar) -> int:

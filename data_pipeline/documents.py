@@ -15,10 +15,10 @@ import orjson
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import expand
-from data_pipeline.containers import EXCERPT, UNKNOWN, Malformed, Record, excerpt, read_records
+from data_pipeline.containers import EXCERPT as EXCERPT
+from data_pipeline.containers import UNKNOWN, Malformed, Record, excerpt, read_records
 from data_pipeline.streams import PART, Damaged
 
-__all__ = ["EXCERPT", "UNKNOWN", "Malformed"]  # for those who read documents
 SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others", "en", "code")
 
 
@@ -86,7 +86,7 @@ def input_files(paths: Sequence[str]) -> list[InputFile]:
     """Numbers the inputs. NAME.part00, NAME.part01 ... are one file that was cut by bytes, as the released MAP-CC is.
 
     Raises:
-      UserError: a part between others is missing, or the first.
+      UserError: a part is missing before another, or a file is there both whole and in parts.
     """
     whole: dict[str, list[str]] = {}
     for path in paths:
