@@ -2,7 +2,14 @@
 
     ctllm corpus --config=configs/corpus.py --config.input="('raw/*.jsonl.gz',)" --workdir=runs/corpus
 
-Input: JSON lines, plain or gzip, one document each. Output in the work folder: map_cc/<subset> (TFDS),
+Input: globs, local or gs://, of JSON lines, Parquet, WARC or WET, plain, gzip or zstd, told by content; NAME.part00,
+NAME.part01 ... (the released MAP-CC) are one file. `--config.input="('zh_books=books/*.part*', 'en=wet/*.gz')"` says of
+which subset an input's records are; else their `source` does, or `default_source`. A file, or all parts of one, is read
+by one worker; many can share what was cut at lines first:
+
+    cat zh_cc.jsonl.gz.part* | zcat | split -C 1G -a 5 --additional-suffix=.jsonl.gz --filter='gzip -1 > $FILE' - zh_cc.
+
+Output in the work folder: map_cc/<subset> (TFDS),
 rejected/ (every rejected document with every reason, value and threshold), report.html, report.json, signals/ (every
 measured value, in Parquet: `ctllm sweep` and `ctllm explain` read it), hashes/ (for comparing a later corpus with this
 one: `--config.dedup.earlier="('runs/corpus',)"`) and, where benchmarks are named (configs/contamination.py says how),
@@ -19,6 +26,11 @@ released  decides as the published CT-LLM script does, defects included (Chinese
 Only what is measured can be limited (data_pipeline/filters/measures.py; reference.py says in plain Python what each
 Chinese measure is); a measure without a limit is recorded all the same. Lists of unwanted sites, in UT1's format:
 `--config.filters.urls.folder=blacklists --config.filters.urls.categories="('adult','phishing')"`.
+
+Off until one asks for them: masks for what tells of a person (`--config.filters.mask.email="<EMAIL>"`, likewise phone,
+id_card, bank_card; what filters reject stays in rejected/ as it came), traditional to simplified characters
+(`--config.filters.rewrite.simplify=true`), and a fastText model of quality
+(`--config.filters.quality.model=MODEL.bin --config.filters.quality.label=good`).
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -31,7 +43,7 @@ _CHINESE_SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others")
 def get_config(filters: str = "default") -> ConfigDict:
     """`filters` is 'default', 'ct_llm' or 'released'."""
     config = ConfigDict()
-    config.input = ()  # glob patterns
+    config.input = ()  # PATTERN or SUBSET=PATTERN
     config.fields = ConfigDict({"id": "id", "url": "url", "source": "source", "text": "text"})
     config.default_source = "zh_cc"  # of records without a source
     config.max_record_bytes = 16 * 2**20
@@ -53,24 +65,8 @@ def _dedup(filters: str) -> ConfigDict:
     return ConfigDict(chosen | {"key_ranges": 8, "most_edges": 2**22, "earlier": ()})
 
 
-def _default() -> ConfigDict:
-    read_more = ("readmore", "read more", "Read more", "Read More", "READ MORE", "展开", "更多", "。。。")
-    chinese = {"labels": ("zh", "yue", "wuu"), "min_score": 0.4, "min_han": 0.5}
-    languages = {subset: chinese for subset in _CHINESE_SUBSETS}
-    return ConfigDict(
-        {
-            "rewrite": {"punctuation": False, "links": "remove", "licence_headers": True},
-            "lines": {"ends": "", "min_words": 0, "phrases": (), "word_lists": ""},
-            "urls": {"folder": "", "categories": (), "match": "boundaries"},
-            "measures": {"read_more": read_more, "segmenter": "rjieba", "segmented_characters": 500},
-            "rules": {"chinese": _chinese(), "english": _english(), "code": _code()},
-            "language": {"sample_characters": 400, "line_break": " "},
-            "languages": languages | {"en": {"labels": ("en",), "min_score": 0.4}},
-        }
-    )
-
-
 def _released() -> ConfigDict:
+    """The released script, value by value: nothing here follows a change of ours."""
     rules = {
         "bracketed": {"max": 0.1},
         "sentences": {"min": 2},
@@ -88,8 +84,9 @@ def _released() -> ConfigDict:
     whole = config_dict.placeholder(int)  # None: the whole text
     return ConfigDict(
         {
-            "rewrite": {"punctuation": True, "links": "released", "licence_headers": False},
+            "rewrite": {"punctuation": True, "links": "released", "simplify": False, "licence_headers": False},
             "lines": {"ends": "", "min_words": 0, "phrases": (), "word_lists": ""},
+            "mask": {"email": "", "phone": "", "id_card": "", "bank_card": ""},
             "urls": {"folder": "", "categories": (), "match": "prefix"},
             "measures": {
                 "read_more": ("readmore", "展开", "更多", "。。。"),
@@ -99,21 +96,18 @@ def _released() -> ConfigDict:
             "rules": {"chinese": rules},
             "language": {"sample_characters": whole, "line_break": ""},
             "languages": {subset: {"labels": (), "min_score": 0.4} for subset in _CHINESE_SUBSETS},
+            "quality": {"model": "", "label": "", "min_score": 0.5, "subsets": ("zh_cc",), "segment": False},
         }
     )
 
 
 def _ct_llm() -> ConfigDict:
+    """The released script as the paper describes it."""
     config = _released()
     config.urls.match = "boundaries"
-    config.lines.ends = ".!?…"
-    config.lines.min_words = 3
-    config.lines.phrases = ("javascript", "lorem ipsum")
-    config.rules.chinese.update(
-        {f"counted_{n}gram": {"max": share} for n, share in ((2, 0.20), (3, 0.18), (4, 0.16))}
-        | {f"duplicate_{n}gram": {"max": 0.60} for n in range(5, 11)}
-        | {"duplicate_sentences": {"max": 0.30}, "duplicate_sentence_characters": {"max": 0.20}}
-    )
+    config.lines.update(ends=".!?…", min_words=3, phrases=("javascript", "lorem ipsum"))
+    sentences = {"duplicate_sentences": {"max": 0.30}, "duplicate_sentence_characters": {"max": 0.20}}
+    config.rules.chinese.update(_most_frequent("counted") | _repeated() | sentences)
     config.rules.english = _english() | {
         "characters": {"min": 200},
         "lines": {"min": 2},
@@ -128,26 +122,38 @@ def _ct_llm() -> ConfigDict:
     return config
 
 
-def _chinese() -> dict:
-    rules = {
-        "bracketed": {"max": 0.1},
-        "sentences": {"min": 2},
-        "characters": {"min": 50, "max": 10_000_000},  # released: at most 10,000, which loses papers, books
-        "mean_word_length": {"min": 1.3, "max": 10},
-        "hash_runs": {"max": 0.1},
-        "ellipsis_runs": {"max": 0.1},
-        "digits": {"max": 0.3},
-        "read_more_lines": {"max": 0.3},
-        "bullet_lines": {"max": 0.9},
-        "mean_line_length": {"min": 10},  # EvalWeb's rule: navigation lists
-        "punctuation": {"min": 1},
-        "distinct_characters": {"min": 0.1},  # of the first 1,000 characters; released: of all
-        "character_entropy": {"min": 3.0},
-        "top_2gram": {"max": 0.20},
-        "top_3gram": {"max": 0.18},
-        "top_4gram": {"max": 0.16},
-    }
-    return rules | {f"duplicate_{n}gram": {"max": 0.60} for n in range(5, 11)}
+def _default() -> ConfigDict:
+    """The released script, repaired: what is not said here is as there."""
+    config = _released()
+    config.rewrite.update(punctuation=False, links="remove", licence_headers=True)
+    config.urls.match = "boundaries"
+    config.measures.update(
+        read_more=("readmore", "read more", "Read more", "Read More", "READ MORE", "展开", "更多", "。。。"),
+        segmenter="rjieba",
+        segmented_characters=500,
+    )
+    rules = config.rules.chinese
+    del rules.ascii_punctuation, rules.distinct_in_all
+    rules.characters.max = 10_000_000  # 10,000 lose papers and books
+    rules.mean_line_length = {"min": 10}  # EvalWeb's rule: navigation lists
+    rules.punctuation = {"min": 1}
+    rules.distinct_characters = {"min": 0.1}  # of the first 1,000 characters
+    rules.update(_most_frequent("top") | _repeated())
+    config.rules.update(english=_english(), code=_code())
+    config.language = {"sample_characters": 400, "line_break": " "}
+    chinese = {"labels": ("zh", "yue", "wuu"), "min_score": 0.4, "min_han": 0.5}
+    config.languages = {subset: chinese for subset in _CHINESE_SUBSETS} | {"en": {"labels": ("en",), "min_score": 0.4}}
+    return config
+
+
+def _most_frequent(measure: str) -> dict:
+    """Shares of the text that the most frequent 2-, 3- and 4-gram may take."""
+    return {f"{measure}_{n}gram": {"max": share} for n, share in ((2, 0.20), (3, 0.18), (4, 0.16))}
+
+
+def _repeated() -> dict:
+    """Shares of a Chinese text that may lie in repeated n-grams."""
+    return {f"duplicate_{n}gram": {"max": 0.60} for n in range(5, 11)}
 
 
 def _english() -> dict:
@@ -174,11 +180,9 @@ def _english() -> dict:
         "read_more_lines": {"max": 0.1},
         "duplicate_lines": {"max": 0.30},
         "duplicate_line_characters": {"max": 0.20},
-        "top_2gram": {"max": 0.20},
-        "top_3gram": {"max": 0.18},
-        "top_4gram": {"max": 0.16},
     }
-    return rules | {f"duplicate_{n}gram": {"max": round(0.20 - n / 100, 2)} for n in range(5, 11)}
+    repeated = {f"duplicate_{n}gram": {"max": round(0.20 - n / 100, 2)} for n in range(5, 11)}
+    return rules | _most_frequent("top") | repeated
 
 
 def _code() -> dict:

@@ -65,7 +65,7 @@ class JsonlSource(seqio.FileDataSource):
             else:
                 yield {"id": record.id, "text": record.text}
         if reader.damage:
-            reasons["damaged_gzip"] += 1
+            reasons["damaged"] += 1
             first = first or reader.damage
         if reasons and file.path not in self.rejected:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import apache_beam as beam
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import expand, identity, write_atomic, write_json
+from ctllm_jax.common.files import identity, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
 from data_pipeline import report
@@ -31,7 +31,7 @@ from data_pipeline.contamination.run import settings_of
 from data_pipeline.dedup.corpora import Corpora, earlier_shards
 from data_pipeline.dedup.minhash import DedupConfig
 from data_pipeline.dedup.stage import deduplicate
-from data_pipeline.documents import SUBSETS, Fields, InputFile, input_files
+from data_pipeline.documents import SUBSETS, Fields, InputFile, find_inputs
 from data_pipeline.filters.rules import FilterConfig
 from data_pipeline.filters.stage import FilterSettings, filter_file
 from data_pipeline.report_page import page
@@ -43,8 +43,8 @@ VERSION = 3
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    """input: globs of jsonl(.gz); default_source: the subset of records without one (None: rejected); benchmarks: whose
-    items no document may hold (none are looked for unless they are named)."""
+    """input: see `documents.find_inputs`; default_source: the subset of records without one (None: rejected);
+    benchmarks: whose items no document may hold (none are looked for unless they are named)."""
 
     input: tuple[str, ...]
     fields: Fields
@@ -71,13 +71,13 @@ def run(config: CorpusConfig, workdir: str) -> dict:
     if not config.input:
         raise UserError("input: no files named; give --config.input=PATTERN")
     make_runner(config.beam)  # a wrong name is said before anything is written
-    files = input_files(expand(config.input))
+    files = find_inputs(config.input)
     settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("input", "beam")}
     items, asked = read_items(config.benchmarks) if config.benchmarks.wanted else ([], [])
     settings["benchmarks"] = settings_of(config.benchmarks)
     settings["dedup"] = {name: v for name, v in settings["dedup"].items() if name != "earlier"}
     fingerprints, earlier = earlier_shards(config.dedup.earlier, config.dedup)
-    inputs = [[file.name, identity(file.path)] for file in files] + fingerprints + asked
+    inputs = [[file.name, file.source, *map(identity, file.paths)] for file in files] + fingerprints + asked
     stage = open_stage("corpus", VERSION, workdir, settings, inputs)
     layout = Layout(os.path.abspath(workdir))
     corpora = Corpora(earlier, layout, len(files))

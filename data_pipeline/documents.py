@@ -1,25 +1,25 @@
-"""Reading raw documents: JSON lines, plain or gzip, one record at a time.
+"""Raw documents, one record at a time: JSON lines, Parquet, web archives; plain, gzip or zstd; whole or in parts.
 
 A record that cannot become a document is never dropped in silence: it comes out as a `Malformed` with file,
 line and reason. A record longer than the limit is skipped piece by piece and never held whole.
 """
 
 import dataclasses
-import gzip
 import itertools
-import os
 import pathlib
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import expand
+from data_pipeline.containers import EXCERPT as EXCERPT
+from data_pipeline.containers import UNKNOWN, Malformed, Record, excerpt, read_records
+from data_pipeline.streams import PART, Damaged
+
 SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others", "en", "code")
-UNKNOWN = "unknown"  # where a record is counted whose source cannot be told
-EXCERPT = 120  # characters of a text shown in lists and reports
-_EXPANSION, _JUDGED = 200, 1 << 27  # times its size that a file may expand to, once it has so many bytes
-_SKIP = 1 << 20  # bytes read at a time while skipping an over-long record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,26 @@ class Fields:
     text: str
 
 
+_PAGE = Fields(id="id", url="url", source="source", text="text")  # of a web archive
+
+
 @dataclasses.dataclass(frozen=True)
 class InputFile:
-    """One input file: the pointer that Beam carries. `name` starts the ids of records that have none."""
+    """One input file: the pointer that Beam carries. `name` starts the ids of records that have none.
+
+    source: the subset of all its records, where the user names it; rest: the other parts of a file that was cut.
+    """
 
     index: int
     path: str
     name: str
+    source: str | None = None
+    rest: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What to read, in order."""
+        return (self.path, *self.rest)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,35 +66,71 @@ class Document:
     line: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Malformed:
-    """A record that is no document. `reason` is one of a fixed set of names, `detail` says what was found."""
+def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
+    """The files of globs or paths, local or gs://; `SUBSET=PATTERN` says that all its records are of that subset.
 
-    line: int
-    reason: str
-    detail: str
-    excerpt: str
-    source: str = UNKNOWN
+    Raises:
+      UserError: a pattern names no file, two name one file for different subsets, or a part of a cut file is missing.
+    """
+    sources: dict[str, str | None] = {}
+    for pattern in patterns:
+        subset, _, rest = pattern.partition("=")
+        own, pattern = (subset, rest) if subset in SUBSETS else (None, pattern)
+        for path in expand([pattern]):
+            if sources.setdefault(path, own) != own:
+                raise UserError(f"input: {path} is named twice, for {own} and for {sources[path]}")
+    return [dataclasses.replace(file, source=sources[file.path]) for file in input_files(sorted(sources))]
 
 
 def input_files(paths: Sequence[str]) -> list[InputFile]:
-    """Numbers the inputs and names each by its stem, or by as much of its path as sets it apart."""
+    """Numbers the inputs. NAME.part00, NAME.part01 ... are one file that was cut by bytes, as the released MAP-CC is.
+
+    Raises:
+      UserError: a part is missing before another, or a file is there both whole and in parts.
+    """
+    whole: dict[str, list[str]] = {}
+    for path in paths:
+        whole.setdefault(PART.sub("", path), []).append(path)
+    files = []
+    for (path, pieces), name in zip(whole.items(), file_names(list(whole)), strict=True):
+        first, *rest = _in_order(path, pieces)
+        files.append(InputFile(len(files), first, name, rest=tuple(rest)))
+    return files
+
+
+def file_names(paths: Sequence[str]) -> list[str]:
+    """Names each file by its stem, or by as much of its path as sets it apart."""
     parts = [(*pathlib.PurePath(path).parts[:-1], pathlib.PurePath(path).name.split(".jsonl")[0]) for path in paths]
-    names = []
-    for path, own in zip(paths, parts, strict=True):
-        depth = 1
-        while depth < len(own) and sum(other[-depth:] == own[-depth:] for other in parts) > 1:
-            depth += 1
-        unique = sum(other[-depth:] == own[-depth:] for other in parts) == 1
-        names.append("/".join(own[-depth:]) if unique else path)
-    return [InputFile(i, path, name) for i, (path, name) in enumerate(zip(paths, names, strict=True))]
+    names = list(paths)
+    unnamed, depth = list(range(len(parts))), 1
+    while any(depth == 1 or depth <= len(parts[i]) for i in unnamed):
+        counts = Counter(parts[i][-depth:] for i in unnamed)
+        shared = [i for i in unnamed if counts[parts[i][-depth:]] > 1]
+        for i in set(unnamed) - set(shared):
+            if depth <= len(parts[i]):
+                names[i] = "/".join(parts[i][-depth:])
+        unnamed, depth = shared, depth + 1
+    return names
+
+
+def _in_order(name: str, pieces: list[str]) -> list[str]:
+    """The parts of a file by their numbers."""
+    if pieces == [name]:
+        return pieces
+    if name in pieces:
+        raise UserError(f"input: {name} is there both whole and in parts; name one of them")
+    numbered = sorted((int(PART.search(piece).group(1)), piece) for piece in pieces)
+    for (number, piece), expected in zip(numbered, itertools.count(min(numbered[0][0], 1))):
+        if number != expected:
+            raise UserError(f"input: {name}: part {expected} is missing before {piece}; the parts are one file")
+    return [piece for _, piece in numbered]
 
 
 class DocumentReader:
     """Iterates over one file's records; once through, `records` and `damage` are final.
 
-    A damaged gzip stream ends the iteration at its last whole line and leaves the cause in `damage`; so does one that
-    expands to more than 200 times its size (text does to 3 to 20 times), which could go on for ever.
+    A damaged file (missing, cut short, broken, or one that expands beyond belief) ends the iteration where nothing more
+    can be read and leaves the cause in `damage`.
     """
 
     def __init__(self, file: InputFile, fields: Fields, default_source: str | None, max_record_bytes: int):
@@ -91,91 +140,41 @@ class DocumentReader:
         self.damage: str | None = None
 
     def __iter__(self) -> Iterator[Document | Malformed]:
-        with _open(self._file.path) as stream:
-            for line in itertools.count(1):
-                try:
-                    raw = stream.readline(self._limit + 1)
-                    too_long = len(raw) > self._limit and not raw.endswith(b"\n")
-                    skipped = _skip_line(stream) if too_long else 0
-                    if line % 1024 == 0 or too_long:
-                        _refuse_bomb(stream)
-                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                    self.damage = f"{type(error).__name__} at line {line}: {error}"
-                    return
-                if not raw:
-                    return
-                if line == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if not raw.strip():
-                    continue
-                self.records += 1
-                if too_long:
-                    detail = f"{len(raw) + skipped:,} bytes, the limit is {self._limit:,}"
-                    yield Malformed(line, "record_too_long", detail, _excerpt(raw[: 4 * EXCERPT]))
-                    continue
-                yield self._parse(raw, line)
-
-    def _parse(self, raw: bytes, line: int) -> Document | Malformed:
         try:
-            record = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            return self._unreadable(raw, line, error)
-        if not isinstance(record, dict):
-            return Malformed(line, "not_an_object", f"found {type(record).__name__}", _excerpt(raw))
-        source = record.pop(self._fields.source, None)
+            for item in read_records(self._file.paths, self._limit):
+                self.records += 1
+                if isinstance(item, Malformed):
+                    yield dataclasses.replace(item, source=self._file.source or UNKNOWN)
+                else:
+                    yield self._document(item)
+        except Damaged as damage:
+            self.damage = f"{damage} (after {self.records:,} records)"
+
+    def _document(self, record: Record) -> Document | Malformed:
+        values, names = record.values, _PAGE if record.is_page else self._fields
+        text, identity, url = (values.get(name) for name in (names.text, names.id, names.url))
+        taken = {names.text, names.id, names.url}
+        source = self._file.source
+        if source is None:
+            source = values.get(names.source)
+            taken.add(names.source)
         source = self._default_source if source is None else source
         if not isinstance(source, str) or source not in SUBSETS:
             reason = "no_source" if source is None else "unknown_source"
-            return Malformed(line, reason, f"{source!r}; known sources: {', '.join(SUBSETS)}", _excerpt(raw))
-        text, identity, url = (
-            record.pop(name, None) for name in (self._fields.text, self._fields.id, self._fields.url)
-        )
+            return _malformed(record, reason, f"{source!r}; known sources: {', '.join(SUBSETS)}")
         if text is None:
-            return Malformed(line, "no_text", f"no {self._fields.text!r} in the record", _excerpt(raw), source)
+            return _malformed(record, "no_text", f"no {names.text!r} in the record", source)
         for name, value, kinds in (("text", text, str), ("id", identity, (str, int)), ("url", url, str)):
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-                return Malformed(line, "wrong_type", f"{name} is {type(value).__name__}", _excerpt(raw), source)
+                return _malformed(record, "wrong_type", f"{name} is {type(value).__name__}", source)
         if not text.strip():
-            return Malformed(line, "empty_text", "nothing but white space", _excerpt(raw), source)
-        identity = f"{self._file.name}:{line}" if identity in (None, "") else str(identity)
-        inner = record.pop("meta", None)
-        meta = (
-            {**inner, **record} if isinstance(inner, dict) else record if inner is None else {**record, "meta": inner}
-        )
-        return Document(identity, url or "", source, text, meta, line)
-
-    @staticmethod
-    def _unreadable(raw: bytes, line: int, error: orjson.JSONDecodeError) -> Malformed:
-        try:
-            raw.decode("utf-8")
-        except UnicodeDecodeError as cause:
-            return Malformed(line, "invalid_utf8", str(cause), _excerpt(raw))
-        return Malformed(line, "invalid_json", str(error), _excerpt(raw))
+            return _malformed(record, "empty_text", "nothing but white space", source)
+        identity = f"{self._file.name}:{record.line}" if identity in (None, "") else str(identity)
+        rest = {name: value for name, value in values.items() if name not in taken and name != "meta"}
+        inner = values.get("meta")
+        meta = {**inner, **rest} if isinstance(inner, dict) else rest if inner is None else {**rest, "meta": inner}
+        return Document(identity, url or "", source, text, meta, record.line)
 
 
-def _open(path: str | os.PathLike) -> BinaryIO:
-    """Opens plain or gzip by content, not by name (parts of split archives carry other endings)."""
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed or os.fspath(path).endswith(".gz") else open(path, "rb", 1 << 18)
-
-
-def _skip_line(stream: BinaryIO) -> int:
-    """Reads to the end of the line; returns the number of bytes."""
-    skipped = 0
-    while piece := stream.readline(_SKIP):
-        skipped += len(piece.removesuffix(b"\n"))
-        if piece.endswith(b"\n"):
-            break
-        _refuse_bomb(stream)
-    return skipped
-
-
-def _refuse_bomb(stream: BinaryIO) -> None:
-    """Raises BadGzipFile if a gzip stream has expanded beyond belief."""
-    if isinstance(stream, gzip.GzipFile) and stream.tell() > max(_JUDGED, _EXPANSION * stream.fileobj.tell()):
-        raise gzip.BadGzipFile(f"a decompression bomb: {_EXPANSION} times its size and more")
-
-
-def _excerpt(raw: bytes) -> str:
-    return raw[: 4 * EXCERPT].decode("utf-8", "replace").strip()[:EXCERPT]
+def _malformed(record: Record, reason: str, detail: str, source: str = UNKNOWN) -> Malformed:
+    return Malformed(record.line, reason, detail, excerpt(orjson.dumps(record.values)), source)

@@ -17,7 +17,7 @@ import orjson
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path
 from ctllm_jax.data.chat import ChatTemplate, check_messages
-from data_pipeline.documents import input_files
+from data_pipeline.documents import file_names
 from data_pipeline.formats import Unusable, normalise
 
 MAX_LINE = 50_000_000  # bytes of a record; longer ones are skipped piece by piece, never held whole
@@ -92,7 +92,7 @@ def _names(files: Sequence[str]) -> list[str]:
     """What starts the ids of each file's nameless records: its stem, or as much of its path as sets it apart."""
     bare = [re.sub(r"\.jsonl?(\.gz)?$", "", str(file)) for file in files]
     unique = len(set(bare)) == len(bare)
-    return [file.name for file in input_files(bare if unique else [str(file) for file in files])]
+    return file_names(bare if unique else [str(file) for file in files])
 
 
 # ---- Files

@@ -48,7 +48,8 @@ def collect(
       subsets: {subset: {read, well_formed, passed_rules, passed_language, duplicate_id, duplicate_exact,
         duplicate_near, contaminated, similar_lines (sentences dropped), kept (documents), characters, bytes (of kept
         text, UTF-8), malformed: {reason: n},
-        rules: {rule: n}, funnel: [[stage, documents left], ...]}}; 'unknown': no source can be told;
+        rules: {rule: n}, masked: {kind: n, in documents that passed the filters},
+        funnel: [[stage, documents left], ...]}}; 'unknown': no source can be told;
       totals: the same over all subsets;
       histograms: {subset: {measure: {bin: documents}}}, see `signals.bin_edge`;
       limits: {subset: {measure: {bound: limit}}};
@@ -124,7 +125,7 @@ def _samples(layout: Layout, subset: str, shards: int) -> list[dict[str, str]]:
 
 
 def _zero() -> dict[str, Any]:
-    return {name: 0 for name in _COUNTED} | {"malformed": Counter(), "rules": Counter()}
+    return {name: 0 for name in _COUNTED} | {name: Counter() for name in ("malformed", "rules", "masked")}
 
 
 def _add(target: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -145,6 +146,6 @@ def _finished(values: dict[str, Any], looked: bool) -> dict[str, Any]:
     stages = (*FUNNEL, *(["no benchmark"] if looked else []))
     ordered = {
         name: dict(sorted(values[name].items(), key=lambda item: (-item[1], item[0])))
-        for name in ("malformed", "rules")
+        for name in ("malformed", "rules", "masked")
     }
     return values | ordered | {"funnel": [list(step) for step in zip(stages, left, strict=True)]}

@@ -63,8 +63,11 @@ def _funnel(found: Mapping[str, Any]) -> str:
         for name, values in {**found["subsets"], "all": found["totals"]}.items()
     ]
     stages = [stage for stage, _ in found["totals"]["funnel"]]
-    return html.paragraph("Documents left after each stage, then what is kept.", "soft") + html.table(
-        ["subset", *stages, "characters", "bytes", "similar lines dropped"], rows
+    masked = ", ".join(f"{count:,} {kind}" for kind, count in found["totals"]["masked"].items())
+    return (
+        html.paragraph("Documents left after each stage, then what is kept.", "soft")
+        + (html.paragraph(f"Masked in documents that passed the filters: {masked}.") if masked else "")
+        + html.table(["subset", *stages, "characters", "bytes", "similar lines dropped"], rows)
     )
 
 

@@ -1,7 +1,7 @@
 """Every value that the filters measured, in columns: a Parquet file for each shard and subset, part of the corpus.
 
 Columns: id; line of the input file, whose path is in the schema's metadata; failed, the rules that the document broke,
-joined by commas; language; and a number for each measure and for language_score. Whoever asks for shares, histograms or
+joined by commas; language; and a number for each measure, for language_score and for quality_score. Whoever asks for shares, histograms or
 one document's values reads the columns that it needs and no text.
 """
 
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import atomic_file
 from data_pipeline.documents import SUBSETS, Document
+from data_pipeline.filters import quality
 from data_pipeline.filters.measures import family, names
 from data_pipeline.filters.rules import Verdict
 from data_pipeline.shards import SIGNALS, Layout
@@ -32,7 +33,7 @@ _LINEAR, _DECADE = 100, 20  # bins of a histogram between 0 and 1, and for each 
 
 def columns(subset: str) -> tuple[str, ...]:
     """Names of a subset's numbers."""
-    return (*names(family(subset)), "language_score")
+    return (*names(family(subset)), "language_score", quality.RULE)
 
 
 class SignalWriter:

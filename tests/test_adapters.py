@@ -70,7 +70,7 @@ def test_a_folder_without_files_or_with_a_broken_one_is_told(folder, capsys):
     packed = (folder / "b.jsonl.gz").read_bytes()
     (folder / "b.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     dataset_of(folder_task(folder), "train")
-    assert f"{folder}/b.jsonl.gz: no documents: 1 damaged_gzip" in capsys.readouterr().err
+    assert f"{folder}/b.jsonl.gz: no documents: 1 damaged" in capsys.readouterr().err
 
 
 # ---- Evaluation and instruction sets

@@ -165,7 +165,7 @@ def test_a_listed_page_is_rejected_with_the_entry(lists):
         (lambda folder: UrlLists(UrlConfig(str(folder), ("games",), "boundaries")), "no category 'games'"),
         (lambda folder: UrlLists(UrlConfig(str(folder), ("press",), "prefix")), "no urls file"),
         (lambda folder: UrlConfig("", (), "suffix"), "'suffix' is not one of"),
-        (lambda folder: RewriteConfig(False, "all", False), "'all' is not one of"),
+        (lambda folder: RewriteConfig(False, "all", False, False), "'all' is not one of"),
     ],
 )
 def test_what_is_wrong_with_lists_and_settings_is_said(lists, make, message):

@@ -40,6 +40,7 @@ class Shard:
     file: str
     name: str = ""  # of documents and records, what begins their ids; of a store's shard, its split and source
     rows: tuple[int, int] = (0, 0)  # of a store
+    rest: tuple[str, ...] = ()  # of documents, the other parts of a file that was cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ def shards_of(config: SourceConfig) -> tuple[list[Shard], list[str]]:
     if config.documents or config.records:
         kind = "documents" if config.documents else "records"
         files = input_files(expand(config.documents or config.records))
-        return [Shard(f.index, kind, f.path, f.name) for f in files], [f"{f.name} {identity(f.path)}" for f in files]
+        marks = [" ".join([file.name, *map(identity, file.paths)]) for file in files]
+        return [Shard(file.index, kind, file.path, file.name, rest=file.rest) for file in files], marks
     if config.corpus:
         from data_pipeline import map_cc  # TensorFlow takes seconds to import
 
@@ -96,7 +98,8 @@ def read(shard: Shard, fields: Fields) -> Iterator[Text | None]:
 
 
 def _documents(shard: Shard, fields: Fields) -> Iterator[Text | None]:
-    reader = DocumentReader(InputFile(shard.index, shard.file, shard.name), fields, SUBSETS[0], MAX_RECORD_BYTES)
+    file = InputFile(shard.index, shard.file, shard.name, rest=shard.rest)
+    reader = DocumentReader(file, fields, SUBSETS[0], MAX_RECORD_BYTES)
     for item in reader:
         where = {"file": shard.file, "line": item.line}
         yield None if isinstance(item, Malformed) else Text(item.id, item.source, item.text, where)

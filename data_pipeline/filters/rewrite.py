@@ -5,7 +5,9 @@ are; `remove_links_as_released` does the same without their quadratic worst case
 """
 
 import dataclasses
+import functools
 import re
+from collections.abc import Callable
 
 from ctllm_jax.common.errors import UserError
 
@@ -18,11 +20,14 @@ class RewriteConfig:
 
     punctuation: full-width punctuation becomes ASCII, as in the released MAP-CC. It harms: models learn to write so.
     links: 'keep' them, 'remove' web addresses, or all that the 'released' script takes for one (`numpy.array`).
+    simplify: Chinese texts in traditional characters become simplified, by OpenCC's phrases and characters (乾隆 stays,
+      餅乾 is 饼干). Deduplication, which only compares, has classes of characters instead (`dedup/variants.py`).
     licence_headers: of code files, the leading comment with a licence or copyright moves to `meta.licence_header`.
     """
 
     punctuation: bool
     links: str
+    simplify: bool
     licence_headers: bool
 
     def __post_init__(self) -> None:
@@ -35,6 +40,18 @@ def rewrite(text: str, config: RewriteConfig) -> str:
     if config.punctuation:
         text = unify_punctuation(text)
     return {"keep": str, "remove": remove_links, "released": remove_links_as_released}[config.links](text)
+
+
+def simplify(text: str) -> str:
+    """The text in the simplified characters of mainland China."""
+    return _to_simplified()(text)
+
+
+@functools.cache
+def _to_simplified() -> Callable[[str], str]:
+    import opencc  # only where it is asked for
+
+    return opencc.OpenCC("t2s").convert
 
 
 _WIDE = "。！“”＃＄％＆‘’（）＊＋，－／：；＜＝＞？＠［＼］＾＿｀｛｜｝～"

@@ -8,7 +8,7 @@ import numpy as np
 
 from ctllm_jax.common.errors import UserError
 from data_pipeline.documents import SUBSETS
-from data_pipeline.filters import lines, measures, rewrite, urls
+from data_pipeline.filters import lines, mask, measures, quality, rewrite, urls
 from data_pipeline.filters.batch import MeasureConfig, TextBatch
 from data_pipeline.filters.language import LanguageConfig, LanguageId
 
@@ -46,18 +46,21 @@ class Language:
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
-    """What is done to a document, in this order: its text is rewritten, lines are dropped, the rest is judged.
+    """What is done to a document, in this order: its text is rewritten, lines are dropped, what tells of a person is
+    masked, the rest is judged.
 
     rules: family -> measure -> limits; languages: subset -> language, subsets not named are unchecked.
     """
 
     rewrite: rewrite.RewriteConfig
     lines: lines.LineConfig
+    mask: mask.MaskConfig
     urls: urls.UrlConfig
     measures: MeasureConfig
     rules: dict[str, dict[str, Limits]]
     language: LanguageConfig
     languages: dict[str, Language]
+    quality: quality.QualityConfig
 
     def __post_init__(self) -> None:
         for family, limits in self.rules.items():
@@ -78,12 +81,12 @@ class FilterConfig:
 class Verdict:
     """What became of a document; without reasons it is kept.
 
-    text: as it is kept; aside: what was taken out of it and stays with the document, by name.
+    text: as it is kept; aside: what goes into the document's `meta`: licence header, how much was masked of each kind.
     signals: every measured value; reasons: every failed rule, in the order in which the released script decides.
     """
 
     text: str
-    aside: dict[str, str]
+    aside: dict[str, Any]
     signals: dict[str, Any]
     reasons: list[dict[str, Any]]
 
@@ -101,6 +104,7 @@ class Filters:
         self._language = LanguageId(config.language)
         self._urls = urls.load(config.urls)
         self._lines = lines.LineFilter(config.lines, config.measures.segmenter)
+        self._quality = quality.Quality(config.quality)
 
     def judge(self, subset: str, texts: Sequence[str], addresses: Sequence[str]) -> list[Verdict]:
         """One verdict per document of a batch from one subset."""
@@ -125,19 +129,28 @@ class Filters:
                 label, score = self._language(rewritten[i])
                 signals |= {"language": label, "language_score": round(score, 6)}
                 reasons += _language_reasons(label, signals["language_score"], language)
+            score = self._quality(subset, rewritten[i])
+            if score is not None:
+                signals[quality.RULE] = round(score, 6)
+                reasons += broken(signals, {quality.RULE: Limits(min=self._config.quality.min_score)})
             verdicts.append(Verdict(rewritten[i], aside[i], signals, reasons))
         return verdicts
 
-    def _rewrite(self, family: str, texts: Sequence[str]) -> tuple[list[str], list[dict[str, str]]]:
-        """Texts as they would be kept, and what was put aside of each."""
+    def _rewrite(self, family: str, texts: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+        """Texts as they would be kept, and what goes into the `meta` of each."""
         config = self._config.rewrite
+        aside: list[dict[str, Any]] = [{} for _ in texts]
         if family == "code":
             parts = [rewrite.take_licence_header(text) if config.licence_headers else ("", text) for text in texts]
-            return [text for _, text in parts], [{"licence_header": header} if header else {} for header, _ in parts]
-        rewritten = [rewrite.rewrite(text, config) for text in texts]
+            rewritten = [text for _, text in parts]
+            aside = [{"licence_header": header} if header else {} for header, _ in parts]
+        else:
+            rewritten = [rewrite.rewrite(text, config) for text in texts]
         if family == "chinese":
-            rewritten = [self._lines(text) for text in rewritten]
-        return rewritten, [{} for _ in texts]
+            rewritten = [self._lines(rewrite.simplify(text) if config.simplify else text) for text in rewritten]
+        masked = [mask.mask(text, self._config.mask) for text in rewritten]
+        aside = [own | ({"masked": counts} if counts else {}) for own, (_, counts) in zip(aside, masked, strict=True)]
+        return [text for text, _ in masked], aside
 
 
 def broken(values: Mapping[str, float], limits: Mapping[str, Limits]) -> list[dict[str, Any]]:

@@ -119,6 +119,8 @@ class _Writer:
             self._writer(document.source).write(json_line({"row": self._row, **record}))
             self._row += 1
             count["passed_language"] += 1
+            for kind, number in verdict.aside.get("masked", {}).items():
+                count["masked"][kind] = count["masked"].get(kind, 0) + number
             return document
         self._rejected.write(json_line({**record, "reasons": verdict.reasons}))
         for reason in verdict.reasons:
@@ -139,6 +141,7 @@ class _Writer:
             "passed_language": 0,
             "malformed": {},
             "rules": {},
+            "masked": {},
         }
         return self.counts["subsets"].setdefault(subset, empty)
 

@@ -1,0 +1,207 @@
+"""Records of input files, one at a time and under a size limit: JSON lines, Parquet, web archives.
+
+What a file holds is told by its first bytes. A record that cannot be read comes out as `Malformed`; where nothing more
+can be read, `streams.Damaged` is raised.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline import archives
+from data_pipeline.streams import Damaged, open_file, open_stream, refuse_bomb
+
+UNKNOWN = "unknown"  # where a record is counted whose source cannot be told
+EXCERPT = 120  # characters of a text shown in lists and reports
+_PARQUET, _ARCHIVE = b"PAR1", b"WARC/"
+_SKIP = 1 << 20  # bytes read at a time while skipping an over-long record
+_NESTED = 200  # brackets from which on a line may be too deep to be written
+_ROWS, _DECODED = 64, 1 << 28  # of a Parquet file: decoded together at most, and bytes of their dictionary's texts
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """What a record holds by key, and its place in the file: a line, or its number, from 1.
+
+    is_page: it is of a web archive; its keys are id, url, text, date and language.
+    """
+
+    line: int
+    values: dict[str, Any]
+    is_page: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Malformed:
+    """A record that is no document. `reason` is one of a fixed set of names, `detail` says what was found."""
+
+    line: int
+    reason: str
+    detail: str
+    excerpt: str
+    source: str = UNKNOWN
+
+
+def read_records(paths: Sequence[str], limit: int) -> Iterator[Record | Malformed]:
+    """Everything that the files, read as one, hold; records of more than `limit` bytes are `record_too_long`.
+
+    Raises:
+      Damaged: at the place from which nothing more can be read.
+    """
+    with open_stream(paths) as stream:
+        head = stream.peek(len(_ARCHIVE))
+        if head.startswith(_ARCHIVE):
+            yield from _pages(stream, limit)
+            return
+        if not head.startswith(_PARQUET):
+            if head and paths[0].endswith(".parquet"):
+                raise Damaged("named as Parquet, but it is not")
+            yield from _json_lines(stream, limit)
+            return
+    if len(paths) > 1:
+        raise Damaged("parts of a Parquet file cannot be read: join them first")
+    with open_file(paths[0]) as file:
+        yield from _rows(file, limit)
+
+
+def excerpt(raw: bytes) -> str:
+    """The beginning of a record, for a person to see."""
+    return raw[: 4 * EXCERPT].decode("utf-8", "replace").strip()[:EXCERPT]
+
+
+# ---- JSON lines
+
+
+def _json_lines(stream: BinaryIO, limit: int) -> Iterator[Record | Malformed]:
+    for line in itertools.count(1):
+        raw = stream.readline(limit + 1)
+        if not raw:
+            return
+        if line == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if len(raw) > limit and not raw.endswith(b"\n"):
+            yield _too_long(line, len(raw) + _skip_line(stream), limit, raw)
+        elif raw.strip():
+            yield _parse(raw, line)
+
+
+def _parse(raw: bytes, line: int) -> Record | Malformed:
+    try:
+        values = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        try:
+            raw.decode("utf-8")
+        except UnicodeDecodeError as cause:
+            return Malformed(line, "invalid_utf8", str(cause), excerpt(raw))
+        return Malformed(line, "invalid_json", str(error), excerpt(raw))
+    if raw.count(b"[") + raw.count(b"{") > _NESTED and not _can_be_written(values):
+        return Malformed(line, "nested_too_deep", "lists and objects in one another", excerpt(raw))
+    if not isinstance(values, dict):
+        return Malformed(line, "not_an_object", f"found {type(values).__name__}", excerpt(raw))
+    return Record(line, values)
+
+
+def _can_be_written(values: Any) -> bool:
+    """Whether JSON that was read can be written again: the reader takes deeper ones than the writer."""
+    try:
+        orjson.dumps([[[values]]])  # it will be a part of other records
+    except orjson.JSONEncodeError:
+        return False
+    return True
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    """Reads to the end of the line; returns the number of bytes."""
+    skipped = 0
+    while piece := stream.readline(_SKIP):
+        skipped += len(piece.removesuffix(b"\n"))
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _too_long(line: int, size: int, limit: int, raw: bytes) -> Malformed:
+    return Malformed(line, "record_too_long", f"{size:,} bytes, the limit is {limit:,}", excerpt(raw[: 4 * EXCERPT]))
+
+
+# ---- Parquet
+
+
+def _rows(file: BinaryIO, limit: int) -> Iterator[Record | Malformed]:
+    size, given, number = file.seek(0, 2), 0, 0
+    try:
+        table = pq.ParquetFile(file, buffer_size=_SKIP)
+        for index in range(table.num_row_groups):
+            for row in _cells(table, index):
+                number += 1
+                length = sum(_bytes(cell) for cell in row.values())
+                given += length
+                refuse_bomb(given, size)
+                yield _too_long(number, length, limit, b"") if length > limit else _decoded(number, row)
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk, not of the file's content
+            raise
+        raise Damaged(f"{type(error).__name__}: {error}") from None
+
+
+def _cells(table: pq.ParquetFile, index: int) -> Iterator[dict[str, pa.Scalar]]:
+    """The rows of a row group, whose pages are read one after the other.
+
+    A dictionary may say a long text a thousand times in a few bytes: the larger it can be, the fewer rows are decoded
+    together.
+    """
+    group = table.metadata.row_group(index)
+    columns = [group.column(i) for i in range(group.num_columns)]
+    refuse_bomb(group.total_byte_size, sum(column.total_compressed_size for column in columns))
+    largest = max((c.total_uncompressed_size for c in columns if c.has_dictionary_page), default=1)
+    rows = min(max(1, _DECODED // max(largest, 1)), _ROWS)
+    for batch in table.iter_batches(batch_size=rows, row_groups=[index]):
+        named = dict(zip(batch.schema.names, batch.columns, strict=True))
+        for i in range(len(batch)):
+            yield {name: column[i] for name, column in named.items()}
+
+
+def _bytes(cell: pa.Scalar) -> int:
+    """Bytes of a text or binary value; 0 for any other."""
+    value = cell.value if isinstance(cell, pa.DictionaryScalar) and cell.is_valid else cell
+    return (
+        value.as_buffer().size if isinstance(value, (pa.BinaryScalar, pa.LargeBinaryScalar)) and value.is_valid else 0
+    )
+
+
+def _decoded(number: int, row: dict[str, pa.Scalar]) -> Record | Malformed:
+    """A row; what JSON has no form for is said as text."""
+    try:
+        values = {name: cell.as_py() for name, cell in row.items()}
+        return Record(number, orjson.loads(orjson.dumps(values, default=_as_text)))
+    except UnicodeDecodeError as error:
+        return Malformed(number, "invalid_utf8", str(error), excerpt(error.object[: 4 * EXCERPT]))
+
+
+def _as_text(value: Any) -> str | None:
+    """Binary columns hold texts often enough; what is none of theirs is dropped."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+# ---- Web archives
+
+
+def _pages(stream: BinaryIO, limit: int) -> Iterator[Record | Malformed]:
+    for number, entry in enumerate(archives.entries(stream, limit), 1):
+        if entry.size > limit:
+            yield _too_long(number, entry.size, limit, entry.url.encode())
+            continue
+        try:
+            yield Record(number, archives.page(entry, limit), is_page=True)
+        except archives.Unusable as error:
+            yield Malformed(number, error.reason, str(error), entry.url[:EXCERPT])

@@ -1,0 +1,289 @@
+"""Input formats: what stands in them arrives, and what is wrong with them is said and costs little."""
+
+import datetime
+import decimal
+import gzip
+import json
+import os
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from fake_gcs import serving
+from tiny_archives import answer, by_member, entry
+
+from ctllm_jax.common.errors import UserError
+from data_pipeline import containers, streams
+from data_pipeline.documents import Document, DocumentReader, Fields, Malformed, find_inputs, input_files
+from data_pipeline.shards import json_line
+
+FIELDS = Fields(id="id", url="url", source="source", text="text")
+LINES = b"".join(json.dumps({"id": i, "text": f"text {i * 7919 % 104729:x}"}).encode() + b"\n" for i in range(5000))
+
+
+def read(*paths, limit=1 << 20, fields=FIELDS):
+    (file,) = input_files([str(path) for path in paths])
+    reader = DocumentReader(file, fields, "zh_cc", limit)
+    return list(reader), reader
+
+
+def written(path, data: bytes):
+    path.write_bytes(data)
+    return path
+
+
+def parquet(path, columns: dict, **options):
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
+# ---- Packing and parts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.unknown"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstandard.compress], ids=["plain", "gzip", "zstd"])
+def test_packing_is_told_by_content_and_a_name_that_promises_another_is_damage(tmp_path, name, pack):
+    items, reader = read(written(tmp_path / name, pack(LINES)))
+    if pack is bytes and name.endswith((".gz", ".zst")):
+        assert items == [] and "not packed so" in reader.damage
+    else:
+        assert [item.id for item in items] == list(map(str, range(5000))) and reader.damage is None
+
+
+def test_zstd_frames_in_a_row_and_skippable_ones_are_one_stream(tmp_path):
+    skippable = b"\x50*M\x18\x04\0\0\0abcd"  # pzstd begins so
+    data = skippable + zstandard.compress(LINES) + skippable + zstandard.compress(LINES)
+    assert len(read(written(tmp_path / "a.jsonl.zst", data))[0]) == 10_000
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gzip", "zstd"])
+def test_parts_cut_by_bytes_are_one_file_in_the_order_of_their_numbers(tmp_path, pack):
+    data = pack(LINES)
+    cuts = [0, 1, 3, 3, *range(1000, len(data), len(data) // 8), len(data)]  # also parts of next to nothing
+    for i, (begin, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        written(tmp_path / f"zh_cc.jsonl.gz.part{i}", data[begin:end])  # part10 sorts before part2
+    (file,) = find_inputs([str(tmp_path / "*.part*")])
+    assert (file.name, len(file.paths)) == ("zh_cc", len(cuts) - 1)
+    reader = DocumentReader(file, FIELDS, "zh_cc", 1 << 20)
+    assert [item.line for item in reader] == list(range(1, 5001)) and reader.damage is None
+
+
+def test_a_part_between_others_must_be_there_and_one_at_the_end_is_missed_when_it_is_read(tmp_path):
+    data = gzip.compress(os.urandom(3000).hex().encode() * 3)
+    paths = [written(tmp_path / f"a.jsonl.gz.part{i:02d}", data[i * 1000 : (i + 1) * 1000]) for i in range(3)]
+    for missing, message in ((0, "part 1 is missing before .*part02"), (1, "part 1 is missing before .*part02")):
+        names = [str(path) for i, path in enumerate(paths) if i != missing]
+        if missing:
+            with pytest.raises(UserError, match=message):
+                input_files(names)
+        else:  # numbers may begin with 1, but no gzip begins here
+            assert "not packed so" in read(*names)[1].damage
+    with pytest.raises(UserError, match="whole and in parts"):
+        input_files([str(tmp_path / "a.jsonl.gz"), str(paths[0])])
+    assert "EOFError" in read(*paths[:2])[1].damage
+
+
+def test_a_bucket_is_read_as_a_folder_is(tmp_path, monkeypatch):
+    (tmp_path / "bucket" / "raw").mkdir(parents=True)
+    packed = gzip.compress(LINES)
+    for i, piece in enumerate((packed[:9000], packed[9000:])):
+        written(tmp_path / "bucket" / "raw" / f"books.jsonl.gz.part{i:02d}", piece)
+    written(tmp_path / "bucket" / "raw" / "web.jsonl.zst", zstandard.compress(LINES))
+    parquet(tmp_path / "bucket" / "raw" / "code.parquet", {"id": ["a"], "text": ["b"]})
+    with serving(tmp_path) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+        files = find_inputs(["zh_books=gs://bucket/raw/books*", "gs://bucket/raw/[cw]*"])
+        found = {file.name: list(DocumentReader(file, FIELDS, "en", 1 << 20)) for file in files}
+    assert {name: (len(items), items[0].source) for name, items in found.items()} == {
+        "books": (5000, "zh_books"),
+        "web": (5000, "en"),
+        "code.parquet": (1, "en"),
+    }
+
+
+# ---- Which subset
+
+
+def test_an_input_named_for_a_subset_is_of_that_subset_whatever_its_records_say(tmp_path):
+    path = written(tmp_path / "a.jsonl", b'{"text": "t", "source": "Wikipedia"}\n{"text": "t"}\nbad\n')
+    (file,) = find_inputs([f"zh_baike={path}"])
+    first, second, bad = DocumentReader(file, FIELDS, None, 1 << 20)
+    assert (first.source, first.meta, second.source) == ("zh_baike", {"source": "Wikipedia"}, "zh_baike")
+    assert bad.source == "zh_baike"
+    odd = written(tmp_path / "lang=zh.jsonl", b"")
+    assert find_inputs([str(odd)])[0].source is None  # a path with a = in it
+    with pytest.raises(UserError, match="named twice, for en and for zh_baike"):
+        find_inputs([f"zh_baike={path}", f"en={tmp_path}/a*"])
+
+
+def test_json_that_could_not_be_written_again_is_refused(tmp_path):
+    depths = [100, *range(240, 260), 1000, 2000]
+    lines = [f'{{"text": "t", "x": {"[" * depth}{"]" * depth}}}'.encode() for depth in depths]
+    items, _ = read(written(tmp_path / "a.jsonl", b"\n".join(lines)))
+    good = [item for item in items if isinstance(item, Document)]
+    for item in good:
+        json_line({"meta": item.meta, "signals": {}})
+    assert 10 < len(good) < 20 and [item.reason for item in items[-2:]] == ["nested_too_deep", "invalid_json"]
+
+
+# ---- Parquet
+
+
+def test_rows_of_a_parquet_file_are_records_by_field_names(tmp_path):
+    day = datetime.date(2024, 1, 2)
+    columns = {"key": [1, 2, 3], "content": ["一", None, "三"], "score": [0.5, 1.5, 2.5]}
+    columns |= {"day": [day] * 3, "price": [decimal.Decimal("1.50")] * 3, "tags": [["a"], [], None]}
+    path = parquet(tmp_path / "a.parquet", columns, row_group_size=2)
+    (first, second, third), reader = read(path, fields=Fields(id="key", url="u", source="s", text="content"))
+    meta = {"score": 0.5, "day": "2024-01-02", "price": "1.50", "tags": ["a"]}
+    assert first == Document("1", "", "zh_cc", "一", meta, 1)
+    assert (second.reason, second.line, third.id, reader.records) == ("no_text", 2, "3", 3)
+
+
+@pytest.mark.parametrize("size", [1000, 1001])
+def test_the_limit_holds_for_a_row_as_for_a_line(tmp_path, size):
+    (item,), _ = read(parquet(tmp_path / "a.parquet", {"text": ["x" * size]}), limit=1000)
+    assert (item.reason if isinstance(item, Malformed) else "") == ("record_too_long" if size > 1000 else "")
+
+
+def test_a_parquet_file_that_is_broken_or_in_parts_is_damaged(tmp_path):
+    texts = [os.urandom(100).hex() for _ in range(1000)]
+    data = parquet(tmp_path / "a.parquet", {"text": texts}, row_group_size=100, write_page_checksum=True).read_bytes()
+    assert "Arrow" in read(written(tmp_path / "cut.parquet", data[:-100]))[1].damage
+    assert "named as Parquet" in read(written(tmp_path / "no.parquet", b"text\n"))[1].damage
+    assert "join them" in read(written(tmp_path / "b.part0", data[:999]), written(tmp_path / "b.part1", b"x"))[1].damage
+    broken = data[:4] + b"\xff" * 200 + data[204:]
+    assert read(written(tmp_path / "broken.parquet", broken))[1].damage
+
+
+def test_binary_columns_are_texts_where_they_can_be(tmp_path):
+    columns = {"text": ["一".encode(), b"\xff"], "picture": [b"\xff\xd8", b"a"]}
+    (first, second), _ = read(parquet(tmp_path / "a.parquet", columns))
+    assert (first.text, first.meta, second.reason) == ("一", {"picture": None}, "no_text")
+
+
+def test_bytes_that_are_no_text_are_named_and_the_rows_around_them_read(tmp_path):
+    column = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc")]
+    )
+    (first, bad, third), _ = read(parquet(tmp_path / "a.parquet", {"text": column}))
+    assert (first.text, bad.reason, third.text) == ("a", "invalid_utf8", "c")
+
+
+# ---- Web archives
+
+
+def test_texts_of_a_wet_file_are_documents(tmp_path):
+    data = by_member(
+        entry("warcinfo", b"software: x"),
+        entry("conversion", "正文。\n第二行。".encode(), warc_identified_content_language="zho,eng"),
+        entry("conversion", b"\xff\xfe"),
+        entry("conversion", b"x" * 1001, url="http://long"),
+        entry("conversion", b"last"),
+    )
+    (first, bad, long, last), reader = read(written(tmp_path / "a.warc.wet.gz", data), limit=1000)
+    assert (first.text, first.url, first.source, last.text) == ("正文。\n第二行。", "http://a.cn/b", "zh_cc", "last")
+    assert first.meta == {"date": "2024-03-01T00:00:00Z", "language": "zho,eng"} and len(first.id) == 8
+    assert (bad.reason, long.reason, long.line) == ("invalid_utf8", "record_too_long", 3)
+    assert reader.damage is None and reader.records == 4
+
+
+def test_what_is_no_page_is_counted_and_what_is_no_content_is_passed_over(tmp_path):
+    data = by_member(
+        entry("request", b"GET / HTTP/1.1"),
+        entry("response", answer(b"gone", status="404 Not Found")),
+        entry("response", answer(b"%PDF", content_type="application/pdf")),
+        entry("response", b"nonsense"),
+        entry("response", answer(b"x", content_encoding="br")),
+        entry("response", answer(b"\x1f\x8bnonsense", content_encoding="gzip")),
+        entry("metadata", b"x"),
+    )
+    items, reader = read(written(tmp_path / "a.warc.gz", data))
+    reasons = ["no_page", "no_page", "broken_http", "unknown_encoding", "broken_http"]
+    assert [item.reason for item in items] == reasons and "404" in items[0].detail and reader.damage is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (entry("conversion", b"cut short")[:-10], "is cut short"),
+        (entry("conversion", b"x", content_length="99999999999"), "is cut short"),
+        (entry("conversion", b"x", content_length="-5"), "Content-Length"),
+        (entry("conversion", b"x", content_length="many"), "Content-Length"),
+        (entry("conversion", b"x", content_length="0"), "no record of a web archive"),
+        (b"WARC/1.0\r\nX: " + b"x" * 100_000, "header is cut short or longer"),
+        (b"WARC/1.0\r\n" + b"X: y\r\n" * 300, "more than 200 header lines"),
+        (b"WARC/1.0\r\nWARC-Type: resp", "header is cut short or longer"),
+    ],
+)
+def test_an_archive_is_read_up_to_where_it_is_damaged(tmp_path, data, message):
+    items, reader = read(written(tmp_path / "a.warc", entry("conversion", b"whole") + data))
+    assert items[0].text == "whole" and message in reader.damage
+
+
+# ---- Damage and bombs
+
+
+def test_a_file_that_is_gone_is_damage(tmp_path):
+    items, reader = read(tmp_path / "gone.jsonl")
+    assert items == [] and "no such file" in reader.damage
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.warc"])
+def test_an_empty_file_holds_nothing_and_is_not_damaged(tmp_path, name):
+    items, reader = read(written(tmp_path / name, b""))
+    assert items == [] and reader.damage is None
+
+
+def test_a_zstd_cut_anywhere_is_reported_and_keeps_its_whole_lines(tmp_path):
+    data = zstandard.compress(os.urandom(100_000).hex().encode().replace(b"0", b"\n"))
+    for size in (5, len(data) // 2, len(data) - 1):
+        items, reader = read(written(tmp_path / "a.jsonl.zst", data[:size]))
+        assert "Truncated" in reader.damage and all(item.reason in ("invalid_json", "not_an_object") for item in items)
+
+
+def bomb(kind: str, path):
+    """60 MB of one letter, or more, behind a good record."""
+    letters = b"x" * 60_000_000
+    if kind == "parquet page":
+        return parquet(path, {"text": ["good", letters.decode()]}, use_dictionary=False, compression="zstd")
+    if kind == "parquet dictionary":
+        indices = pa.array([0] + [1] * 3000, pa.int32())
+        return parquet(
+            path, {"text": pa.DictionaryArray.from_arrays(indices, ["good", "x" * 900_000])}, store_schema=False
+        )
+    pack = {"gzip": gzip.compress, "zstd": zstandard.compress}[kind.split()[0]]
+    if kind == "gzip in an archive":
+        packed = entry("response", answer(pack(letters), content_encoding="gzip"))
+        return written(path, by_member(entry("conversion", b"good"), packed))
+    return written(path, pack(b'{"text": "good"}\n') + pack(letters))
+
+
+KINDS = ["gzip", "zstd", "gzip in an archive", "parquet page", "parquet dictionary"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decompression_bomb_takes_little_memory_and_is_named(tmp_path, monkeypatch, kind):
+    path = bomb(kind, tmp_path / "bomb")
+    assert path.stat().st_size < 100_000
+    monkeypatch.setattr(streams, "JUDGED", 1 << 22)
+    monkeypatch.setattr(containers, "_DECODED", 1 << 22)
+    own = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(own)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        items, reader = read(path)
+        peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(own)
+    if kind == "gzip in an archive":
+        assert items[1].reason == "record_too_long"
+    else:
+        assert "decompression bomb" in reader.damage
+    assert (not items and kind == "parquet page") or items[0].text == "good"
+    assert peak < 40_000_000
