@@ -1,8 +1,8 @@
 """Every value that the filters measured, in columns: a Parquet file for each shard and subset, part of the corpus.
 
 Columns: id; line of the input file, whose path is in the schema's metadata; failed, the rules that the document broke,
-joined by commas; language; and a number for each measure, for language_score and for quality_score. Whoever asks for shares, histograms or
-one document's values reads the columns that it needs and no text.
+joined by commas; language; and a number for each measure, for language_score and for quality_score. Whoever asks for
+shares, histograms or one document's values reads the columns that it needs and no text.
 """
 
 import contextlib
