@@ -5,7 +5,7 @@ Modules only declare parameters (shape, logical axes, initialisation) and the fo
 along a leading axis and scanned.
 
 Legend: B batch, L length, T cache slots, D model width, N query heads, K key/value heads, H head size, F feed-forward
-width, V vocabulary (padded), Y layers.
+width, V vocabulary (padded), Y layers, S beginnings that rows share.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import scipy.special
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from ctllm_jax.attention import attention
+from ctllm_jax.attention import attention, prefix
 from ctllm_jax.attention.flash import LSE_NAME, OUTPUT_NAME
 from ctllm_jax.lora import NO_ADAPTERS, Adapters, ranks_in
 from ctllm_jax.precision import wide
@@ -136,8 +136,12 @@ class Block(nnx.Module):
         adapter = getattr(getattr(self, "adapters", None), name, None)
         return y if adapter is None else y + adapter(x)
 
-    def __call__(self, x_BLD, positions_BL, segments_BL, kv_BTKH=None, kv_segments_BT=None, offset=0):
-        """One layer (its parameters already sliced). Returns (x_BLD, (k, v)) with k, v as kept for the cache."""
+    def __call__(self, x_BLD, positions_BL, attend):
+        """One layer (its parameters already sliced).
+
+        `attend` gives of queries, keys and values the mixed values and what is kept of keys and values; so does the
+        layer: (x_BLD, kept).
+        """
         cfg = self.cfg
         y_BLD = _rms_norm(x_BLD, self.attention_norm[...], cfg.norm_eps)
         q_BLNH = self._product("BLD,DNH->BLNH", y_BLD, "q")
@@ -151,13 +155,7 @@ class Block(nnx.Module):
         k_BLKH = constrain(rotate(k_BLKH, positions_BL, frequency), "batch", "length", "kv_heads", None)
         q_BLNH, k_BLKH = checkpoint_name(q_BLNH, "query"), checkpoint_name(k_BLKH, "key")
         v_BLKH = checkpoint_name(v_BLKH, "value")
-        if kv_BTKH is None:
-            k, v, kv_segments = k_BLKH, v_BLKH, segments_BL
-        else:
-            k = jax.lax.dynamic_update_slice_in_dim(kv_BTKH[0], k_BLKH.astype(kv_BTKH[0].dtype), offset, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(kv_BTKH[1], v_BLKH.astype(kv_BTKH[1].dtype), offset, axis=1)
-            kv_segments = kv_segments_BT
-        o_BLNH = attention(q_BLNH, k, v, segments_BL, kv_segments, q_offset=offset, backend=cfg.attention)
+        o_BLNH, kept = attend(q_BLNH, k_BLKH, v_BLKH)
         x_BLD = x_BLD + self._product("BLNH,NHD->BLD", o_BLNH, "out")
         x_BLD = checkpoint_name(constrain(x_BLD, "batch", "length", None), "attention_residual")
         y_BLD = _rms_norm(x_BLD, self.mlp_norm[...], cfg.norm_eps)
@@ -165,7 +163,36 @@ class Block(nnx.Module):
         up_BLF = checkpoint_name(self._product("BLD,DF->BLF", y_BLD, "up"), "up")
         hidden_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, "batch", "length", "mlp")
         x_BLD = x_BLD + self._product("BLF,FD->BLD", hidden_BLF, "down")
-        return constrain(x_BLD, "batch", "length", None), (k, v)
+        return constrain(x_BLD, "batch", "length", None), kept
+
+
+def _attending(cfg: ModelConfig, segments_BL: jax.Array, cache: Cache | None, owner_B) -> tuple:
+    """How a layer's queries find keys: (function of the layer's part of the cache, queries, keys and values; the parts
+    of the layers; segments of the cache's slots)."""
+
+    def alone(_, q_BLNH, k_BLKH, v_BLKH):
+        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, segments_BL, backend=cfg.attention), None
+
+    def appended(kv_BTKH, q_BLNH, k_BLKH, v_BLKH):
+        k_BTKH, v_BTKH = (
+            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
+            for old, new in zip(kv_BTKH, (k_BLKH, v_BLKH), strict=True)
+        )
+        found = attention(
+            q_BLNH, k_BTKH, v_BTKH, segments_BL, segments_BT, q_offset=cache.length, backend=cfg.attention
+        )
+        return found, (k_BTKH, v_BTKH)
+
+    def beside(kv_SPKH, q_BLNH, k_BLKH, v_BLKH):
+        return prefix.attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, *kv_SPKH, cache.segments_BT, owner_B), None
+
+    if cache is None:
+        return alone, None, None
+    kv_YBTKH = cache.k_YBTKH, cache.v_YBTKH
+    if owner_B is not None:
+        return beside, kv_YBTKH, cache.segments_BT
+    segments_BT = jax.lax.dynamic_update_slice_in_dim(cache.segments_BT, segments_BL, cache.length, axis=1)
+    return appended, kv_YBTKH, segments_BT
 
 
 class Transformer(nnx.Module):
@@ -181,37 +208,36 @@ class Transformer(nnx.Module):
         if not cfg.tie_embeddings:
             self.head = _param(cfg, (D, V), ("embed", "vocab"), cfg.init_std)
 
-    def hidden_states(self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None):
-        """Returns (normalised x_BLD that the head reads, cache with these tokens appended or None)."""
+    def hidden_states(
+        self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None, owner_B: jax.Array | None = None
+    ):
+        """Returns (normalised x_BLD that the head reads, the cache that is left: see `forward`)."""
         cfg = self.cfg
         x_BLD = self.embed[...].astype(cfg.dtype)[tokens_BL]
         x_BLD = constrain(x_BLD, "batch", "length", None)
         graph, layers_Y = nnx.split(self.layers)
-        offset = 0 if cache is None else cache.length
-        kv_segments_BT = None
-        if cache is not None:
-            kv_segments_BT = jax.lax.dynamic_update_slice_in_dim(cache.segments_BT, segments_BL, offset, axis=1)
+        attend, kv_YBTKH, segments_BT = _attending(cfg, segments_BL, cache, owner_B)
 
         def layer(x_BLD, inputs):
             params, kv_BTKH = inputs
-            x_BLD, kv_BTKH = nnx.merge(graph, params)(x_BLD, positions_BL, segments_BL, kv_BTKH, kv_segments_BT, offset)
-            return x_BLD, kv_BTKH if cache is not None else None
+            return nnx.merge(graph, params)(x_BLD, positions_BL, functools.partial(attend, kv_BTKH))
 
         kept = REMAT_POLICIES[cfg.remat]
         if kept is not None:
             policy = jax.checkpoint_policies.save_only_these_names(*kept)
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        kv_YBTKH = None if cache is None else (cache.k_YBTKH, cache.v_YBTKH)
         x_BLD, kv_YBTKH = jax.lax.scan(layer, x_BLD, (layers_Y, kv_YBTKH))
         x_BLD = _rms_norm(x_BLD, self.final_norm[...], cfg.norm_eps)
-        if cache is None:
-            return x_BLD, None
-        return x_BLD, Cache(kv_YBTKH[0], kv_YBTKH[1], kv_segments_BT, cache.length + tokens_BL.shape[1])
+        if kv_YBTKH is None:
+            return x_BLD, cache
+        return x_BLD, Cache(*kv_YBTKH, segments_BT, cache.length + tokens_BL.shape[1])
 
-    def __call__(self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None):
-        """Returns (logits_BLV in fp32 with padded ids at -inf, cache with these tokens appended or None)."""
+    def __call__(
+        self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None, owner_B: jax.Array | None = None
+    ):
+        """Returns (logits_BLV in fp32 with padded ids at -inf, the cache that is left: see `forward`)."""
         cfg = self.cfg
-        x_BLD, cache = self.hidden_states(tokens_BL, positions_BL, segments_BL, cache)
+        x_BLD, cache = self.hidden_states(tokens_BL, positions_BL, segments_BL, cache, owner_B)
         head_DV = self.embed[...].T if cfg.tie_embeddings else self.head[...]
         logits_BLV = constrain(head_logits(x_BLD, head_DV), "batch", "length", "vocab")
         # The released model could sample ids that its tokenizer cannot decode; ours cannot.
@@ -302,6 +328,7 @@ def forward(
     positions_BL: jax.Array,
     segments_BL: jax.Array,
     cache: Cache | None = None,
+    owner_B: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """The forward pass as a pure function of the parameters.
 
@@ -312,11 +339,13 @@ def forward(
       positions_BL: int32 position of each token within its document.
       segments_BL: int32 document of each token; tokens see only their own; 0 is padding.
       cache: keys and values of earlier tokens; the tokens are appended to it.
+      owner_B: which row of the cache each row goes on from. Then the cache's S rows are beginnings that rows share,
+        seen by all segments, and stay as they are.
 
     Returns:
-      (logits_BLV fp32, the extended cache or None).
+      (logits_BLV fp32, the cache with the tokens, or as it was where rows share it; None without one).
     """
-    return _module(cfg, params)(tokens_BL, positions_BL, segments_BL, cache)
+    return _module(cfg, params)(tokens_BL, positions_BL, segments_BL, cache, owner_B)
 
 
 def hidden_states(

@@ -1,35 +1,32 @@
 """The log-likelihood engine: what a model gives to sequences, each shared beginning computed once.
 
-Requests come in groups, the options of a question. Sequences that differ in their last id alone are one row, which is
-asked for several last ids. What rows begin with alike (the few-shot examples of a subject, the question before its
-options) is computed once, into a cache that the rows go on from; of three plans, nothing shared, shared within groups,
-shared by all, the one with the fewest padded tokens is taken.
+Requests come in groups, the options of a question. Sequences that differ in their last id alone are one piece, which is
+asked for several last ids. What pieces begin with alike (the few-shot examples of a subject, the question before its
+options) is computed once and read by all that go on from it; of three plans, nothing shared, shared within groups,
+shared by all, the one with the fewest padded tokens is taken. What is left of the pieces is packed into rows.
 
 Shapes are few: lengths are rounded up to powers of two, and neither a length nor a sharing plan is used that does not
-save the tokens of a whole batch. A shape always has the same number of rows. So for one `batch_tokens` the order of the
+save most of a batch. A shape always has the same number of rows. So for one `batch_tokens` the order of the
 requests does not change a bit of the result; between different `batch_tokens` only the rounding of matrix products can.
 
-Legend: B rows, L length, G shared beginnings, P their length, F last ids, V vocabulary.
+Legend: B rows, L length, G shared beginnings, P their length, E pieces, F last ids, V vocabulary.
 """
 
-import collections
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ctllm_jax.common.progress import Progress
-from ctllm_jax.generate import bucket
+from ctllm_jax.evaluate.pieces import SLOTS_PER_PIECE, Piece, Row, Share, pack, padded_beginning, plan, unique
 from ctllm_jax.loading import LoadedModel, check_ids
 from ctllm_jax.losses import token_logprobs
 from ctllm_jax.model import Cache, ModelConfig, forward, init_cache
 
-LAST_IDS = 4  # most last ids that one row is asked for
-SHORTEST_SHARED = 16  # tokens; a shorter beginning is not worth a pass of its own
-CACHE_FACTOR = 4  # a batch's cache holds at most this times `batch_tokens` slots
+LAST_IDS = 4  # most last ids that one piece is asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,22 +65,6 @@ class Score:
     length: int
 
 
-@dataclasses.dataclass
-class _Row:
-    """Ids that go into the model together, and the last ids asked for after them.
-
-    `logprobs` and `hits` are of `ids[1:]` and then of each last id, once computed.
-    """
-
-    ids: tuple[int, ...]
-    last: list[int]
-    logprobs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
-    hits: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
-
-    def add(self, logprobs: np.ndarray, hits: np.ndarray) -> None:
-        self.logprobs, self.hits = np.append(self.logprobs, logprobs), np.append(self.hits, hits)
-
-
 def score_groups(
     model: LoadedModel, groups: Sequence[Sequence[Request]], batch_tokens: int, label: str
 ) -> list[list[Score]]:
@@ -99,40 +80,36 @@ def score_groups(
       UserError: ids unknown to the model.
     """
     check_ids(model, (request.ids for group in groups for request in group))
-    rows: dict[tuple, _Row] = {}
-    placed = [[_place(rows, request) for request in group] for group in groups]
-    own = [_unique(row for row, _ in group) for group in placed]
-    plan = _plan(own, model.config.max_length, batch_tokens)
-    with Progress(label, len(rows), "rows") as progress:
-        _run(model, plan, batch_tokens, progress)
+    pieces: dict[tuple, Piece] = {}
+    placed = [[_place(pieces, request) for request in group] for group in groups]
+    own = [unique(piece for piece, _ in group) for group in placed]
+    shares = plan(own, model.config.max_length, batch_tokens)
+    with Progress(label, len(pieces), "pieces") as progress:
+        _run(model, shares, batch_tokens, progress)
     return [
         [_score(request, *place) for request, place in zip(group, places, strict=True)]
         for group, places in zip(groups, placed, strict=True)
     ]
 
 
-def _place(rows: dict[tuple, _Row], request: Request) -> tuple[_Row, int]:
-    """The row of a request, and which of its last ids is the request's."""
+def _place(pieces: dict[tuple, Piece], request: Request) -> tuple[Piece, int]:
+    """The piece of a request, and which of its last ids is the request's."""
     ids, last = tuple(request.ids[:-1]), request.ids[-1]
     number = 0
     while True:
-        row = rows.setdefault((ids, number), _Row(ids, []))
-        if last in row.last:
-            return row, row.last.index(last)
-        if len(row.last) < LAST_IDS:
-            row.last.append(last)
-            return row, len(row.last) - 1
+        piece = pieces.setdefault((ids, number), Piece(ids, []))
+        if last in piece.last:
+            return piece, piece.last.index(last)
+        if len(piece.last) < LAST_IDS:
+            piece.last.append(last)
+            return piece, len(piece.last) - 1
         number += 1
 
 
-def _unique(rows: Iterable[_Row]) -> list[_Row]:
-    return list({id(row): row for row in rows}.values())
-
-
-def _score(request: Request, row: _Row, last: int) -> Score:
-    inner = len(row.ids) - 1
-    logprobs = np.append(row.logprobs[:inner], row.logprobs[inner + last]).astype(np.float64)
-    hits = np.append(row.hits[:inner], row.hits[inner + last])
+def _score(request: Request, piece: Piece, last: int) -> Score:
+    inner = len(piece.ids) - 1
+    logprobs = np.append(piece.logprobs[:inner], piece.logprobs[inner + last]).astype(np.float64)
+    hits = np.append(piece.hits[:inner], piece.hits[inner + last])
     own = slice(request.start - 1, None)
     return Score(
         sum_logprob=float(logprobs[own].sum()),
@@ -144,122 +121,68 @@ def _score(request: Request, row: _Row, last: int) -> Score:
     )
 
 
-# ---- What is shared
-
-Plan = list[tuple[int, list[_Row]]]  # (tokens that the rows begin with alike and share, the rows)
-
-
-def _plan(groups: list[list[_Row]], most: int, batch_tokens: int) -> Plan:
-    everything = _unique(row for group in groups for row in group)
-    taken: set[int] = set()
-    own = []  # a row that several groups have is the first one's
-    for group in groups:
-        own.append([row for row in group if id(row) not in taken])
-        taken.update(id(row) for row in group)
-    apart = [(0, everything)]
-    plans = ([(_shared(group), group) for group in own if group], [(_shared(everything), everything)])
-    best = min(plans, key=lambda plan: _padded_tokens(plan, most))
-    return best if _padded_tokens(apart, most) - _padded_tokens(best, most) >= batch_tokens else apart
-
-
-def _shared(rows: list[_Row]) -> int:
-    """How many ids all rows begin with, less the one that each of them goes on from; 0 if it is not worth it."""
-    first, last = min(row.ids for row in rows), max(row.ids for row in rows)
-    alike = next((n for n, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
-    return alike - 1 if len(rows) > 1 and alike > SHORTEST_SHARED else 0
-
-
-def _padded_tokens(plan: Plan, most: int) -> int:
-    return sum(
-        _shared_bucket(shared, most) + sum(bucket(len(row.ids) - shared, most) for row in rows) for shared, rows in plan
-    )
-
-
-def _shared_bucket(shared: int, most: int) -> int:
-    """The next of 128, 512, 1024, 2048, ... that holds it, but `most` at most; 0 for 0."""
-    size = 128 if shared <= 128 else max(512, bucket(shared, most))
-    return min(size, most) if shared else 0
-
-
-def _lengths(needed: list[int], batch_tokens: int) -> dict[int, int]:
-    """{length: the one that it is padded to} for the rounded lengths of rows: a length that would not save a batch's
-    tokens over the next longer one is padded to that."""
-    counts, chosen = collections.Counter(needed), {}
-    rows = 0  # of this length and of shorter ones that are padded to it
-    lengths = sorted(counts)
-    waiting: list[int] = []
-    for length, longer in zip(lengths, [*lengths[1:], None], strict=True):
-        rows += counts[length]
-        waiting.append(length)
-        if longer is None or rows * (longer - length) >= batch_tokens:
-            chosen |= dict.fromkeys(waiting, length)
-            rows, waiting = 0, []
-    return chosen
-
-
-# ---- Running
-
-
-def _run(model: LoadedModel, plan: Plan, batch_tokens: int, progress: Progress) -> None:
+def _run(model: LoadedModel, shares: list[Share], batch_tokens: int, progress: Progress) -> None:
     most = model.config.max_length
-    by_length: dict[int, Plan] = {}
-    for shared, rows in plan:
-        by_length.setdefault(_shared_bucket(shared, most), []).append((shared, rows))
-    for P, entries in sorted(by_length.items()):
-        G = 1 if P == 0 or len(plan) == 1 else max(1, batch_tokens // P)
-        entries = sorted(entries, key=lambda entry: min(row.ids for row in entry[1]))
-        for start in range(0, len(entries), G):
-            chunk = entries[start : start + G]
+    by_length: dict[int, list[Share]] = {}
+    for share in shares:
+        by_length.setdefault(padded_beginning(share.length, most), []).append(share)
+    for P, own in sorted(by_length.items()):
+        G = 1 if P == 0 or len(shares) == 1 else max(1, batch_tokens // P)
+        own = sorted(own, key=lambda share: min(piece.ids for piece in share.pieces))
+        for start in range(0, len(own), G):
+            chunk = own[start : start + G]
             cache = _fill(model, chunk, G, P) if P else None
-            _go_on(model, chunk, cache, P, batch_tokens, progress)
+            for L, rows in pack(chunk, most, batch_tokens).items():
+                # Of several beginnings every row has one of its own, as a rule; of one beginning there are many rows.
+                B = max(1, batch_tokens // L if G == 1 else min(G, batch_tokens // L))
+                for first in range(0, len(rows), B):
+                    _batch(model, rows[first : first + B], cache, B, L)
+                    progress.add(sum(len(row.pieces) for row in rows[first : first + B]))
 
 
-def _fill(model: LoadedModel, chunk: Plan, G: int, P: int) -> Cache:
-    """Computes what the rows of each entry share."""
+def _fill(model: LoadedModel, chunk: list[Share], G: int, P: int) -> Cache:
+    """Computes what the pieces of each share begin with."""
     tokens_GP, labels_GP, length_G = np.zeros((G, P), np.int32), np.zeros((G, P), np.int32), np.zeros(G, np.int32)
-    for place, (shared, rows) in enumerate(chunk):
-        ids = rows[0].ids
-        tokens_GP[place, :shared], labels_GP[place, :shared] = ids[:shared], ids[1 : shared + 1]
-        length_G[place] = shared
+    for place, share in enumerate(chunk):
+        ids = share.pieces[0].ids
+        tokens_GP[place, : share.length], labels_GP[place, : share.length] = (
+            ids[: share.length],
+            ids[1 : share.length + 1],
+        )
+        length_G[place] = share.length
     logprob_GP, hit_GP, cache = _prefill(model.config, model.params, tokens_GP, labels_GP, length_G)
     logprob_GP, hit_GP = jax.device_get((logprob_GP, hit_GP))
-    for place, (shared, rows) in enumerate(chunk):
-        for row in rows:
-            row.add(logprob_GP[place, :shared], hit_GP[place, :shared])
+    for place, share in enumerate(chunk):
+        for piece in share.pieces:
+            piece.add(logprob_GP[place, : share.length], hit_GP[place, : share.length])
     return cache
 
 
-def _go_on(model: LoadedModel, chunk: Plan, cache: Cache | None, P: int, batch_tokens: int, progress: Progress) -> None:
-    """Computes the rows of a chunk, from where what they share ends."""
-    everything = [(place, shared, row) for place, (shared, rows) in enumerate(chunk) for row in rows]
-    needed = [bucket(len(row.ids) - shared, model.config.max_length) for _, shared, row in everything]
-    padded = _lengths(needed, batch_tokens)
-    buckets: dict[int, list[tuple[int, int, _Row]]] = {}
-    for entry, length in zip(everything, needed, strict=True):
-        buckets.setdefault(padded[length], []).append(entry)
-    for L, entries in sorted(buckets.items()):
-        B = max(1, min(batch_tokens // L, CACHE_FACTOR * batch_tokens // (P + L)))
-        entries.sort(key=lambda entry: (entry[2].ids, entry[2].last))
-        for start in range(0, len(entries), B):
-            _batch(model, entries[start : start + B], cache, B, L)
-            progress.add(len(entries[start : start + B]))
-
-
-def _batch(model: LoadedModel, entries: list[tuple[int, int, _Row]], cache: Cache | None, B: int, L: int) -> None:
-    tokens_BL, labels_BL = np.zeros((B, L), np.int32), np.zeros((B, L), np.int32)
-    owner_B, start_B, length_B = (np.zeros(B, np.int32) for _ in range(3))
-    last_BF = np.zeros((B, LAST_IDS), np.int32)
-    for place, (owner, shared, row) in enumerate(entries):
-        ids = row.ids[shared:]
-        tokens_BL[place, : len(ids)], labels_BL[place, : len(ids) - 1] = ids, ids[1:]
-        owner_B[place], start_B[place], length_B[place] = owner, shared, len(ids)
-        last_BF[place, : len(row.last)] = row.last
-    found = _continue(model.config, model.params, cache, owner_B, start_B, tokens_BL, labels_BL, length_B, last_BF)
-    logprob_BL, hit_BL, logprob_BF, hit_BF = jax.device_get(found)
-    for place, (_, _, row) in enumerate(entries):
-        inner, last = length_B[place] - 1, len(row.last)
-        row.add(logprob_BL[place, :inner], hit_BL[place, :inner])
-        row.add(logprob_BF[place, :last], hit_BF[place, :last])
+def _batch(model: LoadedModel, rows: list[Row], cache: Cache | None, B: int, L: int) -> None:
+    """Computes the pieces of the rows, from where their beginnings end."""
+    tokens_BL, labels_BL, positions_BL, segments_BL = (np.zeros((B, L), np.int32) for _ in range(4))
+    owner_B = np.zeros(B, np.int32)
+    E = B * L // SLOTS_PER_PIECE
+    end_E, last_EF = np.zeros(E, np.int32), np.zeros((E, LAST_IDS), np.int32)
+    placed: list[tuple[Piece, int, slice]] = []
+    for place, row in enumerate(rows):
+        owner_B[place] = row.owner
+        stop = 0
+        for number, piece in enumerate(row.pieces, start=1):
+            ids = piece.ids[row.shared :]
+            own = slice(stop, stop := stop + len(ids))
+            tokens_BL[place, own], labels_BL[place, own.start : own.stop - 1] = ids, ids[1:]
+            positions_BL[place, own], segments_BL[place, own] = np.arange(row.shared, len(piece.ids)), number
+            end_E[len(placed)] = place * L + own.stop - 1
+            last_EF[len(placed), : len(piece.last)] = piece.last
+            placed.append((piece, place, own))
+    rows_BL = tokens_BL, labels_BL, positions_BL, segments_BL
+    found = _continue(model.config, model.params, cache, owner_B, *rows_BL, end_E, last_EF)
+    logprob_BL, hit_BL, logprob_EF, hit_EF = jax.device_get(found)
+    for number, (piece, place, own) in enumerate(placed):
+        inner, last = slice(own.start, own.stop - 1), len(piece.last)
+        piece.add(logprob_BL[place, inner], hit_BL[place, inner])
+        piece.add(logprob_EF[number, :last], hit_EF[number, :last])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -281,33 +204,24 @@ def _continue(
     params: dict,
     cache: Cache | None,
     owner_B: jax.Array,
-    start_B: jax.Array,
     tokens_BL: jax.Array,
     labels_BL: jax.Array,
-    length_B: jax.Array,
-    last_BF: jax.Array,
+    positions_BL: jax.Array,
+    segments_BL: jax.Array,
+    end_E: jax.Array,
+    last_EF: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Rows that go on from row `owner_B` of the cache at position `start_B`, or from nothing.
+    """Rows that go on from row `owner_B` of the cache, or from nothing.
 
     Returns:
-      (log-probability of each label, whether it is the argmax, both [B, L]; the same of each last id, [B, F]).
+      (log-probability of each label, whether it is the argmax, both [B, L]; the same of the last ids of the pieces
+      that end in slots `end_E`, counted through the rows, [E, F]).
     """
-    L = tokens_BL.shape[1]
-    if cache is not None:
-        room = ((0, 0), (0, 0), (0, L), (0, 0), (0, 0))
-        cache = Cache(
-            k_YBTKH=jnp.pad(jnp.take(cache.k_YBTKH, owner_B, axis=1), room),
-            v_YBTKH=jnp.pad(jnp.take(cache.v_YBTKH, owner_B, axis=1), room),
-            segments_BT=jnp.pad(jnp.take(cache.segments_BT, owner_B, axis=0), ((0, 0), (0, L))),
-            length=cache.length,
-        )
-    slot_L = jnp.arange(L)
-    positions_BL = start_B[:, None] + slot_L
-    real_BL = (slot_L < length_B[:, None]).astype(jnp.int32)
-    logits_BLV, _ = forward(cfg, params, tokens_BL, positions_BL, real_BL, cache)
+    owner_B = None if cache is None else owner_B
+    logits_BLV, _ = forward(cfg, params, tokens_BL, positions_BL, segments_BL, cache, owner_B)
     logprob_BL, lse_BL = token_logprobs(logits_BLV, labels_BL)
     best_BL = jnp.argmax(logits_BLV, axis=-1)
-    end_B1 = jnp.maximum(length_B - 1, 0)[:, None]
-    end_BV = jnp.take_along_axis(logits_BLV, end_B1[..., None], axis=1)[:, 0]
-    logprob_BF = jnp.take_along_axis(end_BV, last_BF, axis=1) - jnp.take_along_axis(lse_BL, end_B1, axis=1)
-    return logprob_BL, best_BL == labels_BL, logprob_BF, jnp.take_along_axis(best_BL, end_B1, axis=1) == last_BF
+    end_E1 = end_E[:, None]
+    logits_EF = logits_BLV.reshape(-1, logits_BLV.shape[-1])[end_E1, last_EF]
+    logprob_EF = logits_EF - lse_BL.reshape(-1)[end_E1]
+    return logprob_BL, best_BL == labels_BL, logprob_EF, best_BL.reshape(-1)[end_E1] == last_EF
