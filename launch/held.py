@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.status import EXIT_MISTAKE
+from ctllm_jax.verbs import Option
 from launch.jobs import Job, launcher, new_id
 from launch.process import Output, Process
 from launch.supervise import supervise

@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from ctllm_jax.cli import Option
 from ctllm_jax.common.children import die_with_parent
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.verbs import Option
 from launch import ship
 from launch.process import Process
 from launch.target import Payload

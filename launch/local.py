@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.verbs import Option
 from launch.held import DETACH, hold
 from launch.process import Process
 from launch.target import Payload, Target

@@ -6,8 +6,8 @@ import sys
 from absl import flags
 
 from ctllm_jax import cli
-from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.verbs import VERBS, Option
 from launch import view
 from launch.target import Payload, Target
 
@@ -70,9 +70,9 @@ def _options(name: str, target: Target, arguments: list[str]) -> dict:
 def _payload(name: str, command: list[str]) -> Payload | None:
     """The verb and its arguments; None where they only ask for help, which is then given."""
     verb, *arguments = command
-    if verb not in cli.VERBS:
-        raise UserError(f"launch {name}: unknown verb {verb!r}; there are: {', '.join(cli.VERBS)}")
-    parsed = cli.parse(verb, cli.VERBS[verb], arguments)
+    if verb not in VERBS:
+        raise UserError(f"launch {name}: unknown verb {verb!r}; there are: {', '.join(VERBS)}")
+    parsed = cli.parse(verb, VERBS[verb], arguments)
     return None if parsed is None else Payload(verb, tuple(arguments), "distributed" in parsed[0])
 
 

@@ -13,9 +13,9 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 
-from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import ROOT
+from ctllm_jax.verbs import Option
 from launch.target import Payload
 
 OPTIONS = {

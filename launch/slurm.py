@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import write_atomic
+from ctllm_jax.verbs import Option
 from launch import hosts, view
 from launch.held import DETACH
 from launch.hosts import Host, Plan

@@ -7,8 +7,8 @@ passphrase that nobody has entered (ssh-agent). The hosts need Python, git is no
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.verbs import Option
 from launch import hosts
 from launch.held import DETACH, hold
 from launch.hosts import Host

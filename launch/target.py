@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ctllm_jax.cli import Option
+from ctllm_jax.verbs import Option
 from launch.jobs import Job, State, held_cancel, held_state
 
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.verbs import Option
 from launch import hosts
 from launch.held import DETACH, hold
 from launch.hosts import Host

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from absl import flags
 
 from ctllm_jax import cli
-from ctllm_jax.cli import Option
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.status import EXIT_RESUME
+from ctllm_jax.verbs import Option
 from launch import jobs
 from launch.jobs import Job, State
 from launch.process import say

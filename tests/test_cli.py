@@ -12,9 +12,9 @@ import pytest
 from command import ctllm
 
 from ctllm_jax import cli, convert
-from ctllm_jax.cli import VERBS
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What a verb's default config leaves to the user.

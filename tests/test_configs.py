@@ -16,8 +16,8 @@ import pytest
 
 from configs import hardware
 from configs.mixtures import CT_LLM_SFT_RATIOS
-from ctllm_jax.cli import VERBS
 from ctllm_jax.common.config import build
+from ctllm_jax.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -16,7 +16,7 @@ from test_processes import OPTIONS
 from test_train import assert_same_run
 from tiny_stores import tiny_store
 
-from ctllm_jax import cli
+from ctllm_jax.verbs import Option
 from launch import run as launch_run
 from launch.lines import Lines
 from launch.local import processes
@@ -343,7 +343,7 @@ def test_one_process_is_the_plain_command_and_each_attempt_has_a_port_of_its_own
 
 def test_a_target_is_a_table_entry(capsys, monkeypatch):
     calls = []
-    target = Target("the moon", {"craters": cli.Option("--craters=N", "how many", 1)}, lambda *call: calls.append(call))
+    target = Target("the moon", {"craters": Option("--craters=N", "how many", 1)}, lambda *call: calls.append(call))
     monkeypatch.setitem(launch_run.TARGETS, "moon", "moon")
     monkeypatch.setitem(sys.modules, "moon", type(sys)("moon"))
     sys.modules["moon"].TARGET = target
