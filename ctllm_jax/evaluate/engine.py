@@ -6,7 +6,7 @@ options) is computed once and read by all that go on from it; of three plans, no
 shared by all, the one with the fewest padded tokens is taken. What is left of the pieces is packed into rows.
 
 Shapes are few: lengths are rounded up to powers of two, and neither a length nor a sharing plan is used that does not
-save most of a batch. A shape always has the same number of rows. So for one `batch_tokens` the order of the
+save most of a batch. A shape has one of two numbers of rows. So for one `batch_tokens` the order of the
 requests does not change a bit of the result; between different `batch_tokens` only the rounding of matrix products can.
 
 Legend: B rows, L length, G shared beginnings, P their length, E pieces, F last ids, V vocabulary.
@@ -136,8 +136,10 @@ def _run(model: LoadedModel, shares: list[Share], batch_tokens: int, progress: P
                 # Of several beginnings every row has one of its own, as a rule; of one beginning there are many rows.
                 B = max(1, batch_tokens // L if G == 1 else min(G, batch_tokens // L))
                 for first in range(0, len(rows), B):
-                    _batch(model, rows[first : first + B], cache, B, L)
-                    progress.add(sum(len(row.pieces) for row in rows[first : first + B]))
+                    batch = rows[first : first + B]
+                    few = max(1, B // 4)  # what is left over in the end need not be padded to a whole batch
+                    _batch(model, batch, cache, few if len(batch) <= few else B, L)
+                    progress.add(sum(len(row.pieces) for row in batch))
 
 
 def _fill(model: LoadedModel, chunk: list[Share], G: int, P: int) -> Cache:
