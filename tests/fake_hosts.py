@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+from launch import ship
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # As OpenSSH's client: the host stands before the line of shell; a host that is down gives 255, one that hangs nothing.
@@ -45,10 +47,17 @@ chmod +x "$3/bin/python"
 
 
 class Hosts:
-    """Fake hosts below a folder; each has its home there. `environment` is what `--environment` is given."""
+    """Fake hosts below a folder, each with its home there, and a launcher that ships a small checkout.
+
+    `environment` is what `--environment` is given.
+    """
 
     def __init__(self, folder: pathlib.Path, monkeypatch):
-        self.folder, self.environment = folder, folder / "venv"
+        folder.mkdir()
+        self.folder, self.environment, self.checkout = folder, folder / "venv", repository(folder / "checkout")
+        monkeypatch.setattr(sys, "argv", ["ctllm"])
+        monkeypatch.setattr(ship, "checkout", lambda: self.checkout)
+        monkeypatch.chdir(self.checkout)
         (self.environment / "bin").mkdir(parents=True)
         self._executable(folder / "bin" / "ssh", SSH.format(folder=folder))
         self._executable(self.environment / "bin" / "python", PYTHON.format(python=sys.executable, folder=folder))

@@ -24,11 +24,7 @@ HEARD = "import signal; [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGIN
 @pytest.fixture
 def hosts(tmp_path, monkeypatch):
     """Fake hosts, whose launcher ships a small checkout."""
-    monkeypatch.setattr(sys, "argv", ["ctllm"])
     made = Hosts(tmp_path / "hosts", monkeypatch)
-    made.checkout = repository(tmp_path / "checkout")
-    monkeypatch.setattr(ship, "checkout", lambda: made.checkout)
-    monkeypatch.chdir(made.checkout)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for launchers that are processes of their own
     return made
 

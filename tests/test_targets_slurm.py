@@ -11,7 +11,7 @@ import time
 import pytest
 from clusters import slurm as cluster
 from command import ctllm
-from fake_hosts import ROOT, Hosts, repository
+from fake_hosts import ROOT, Hosts
 from test_launch import WAIT, ended, once_there
 from test_targets import SAVES, TRAIN, ready
 
@@ -24,11 +24,7 @@ needs_slurm = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing
 @pytest.fixture
 def hosts(tmp_path, monkeypatch):
     """A home folder of its own, and a launcher that ships a small checkout."""
-    monkeypatch.setattr(sys, "argv", ["ctllm"])
     made = Hosts(tmp_path / "hosts", monkeypatch)
-    made.checkout = repository(tmp_path / "checkout")
-    monkeypatch.setattr(ship, "checkout", lambda: made.checkout)
-    monkeypatch.chdir(made.checkout)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     return made

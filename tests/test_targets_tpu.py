@@ -6,10 +6,10 @@ import sys
 import pytest
 from clusters.sshd import free_port
 from command import ctllm
-from fake_hosts import Hosts, repository
+from fake_hosts import Hosts
 from test_targets import TRAIN
 
-from launch import jobs, ship, tpu
+from launch import jobs, tpu
 
 FLAGS = ("--name=big", "--zone=us-east5-a", "--type=v5litepod-8", "--runtime=v2-alpha-tpuv5-lite")
 FAKE = pathlib.Path(__file__).with_name("fake_gcloud.py")
@@ -26,11 +26,7 @@ def install_gcloud(folder: pathlib.Path, monkeypatch) -> None:
 
 @pytest.fixture
 def hosts(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["ctllm"])
     made = Hosts(tmp_path / "hosts", monkeypatch)
-    made.checkout = repository(tmp_path / "checkout")
-    monkeypatch.setattr(ship, "checkout", lambda: made.checkout)
-    monkeypatch.chdir(made.checkout)
     monkeypatch.setattr(tpu, "_TICK", 0.01)
     install_gcloud(made.folder, monkeypatch)
     return made

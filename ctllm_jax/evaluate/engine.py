@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ctllm_jax.common.progress import Progress
-from ctllm_jax.evaluate.pieces import SLOTS_PER_PIECE, Piece, Row, Share, pack, padded_beginning, plan, unique
+from ctllm_jax.evaluate.pieces import Piece, Row, Share, most_pieces, pack, padded_beginning, plan, unique
 from ctllm_jax.loading import LoadedModel, check_ids
 from ctllm_jax.losses import token_logprobs
 from ctllm_jax.model import Cache, ModelConfig, forward, init_cache
@@ -164,7 +164,7 @@ def _batch(model: LoadedModel, rows: list[Row], cache: Cache | None, B: int, L: 
     """Computes the pieces of the rows, from where their beginnings end."""
     tokens_BL, labels_BL, positions_BL, segments_BL = (np.zeros((B, L), np.int32) for _ in range(4))
     owner_B = np.zeros(B, np.int32)
-    E = B * L // SLOTS_PER_PIECE
+    E = B * most_pieces(L)
     end_E, last_EF = np.zeros(E, np.int32), np.zeros((E, LAST_IDS), np.int32)
     placed: list[tuple[Piece, int, slice]] = []
     for place, row in enumerate(rows):

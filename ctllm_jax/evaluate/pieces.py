@@ -14,7 +14,7 @@ from ctllm_jax.generate import bucket
 
 SHORTEST_SHARED = 16  # tokens; a shorter beginning is not worth a pass of its own
 ROW = 256  # slots of a row, unless a piece needs more or all pieces of a beginning need fewer
-SLOTS_PER_PIECE = 8  # a row of L slots has at most L / this pieces
+SLOTS_PER_PIECE = 8  # in a full row, at least: see `most_pieces`
 KEYS_PER_TOKEN = 8192  # to look at so many keys is taken to cost as much as all else that a token does
 
 
@@ -152,17 +152,23 @@ def _cost(tokens: collections.Counter, length: int) -> float:
     return sum(-(-count // length) for count in tokens.values()) * length * (1 + length / KEYS_PER_TOKEN)
 
 
+def most_pieces(length: int) -> int:
+    """How many pieces may stand in a row of so many slots."""
+    return max(1, length // SLOTS_PER_PIECE)
+
+
 def _first_fit(pieces: list[Piece], shared: int, length: int) -> list[list[Piece]]:
     """Pieces by rows, each in the first row that has room for it, the longest first."""
     rows: list[list[Piece]] = []
-    room: list[int] = []
+    room: dict[int, int] = {}  # slots left in rows that can take another piece
+    shortest = min(len(piece.ids) for piece in pieces) - shared
     for piece in sorted(pieces, key=lambda piece: piece.key):
         needed = len(piece.ids) - shared
-        fitting = (n for n, left in enumerate(room) if left >= needed and len(rows[n]) < length // SLOTS_PER_PIECE)
-        place = next(fitting, len(rows))
+        place = next((n for n, left in room.items() if left >= needed), len(rows))
         if place == len(rows):
             rows.append([])
-            room.append(length)
         rows[place].append(piece)
-        room[place] -= needed
+        room[place] = room.get(place, length) - needed
+        if room[place] < shortest or len(rows[place]) == most_pieces(length):
+            del room[place]
     return rows
