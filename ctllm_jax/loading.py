@@ -23,6 +23,8 @@ class LoadedModel:
     Attributes:
       digest: names the weights: equal digests, equal parameters and tokenizer.
       name: for people; the folder's name, with the step where there is one.
+      step: of the run's checkpoint; None of a Hugging Face folder.
+      tokens: that the run had gone through by then, padding included; None where nothing tells.
     """
 
     config: ModelConfig
@@ -30,6 +32,8 @@ class LoadedModel:
     tokenizer: Tokenizer
     digest: str
     name: str
+    step: int | None = None
+    tokens: int | None = None
 
 
 def load_model(location: str, step: int | None = None, dtype: str | None = None) -> LoadedModel:
@@ -56,10 +60,12 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None)
         if lora.rank:
             params = merged(lora, params, load_params(folder / "base", abstract_params(config))[0])
         name = f"{folder.resolve().name}@{step}"
+        tokens = step * about["tokens_per_step"] if "tokens_per_step" in about else None
     elif (folder / "config.json").exists():
         if step is not None:
             raise UserError(f"{folder} is a Hugging Face folder; it has no step {step} (leave step unset)")
         config, params, tokenizer = hf.load(folder)
+        tokens = None
         parts = [identity(file) for file in (folder / "config.json", *hf.weight_files(folder))]
         digest = fingerprint([parts, tokenizer.digest])
         name = folder.resolve().name
@@ -67,7 +73,7 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None)
         raise UserError(f"{folder}: neither a run directory (run.json) nor a Hugging Face folder (config.json)")
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-    return LoadedModel(config, params, tokenizer, digest, name)
+    return LoadedModel(config, params, tokenizer, digest, name, step, tokens)
 
 
 def check_ids(model: LoadedModel, sequences: Iterable[Sequence[int]]) -> None:

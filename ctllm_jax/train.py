@@ -242,6 +242,7 @@ def _write_run(job: Job) -> None:
                 "causal": flops_per_token(job.model, length, causal=True, adapters=job.adapters),
                 "full": flops_per_token(job.model, length, causal=False, adapters=job.adapters),
             },
+            "tokens_per_step": job.clock.tokens,
             "mesh": dict(job.mesh.shape),
             "devices": f"{job.mesh.size} x {job.mesh.devices.flat[0].device_kind}",
             "versions": {"ctllm-jax": __version__, "jax": jax.__version__, "flax": flax.__version__},

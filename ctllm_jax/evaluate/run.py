@@ -69,13 +69,13 @@ def run(config: EvalConfig, workdir: str) -> dict:
         "tasks": {loaded.task.name: loaded.protocol for loaded in tasks},
         "benchmarks": {benchmark.task.name: benchmark.protocol for benchmark in benchmarks},
     }
-    stage = open_stage("eval", 2, workdir, settings, inputs)
+    stage = open_stage("eval", 3, workdir, settings, inputs)
     if stage.done:
         print(table(stage.result))
         return stage.result
 
-    result: dict = {"model": model.name, "digest": model.digest, "perplexity": None}
-    result |= {"benchmarks": {}, "tasks": {}}
+    result: dict = {"model": model.name, "digest": model.digest, "step": model.step, "tokens": model.tokens}
+    result |= {"limit": config.limit, "perplexity": None, "benchmarks": {}, "tasks": {}}
     if store:
         result["perplexity"] = _part(
             stage, "perplexity", lambda: perplexity(model, store, config.perplexity, config.batch_tokens)
