@@ -46,7 +46,8 @@ DATA = [
 ]
 GCS = ["gcsfs"]  # the gs:// of universal-pathlib
 SERVE = ["aiohttp>=3.9"]  # HTTP, parsed and limited in C; gcsfs needs it as well
-DEV = [*GCS, *SERVE, "hypothesis", "pytest", "pytest-xdist", "ruff"]
+PLOTS = ["matplotlib"]  # the picture of `ctllm table`
+DEV = [*GCS, *SERVE, *PLOTS, "hypothesis", "pytest", "pytest-xdist", "ruff"]
 
 setuptools.setup(
     name="ctllm-jax",
@@ -58,6 +59,7 @@ setuptools.setup(
     python_requires=">=3.11,<3.14",
     package_data={
         "ctllm_jax.evaluate.judged.sets": ["*.jsonl"],
+        "ctllm_jax.evaluate.reported": ["*.tsv"],
         "ctllm_jax.evaluate.tasks": ["*.toml"],
         "data_pipeline.dedup": ["variants.txt"],
     },
@@ -67,6 +69,7 @@ setuptools.setup(
         "data": DATA,
         "gcs": GCS,
         "serve": SERVE,
+        "plots": PLOTS,
         "tpu": ["jax[tpu]", *GCS],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],

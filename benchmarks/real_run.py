@@ -1,20 +1,23 @@
 """A run on real documents: from raw files to a model of 6.8 M parameters, its curves and samples, and a small sweep.
 
-    python benchmarks/real_run.py --input 'raw/*.jsonl.gz' [--steps 2000] [--rows 32] [--sweep-steps N] [--folder DIR]
+    python benchmarks/real_run.py --input 'raw/*.jsonl.gz' [--steps 2000] [--rows 32] [--data BENCHMARKS]
+        [--sweep-steps N] [--folder DIR]
 
 The documents, with the sample's English and code, go through `ctllm corpus`, `tokenizer` (8,192 pieces) and `tokenize`
 (rows of 512). The model is configs/pretrain.py:tiny with 6 layers of width 256; bf16 and our kernels on an accelerator,
-fp32 in plain JAX on a CPU. The sweep sees the same number of tokens with other learning rates and batches. Every stage
-and run is a folder below --folder; what is finished there is not done again, what was cut short goes on.
+fp32 in plain JAX on a CPU. The sweep sees the same number of tokens with other learning rates and batches. With --data
+every checkpoint of the run answers benchmarks, and `ctllm table` draws the curve. Every stage and run is a folder below
+--folder; what is finished there is not done again, what was cut short goes on.
 """
 
 import argparse
 import pathlib
 import statistics
+import subprocess
 import tempfile
 
 import jax
-from common import finish, made, table
+from common import CTLLM, finish, made, table
 
 from ctllm_jax.common.files import read_json, read_jsonl
 from ctllm_jax.data.store import open_store
@@ -25,6 +28,8 @@ RATE = 3e-3
 SWEEP = ((1, 1e-3), (1, 6e-3), (1, 1.2e-2), (0.5, RATE), (2, RATE))  # (batch over that of the run, peak learning rate)
 KERNELS = {"cpu": ("float32", "xla"), "gpu": ("bfloat16", "pallas_gpu"), "tpu": ("bfloat16", "pallas_tpu")}
 LOOKS = 8  # at held-out data, after the first; each has a checkpoint
+TASKS = ("eprstmt_ppl", "bustm_ppl", "cluewsc_ppl", "csl_ppl", "xcopa_zh_ppl", "chid_ppl", "piqa_ppl", "arc_e_ppl")
+LIMIT = 300  # items of each benchmark
 
 
 def main() -> None:
@@ -36,6 +41,9 @@ def main() -> None:
     parser.add_argument(
         "--sweep-steps", type=int, help="as many batches' tokens for each run of the sweep; 0: no sweep"
     )
+    parser.add_argument(
+        "--data", help="folder of benchmarks, as `ctllm eval --config.data` takes it; without it no curve"
+    )
     parser.add_argument("--folder", help="keeps everything; without it a temporary one, deleted at the end")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -43,6 +51,8 @@ def main() -> None:
         store = store_of(options.input, folder)
         run = trained(folder, store, options.steps, options.rows, options.rows, RATE)
         figures = show(run, store)
+        if options.data:
+            curve(folder, run, options.data)
         steps = options.steps if options.sweep_steps is None else options.sweep_steps
         if steps:
             settings = [(max(1, int(options.rows * factor)), rate) for factor, rate in ((1, RATE), *SWEEP)]
@@ -95,6 +105,18 @@ def show(run: pathlib.Path, store_folder: pathlib.Path) -> dict:
     samples = [entry for entry in read_jsonl(run / "samples.jsonl") if entry["step"] == looks[-1]["step"]]
     print(*(f"{entry['prompt']!r} -> {entry['text']!r}" for entry in samples), sep="\n")
     return {"loss": looks[-1]["loss"], **{name: looks[-1][name] for name in names}}
+
+
+def curve(folder: pathlib.Path, run: pathlib.Path, data: str) -> None:
+    """Scores every checkpoint of a run; prints the table and draws it into FOLDER/curve-RUN."""
+    settings = {"benchmarks": TASKS, "data": data, "limit": LIMIT}
+    steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    scored = [
+        made(folder / f"eval-{run.name}-{step}", "eval", {"model": run, "step": step, **settings}) for step in steps
+    ]
+    print(flush=True)
+    drawn = folder / f"curve-{run.name}"
+    subprocess.run([*CTLLM, "table", *map(str, scored), "--reported=checkpoints", f"--workdir={drawn}"], check=True)
 
 
 def show_sweep(runs: list[pathlib.Path], settings: list[tuple[int, float]]) -> dict:

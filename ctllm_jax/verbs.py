@@ -121,6 +121,16 @@ VERBS = {
         writes=False,
         bare=("evaluations", "A B"),
     ),
+    "table": Verb(
+        "ctllm_jax.evaluate.leaderboard",
+        "TableConfig",
+        "configs/table.py",
+        "folders of `ctllm eval` -> one table, beside the scores that CT-LLM reported",
+        workdir="folder for table.md, table.tex, table.json and table.png, if they are wanted",
+        short={"reported": Short("--reported=TABLE", "of CT-LLM's tables: base, aligned, checkpoints, or '' (base)")},
+        writes=False,
+        bare=("evaluations", "EVALUATION [EVALUATION ...]"),
+    ),
     "answer": Verb(
         "ctllm_jax.evaluate.judged.answers",
         "AnswerConfig",

@@ -29,6 +29,7 @@ NEEDED = {
     "trace": ["--step=1"],
     "report": ["RUN"],
     "compare": ["A", "B"],
+    "table": ["A"],
 }
 
 

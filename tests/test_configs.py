@@ -64,6 +64,7 @@ CASES = [
     Case("eval", None, "eval"),
     Case("eval", "ct_llm", "eval"),
     Case("compare", None, "compare", (("evaluations", ("A", "B")),)),
+    Case("table", None, "table", (("evaluations", ("A", "B")),)),
     Case("answer", None, "answer"),
     Case("judge", "judge", "judge"),
     Case("judge", "one+other", "judge"),
