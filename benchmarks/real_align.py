@@ -51,7 +51,7 @@ def main() -> None:
         name = ratio.replace(":", "to")
         store = store_of(folder / f"store-chat-{name}", f"chat@{ratio}", chats, real)
         sft = trained(folder / f"sft-{name}", "sft", store, base, "2 epochs")
-        dpo = trained(folder / f"dpo-{name}", "dpo", preferences, sft, "1 epochs")
+        dpo = trained(folder / f"dpo-{name}", "dpo", preferences, sft, "2 epochs")
         runs |= {f"SFT {ratio}": sft, f"DPO after {ratio}": dpo}
         models |= {f"SFT {ratio}": sft, f"SFT {ratio}, DPO": dpo}
     scored = {name: scores(folder, model, real / "store", everything, options.data) for name, model in models.items()}
