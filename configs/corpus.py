@@ -138,7 +138,9 @@ def _default() -> ConfigDict:
     rules.mean_line_length = {"min": 10}  # EvalWeb's rule: navigation lists
     rules.punctuation = {"min": 1}
     rules.distinct_characters = {"min": 0.1}  # of the first 1,000 characters
-    rules.update(_most_frequent("top") | _repeated())
+    rules.character_entropy.min = 2.0  # the blanks of a table that is set with them bring good ones below 3
+    rules.read_more_lines.max = 0.5  # one line in three, the last of a page, is no list of teasers
+    rules.update(_repeated() | {f"top_{n}gram": {"max": 0.20} for n in (2, 3, 4)})  # a name such as Docker is several
     config.rules.update(english=_english(), code=_code())
     config.language = {"sample_characters": 400, "line_break": " "}
     chinese = {"labels": ("zh", "yue", "wuu"), "min_score": 0.4, "min_han": 0.5}
