@@ -127,7 +127,10 @@ VERBS = {
         "configs/table.py",
         "folders of `ctllm eval` -> one table, beside the scores that CT-LLM reported",
         workdir="folder for table.md, table.tex, table.json and table.png, if they are wanted",
-        short={"reported": Short("--reported=TABLE", "of CT-LLM's tables: base, aligned, checkpoints, or '' (base)")},
+        short={
+            "reported": Short("--reported=TABLE", "of CT-LLM's tables: base, aligned, checkpoints, or '' (base)"),
+            "contamination": Short("--contamination=DIR", "scores without the items that the training data held, too"),
+        },
         writes=False,
         bare=("evaluations", "EVALUATION [EVALUATION ...]"),
     ),

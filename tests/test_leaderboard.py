@@ -1,8 +1,10 @@
 """The table of scores beside CT-LLM's: columns, averages, marks, and its files."""
 
 import json
+import pathlib
 
 import pytest
+from tiny_models import write_jsonl
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.manifest import open_stage
@@ -56,7 +58,7 @@ def test_reported_columns_are_benchmarks_of_ours():
 
 
 def test_ours_beside_the_base_models(evaluations, tmp_path, capsys):
-    run(TableConfig(evaluations, "base"), str(tmp_path / "table"))
+    run(TableConfig(evaluations, "base", ""), str(tmp_path / "table"))
     printed = capsys.readouterr().out
     head, _, *rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
     assert head == ["model", "ceval_ppl", "eprstmt_ppl", "piqa_ppl"]  # C-Eval alone is in that table of the paper
@@ -76,7 +78,7 @@ def test_ours_beside_the_base_models(evaluations, tmp_path, capsys):
 
 
 def test_checkpoints_go_by_tokens_and_have_groups(evaluations, tmp_path, capsys):
-    found = run(TableConfig(evaluations, "checkpoints"), str(tmp_path / "table"))
+    found = run(TableConfig(evaluations, "checkpoints", ""), str(tmp_path / "table"))
     assert found["columns"][:2] == ["piqa_ppl", "ceval_ppl"] and "ceval_ppl/hard" in found["columns"]
     rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert rows[2] == "CT-LLM @ 13.3B" and rows[-3:] == ["run@10, 20M tokens*", "run@20, 40M tokens", "chance"]
@@ -87,8 +89,27 @@ def test_nothing_to_show(tmp_path, capsys):
     stage = open_stage("eval", 3, tmp_path / "eval", {}, {})
     stage.finish({"model": "run@1", "tokens": None, "limit": None, "benchmarks": {}})
     with pytest.raises(UserError, match="none of the evaluations has a benchmark"):
-        run(TableConfig((str(tmp_path / "eval"),), ""), None)
+        run(TableConfig((str(tmp_path / "eval"),), "", ""), None)
     with pytest.raises(UserError, match="not a finished folder of `ctllm eval`"):
-        run(TableConfig((str(tmp_path),), ""), None)
+        run(TableConfig((str(tmp_path),), "", ""), None)
     with pytest.raises(ValueError, match="unknown; there are: base, aligned, checkpoints"):
-        TableConfig(("a",), "chat")
+        TableConfig(("a",), "chat", "")
+
+
+def test_items_that_the_training_data_held(evaluations, tmp_path, capsys):
+    for number, folder in enumerate(evaluations):
+        path = pathlib.Path(folder) / "parts" / "eprstmt_ppl" / "all-0000.jsonl"
+        path.parent.mkdir(parents=True)
+        write_jsonl(path, [{"id": str(i), **entry(i != 3 - number, 2)} for i in range(4)])
+    searched = open_stage("contamination", 3, tmp_path / "searched", {}, {})
+    write_jsonl(searched.folder / "hits.jsonl", [{"task": "eprstmt_ppl", "item": "3"}] * 2)
+    searched.finish({"tasks": {"eprstmt_ppl": {}, "cmmlu_ppl": {}}})
+    run(TableConfig(evaluations, "", str(tmp_path / "searched")), str(tmp_path / "table"))
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if "| eprstmt_ppl |" in line]
+    assert rows[1] == ["run@20", "eprstmt_ppl", "4", "1", "75.00 ± 25.00", "100.00 ± 0.00", "0.00"]
+    assert rows[2] == ["run@10", "eprstmt_ppl", "4", "1", "75.00 ± 25.00", "66.67 ± 33.33", "100.00"]
+    kept = json.loads((tmp_path / "table" / "table.json").read_text())["seen"]
+    assert kept[0][1]["eprstmt_ppl"]["clean"] == {"mean": 1.0, "stderr": 0.0, "n": 3}
+    write_jsonl(searched.folder / "hits.jsonl", [{"task": "eprstmt_ppl", "item": "9"}])
+    with pytest.raises(UserError, match="eprstmt_ppl has no item '9'"):
+        run(TableConfig(evaluations[:1], "", str(tmp_path / "searched")), None)

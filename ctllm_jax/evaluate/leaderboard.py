@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, write_atomic, write_json
 from ctllm_jax.common.manifest import read_result
+from ctllm_jax.evaluate import seen
 from ctllm_jax.evaluate.figure import draw
 
 REPORTED = pathlib.Path(__file__).with_name("reported")
@@ -25,6 +26,7 @@ class TableConfig:
 
     evaluations: tuple[str, ...]  # finished folders of `ctllm eval`
     reported: str  # which of CT-LLM's tables stands beside them, one of TABLES; "" for none
+    contamination: str  # folder of `ctllm contamination`: scores without what the training data held, too; "" for none
 
     def __post_init__(self):
         if not self.evaluations:
@@ -55,7 +57,8 @@ def run(config: TableConfig, workdir: str | None) -> dict:
     """Prints the table as markdown; with a folder also writes table.md, table.tex, table.json and table.png there.
 
     Raises:
-      UserError: a folder is no finished evaluation, or none of them has a benchmark with a score.
+      UserError: a folder is not finished, none of the evaluations has a benchmark with a score, or the contamination
+        is that of other items.
     """
     results = [read_result(folder, "eval")[1] for folder in config.evaluations]
     reported = read_reported(config.reported) if config.reported else []
@@ -68,13 +71,22 @@ def run(config: TableConfig, workdir: str | None) -> dict:
     levels = [chances(result) for result in results]
     chance = {column: level[column] for level in levels for column in columns if level.get(column) is not None}
     rows = [row for row in (*reported, *ours) if row.ours or any(column in row.scores for column in columns)]
-    text = markdown(rows, columns, chance)
+    text, apart = markdown(rows, columns, chance), []
+    if config.contamination:
+        held = seen.read_seen(config.contamination)
+        apart = [
+            (row["model"], seen.scores_apart(folder, held))
+            for row, folder in zip(results, config.evaluations, strict=True)
+        ]
+        text += f"\nItems that the training data held (over items, all alike):\n\n{seen.markdown(apart)}"
     if workdir:
         folder = as_path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "table.md", text)
         write_atomic(folder / "table.tex", latex(rows, columns, chance))
-        write_json(folder / "table.json", {"rows": [dataclasses.asdict(row) for row in rows], "chance": chance})
+        write_json(
+            folder / "table.json", {"rows": [dataclasses.asdict(row) for row in rows], "chance": chance, "seen": apart}
+        )
         draw(folder / "table.png", rows, columns, chance, curves=config.reported == "checkpoints")
     print(text, end="")
     return {"rows": len(rows), "columns": columns}
