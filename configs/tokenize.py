@@ -5,7 +5,8 @@ ctllm tokenize --config=configs/tokenize.py:chat --config.input=chats.jsonl --co
 ctllm tokenize --config=configs/tokenize.py:chat@4:1 --config.input=chats.jsonl ... --workdir=STORE
 ctllm tokenize --config=configs/tokenize.py:preference --config.input=pairs.jsonl ... --workdir=STORE
 
-`chat@4:1` takes all Chinese conversations and a quarter as many English ones, as one of CT-LLM's SFT mixtures does.
+`chat@4:1` takes all Chinese conversations and a quarter as many English ones, as one of CT-LLM's SFT mixtures does; a
+record's `language` tells them apart, or else the script of its messages.
 """
 
 from ml_collections import ConfigDict, config_dict

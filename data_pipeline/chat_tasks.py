@@ -5,6 +5,7 @@ A record's source is its `source`, else its `language`, else the kind of the rec
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,25 @@ from ctllm_jax.data.record import id_hash
 from ctllm_jax.data.tokenizer import Tokenizer
 from data_pipeline.splits import is_held_out
 from data_pipeline.tasks import BATCH, SPLITS
+
+_HAN = re.compile(r"[\u3400-\u9fff]")
+
+
+def with_languages(records: Sequence[dict]) -> list[dict]:
+    """Records that have a `language` each: where none is given, it is told by the script of what is said.
+
+    "zh" where a fifth of the letters or more are Chinese characters (code and names among them are Latin), "en" where
+    most are ASCII, "other" elsewhere.
+    """
+    return [record if record.get("language") else {**record, "language": _language(record)} for record in records]
+
+
+def _language(record: dict) -> str:
+    said = record.get("messages", record.get("prompt"))
+    letters = [letter for message in said for letter in message["content"] if letter.isalpha()]
+    if 5 * sum(_HAN.match(letter) is not None for letter in letters) >= len(letters) > 0:
+        return "zh"
+    return "en" if 2 * sum(letter.isascii() for letter in letters) > len(letters) else "other"
 
 
 def in_ratio(records: Sequence[dict], ratio: Mapping[str, float]) -> list[dict]:

@@ -166,7 +166,9 @@ def _register(config: TokenizeConfig, tokenizer: Tokenizer) -> tuple[dict[str, s
     if not found.kept:
         raise UserError(f"{', '.join(files)}: no usable {config.kind} record among {len(found.rejected)}")
     if config.ratio:
-        found = dataclasses.replace(found, kept=chat_tasks.in_ratio(found.kept, config.ratio))
+        found = dataclasses.replace(
+            found, kept=chat_tasks.in_ratio(chat_tasks.with_languages(found.kept), config.ratio)
+        )
     if config.kind == "chat":
         return chat_tasks.chat_tasks(found.kept, tokenizer, config.validation_share, template, config.learn), found
     return chat_tasks.preference_tasks(found.kept, tokenizer, config.validation_share, template), found

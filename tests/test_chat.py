@@ -323,6 +323,22 @@ def test_the_scarcer_language_decides_how_much_there_is():
     assert [sum(record["language"] == name for record in kept) for name in ("zh", "en")] == [28, 7]
 
 
+def test_a_record_without_a_language_has_that_of_its_script():
+    said = [
+        "怎样用 Python 的 pandas.read_csv 读取文件？",
+        "How do I say 你好 in a letter?",
+        "Как дела?",
+        "3 + 4 = ?",
+        "",
+    ]
+    records = [{"id": str(i), "messages": [{"role": "user", "content": text}]} for i, text in enumerate(said)]
+    pair = {"id": "p", "prompt": records[0]["messages"], "chosen": [], "rejected": []}
+    given = {"id": "g", "language": "zh-TW", "messages": []}
+    found = chat_tasks.with_languages([*records, pair, given])
+    assert [record["language"] for record in found] == ["zh", "en", "other", "other", "other", "zh", "zh-TW"]
+    assert "language" not in records[0]
+
+
 @pytest.mark.parametrize("ratio", [{"zh": 1.0}, {"zh": 1.0, "en": 1.0, "fr": 1.0}])
 def test_a_ratio_names_every_language_of_the_records(ratio):
     with pytest.raises(UserError, match="the records' languages are: en 2, zh 3. Name them all"):
