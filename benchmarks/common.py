@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -24,13 +25,15 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() 
 class Cost:
     """What a child process and its children took.
 
-    cpu, wall: seconds; output: what it wrote to standard output; peak_mib: the largest resident memory of one process.
+    cpu, wall: seconds; output: what it wrote to standard output; peak_mib: the largest resident memory of one process,
+    with what it maps of files; own_mib: the largest without that (looked at 20 times a second), of the child alone.
     """
 
     cpu: float
     wall: float
     output: str = ""
     peak_mib: float = 0.0
+    own_mib: float = 0.0
 
 
 def environment(name: str, requirements: Sequence[str]) -> str:
@@ -78,9 +81,11 @@ def measure(command: Sequence[str], **variables: str) -> Cost:
             child = subprocess.Popen(
                 command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=log, text=True
             )
+            peak = Peak(child.pid)
             output = child.stdout.read()
             child.stdout.close()
             _, status, usage = os.wait4(child.pid, 0)
+            own = peak.stop()
             child.returncode = os.waitstatus_to_exitcode(status)
             wall = time.perf_counter() - start
         if child.returncode:
@@ -88,7 +93,31 @@ def measure(command: Sequence[str], **variables: str) -> Cost:
             raise RuntimeError(f"{' '.join(command)}: exit status {child.returncode}\n{tail}")
     finally:
         log_file.unlink(missing_ok=True)
-    return Cost(usage.ru_utime + usage.ru_stime, wall, output, usage.ru_maxrss / 1024)
+    return Cost(usage.ru_utime + usage.ru_stime, wall, output, usage.ru_maxrss / 1024, own)
+
+
+class Peak:
+    """Watches a process's memory without mapped files, which the system takes back when it needs room."""
+
+    def __init__(self, process: int):
+        self._status, self._most = pathlib.Path(f"/proc/{process}/status"), 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.05):
+            try:
+                lines = dict(line.split(":", 1) for line in self._status.read_text().splitlines())
+            except OSError:  # it has ended
+                return
+            self._most = max(self._most, int(lines.get("RssAnon", "0 kB").split()[0]))
+
+    def stop(self) -> float:
+        """Ends the watch; the most that was seen, in MiB."""
+        self._over.set()
+        self._thread.join()
+        return self._most / 1024
 
 
 def take_turns(contestants: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:

@@ -206,20 +206,25 @@ def memory(folder, patterns, out: pathlib.Path, sizes: tuple[float, ...]) -> dic
             write_planted(planted, patterns, megabytes),
         )
         filtered = ours("corpus_filters.py", documents, out / "memory", "default")
-        rows.append((f"filters, {megabytes:g} MB", count, filtered.cpu, count / filtered.cpu, filtered.peak_mib))
+        rows.append((f"filters, {megabytes:g} MB", count, *_figures(count, filtered)))
         unique = ours("corpus_dedup.py", planted, out / "memory", "default")
         scored = score(key, _removed_by_us(out / "memory"))
-        rows.append(
-            (f"deduplication, {megabytes:g} MB", planted_count, unique.cpu, planted_count / unique.cpu, unique.peak_mib)
-        )
+        rows.append((f"deduplication, {megabytes:g} MB", planted_count, *_figures(planted_count, unique)))
         found[f"{megabytes:g}"] = {
             "filters_mib": filtered.peak_mib,
+            "filters_own_mib": filtered.own_mib,
             "dedup_mib": unique.peak_mib,
+            "dedup_own_mib": unique.own_mib,
             "dedup_recall": scored.recall,
             "dedup_precision": scored.precision,
         }
-    table("memory: default preset, one process", ("", "documents", "CPU s", "documents/CPU s", "MiB"), rows)
+    heads = ("", "documents", "CPU s", "documents/CPU s", "MiB", "of it not mapped files")
+    table("memory: default preset, one process", heads, rows)
     return {"memory": found}
+
+
+def _figures(count: int, cost: Cost) -> tuple[float, ...]:
+    return cost.cpu, count / cost.cpu, cost.peak_mib, cost.own_mib
 
 
 if __name__ == "__main__":
