@@ -21,7 +21,7 @@ from ctllm_jax.metrics.log import read_metrics
 from data_pipeline.formats import Unusable, normalise
 from data_pipeline.records import entries
 
-TASKS = ("eprstmt_ppl", "cluewsc_ppl", "csl_ppl", "c3_m_ppl", "xcopa_zh_ppl", "piqa_ppl", "arc_e_ppl")
+TASKS = ("eprstmt_ppl", "cluewsc_ppl", "csl_ppl", "c3_m_ppl", "xcopa_zh_ppl", "piqa_ppl", "obqa_ppl")
 LIMIT = 300  # items of each benchmark
 QUESTIONS = ("给我三个保持健康的建议。", "写一首关于春天的短诗。", "Give three tips for staying healthy.")
 PREFERENCE = ("accuracy", "margin", "reward_chosen", "reward_rejected")  # metrics of DPO

@@ -28,7 +28,7 @@ RATE = 3e-3
 SWEEP = ((1, 1e-3), (1, 6e-3), (1, 1.2e-2), (0.5, RATE), (2, RATE))  # (batch over that of the run, peak learning rate)
 KERNELS = {"cpu": ("float32", "xla"), "gpu": ("bfloat16", "pallas_gpu"), "tpu": ("bfloat16", "pallas_tpu")}
 LOOKS = 8  # at held-out data, after the first; each has a checkpoint
-TASKS = ("eprstmt_ppl", "bustm_ppl", "cluewsc_ppl", "csl_ppl", "xcopa_zh_ppl", "chid_ppl", "piqa_ppl", "arc_e_ppl")
+TASKS = ("eprstmt_ppl", "bustm_ppl", "cluewsc_ppl", "csl_ppl", "xcopa_zh_ppl", "chid_ppl", "piqa_ppl", "obqa_ppl")
 LIMIT = 300  # items of each benchmark
 
 
