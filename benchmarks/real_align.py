@@ -114,7 +114,7 @@ def show_runs(runs: dict[str, pathlib.Path]) -> None:
     for name, run in runs.items():
         looks = read_metrics(run, "eval")
         for look in (looks[0], looks[-1]):
-            told = [look.get(metric, float("nan")) for metric in ("loss", *PREFERENCE)]
+            told = [look.get(metric, "-") for metric in ("loss", *PREFERENCE)]
             rows.append((f"{name}, step {look['step']}", *told))
     table("held-out data of each run", ("", "loss", *PREFERENCE), rows)
 
