@@ -21,6 +21,7 @@ BASE = [
     "numpy",
     "optax",
     "orbax-checkpoint>=0.12.8",  # marks a committed step with a file on every file system
+    "pyyaml",  # manifests for Kubernetes
     "safetensors",  # Hugging Face weights without pickle
     "scipy",  # normal quantiles; connected components
     "sentencepiece<0.2.3",  # 0.2.3 needs protobuf 7, TensorFlow and Beam hold protobuf 6

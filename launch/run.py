@@ -16,6 +16,7 @@ TARGETS = {  # {name: the module whose TARGET it is}
     "ssh": "launch.ssh",
     "slurm": "launch.slurm",
     "tpu": "launch.tpu",
+    "gke": "launch.gke",
 }
 USAGE = "ctllm launch TARGET [--flag=value ...] -- VERB --config=FILE.py[:arg] ... --workdir=DIR"
 COMMON = {"dry_run": Option("--dry_run", "print every command and file exactly, start nothing", False)}

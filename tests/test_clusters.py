@@ -1,4 +1,4 @@
-"""`ctllm launch` over a real sshd, a real SLURM and a fake gcloud: small runs that are disturbed and end alike."""
+"""`ctllm launch` over a real sshd, a real SLURM, a fake gcloud and kubectl: small runs, disturbed, that end alike."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ import pytest
 from clusters import slurm, sshd
 from test_launch import ROOT, WAIT, once_there, pids_of
 from test_processes import OPTIONS
+from test_targets_gke import fake_cluster
 from test_targets_tpu import install_gcloud
 from test_train import assert_same_run
 from tiny_stores import tiny_store
@@ -139,3 +140,37 @@ def test_on_tpu_slices_a_job_of_four_that_was_preempted_ends_in_the_bits_of_an_u
     text = log.read_text()
     assert "big is suspended; deleting it" in text and "[0 big-0/0] train: resumed at step 8" in text
     assert_same_run(tmp_path / "preempted", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_on_gke_a_job_of_four_that_lost_a_pod_and_was_stopped_ends_in_the_bits_of_an_undisturbed_one(
+    tmp_path, monkeypatch
+):
+    store, workdir, log = tiny_store(tmp_path / "store").folder, tmp_path / "run", tmp_path / "log"
+    options = ["--accelerator=tpu-v5-lite-podslice", "--topology=2x4", "--slices=2", "--spot", "--devices=1"]
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("CTLLM_JOBS", str(tmp_path / "jobs"))
+    with fake_cluster(tmp_path, monkeypatch):
+        whole = launch("gke", options, store, tmp_path / "whole", log)
+        assert whole.wait(timeout=6 * WAIT) == 0, log.read_text()
+
+        job = launch("gke", options, store, workdir, log)
+        once_there(workdir / "metrics.jsonl", '"step": 10,')
+        os.kill(pids_of(workdir)[3], signal.SIGKILL)
+        once_there(log, "launch: starting all pods again (restart 1 of 3)")
+        once_there(workdir / "metrics.jsonl", '"step": 20,')
+        job.send_signal(signal.SIGINT)
+        assert job.wait(timeout=WAIT) == 75, log.read_text()
+        text = log.read_text()
+        assert (
+            "[3 slice-1-1] launch: ended with status 137" in text and "[0 slice-0-0] train: resumed at step 8" in text
+        )
+        assert "is saved; the same command goes on" in text and not pids_of(workdir)
+
+        job = launch("gke", options, store, workdir, log)
+        assert job.wait(timeout=6 * WAIT) == 0, log.read_text()
+        assert "[0 slice-0-0] train lm: 32/32 steps" in log.read_text() and not pids_of(workdir)
+    assert not list((tmp_path / "objects").iterdir())
+    assert_same_run(workdir, tmp_path / "whole")

@@ -1,0 +1,323 @@
+"""A job as Kubernetes objects: a JobSet, the code and the variables that its pods find, what runs in a pod.
+
+A TPU slice is one child Job with a pod a host, GPU and CPU hosts together are one. Facts: accelerators, topologies and
+chips of a host are those of https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and of xpk's table
+(AI-Hypercomputer/xpk, src/xpk/core/system_characteristics.py, June 2026); the JobSet's fields and rules those of
+sigs.k8s.io/jobset/api/jobset/v1alpha2 from 0.10 on, the first that can tell exit statuses apart.
+"""
+
+import base64
+import dataclasses
+import math
+import pathlib
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE, EXIT_RESUME
+from launch.hosts import Plan
+
+_TPUS = {  # {accelerator: dimensions of its topologies}
+    "tpu-v4-podslice": 3,
+    "tpu-v5-lite-podslice": 2,
+    "tpu-v5p-slice": 3,
+    "tpu-v6e-slice": 2,
+    "tpu7x": 3,
+}
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,34}[a-z0-9])?")  # a pod's name adds up to 27 characters, and may have 63
+_PORT = 8476  # of the coordinator; a pod has an address of its own
+_PART = 700 << 10  # bytes of the archive in a ConfigMap, which may have 1 MiB
+_LEFT = 86400  # seconds after its end that a JobSet stays where no launcher deletes it
+_ECHOES = (EXIT_LOST, 134, 143)  # of another one's end
+
+# What runs in a pod, as `sh /ctllm/run`: beside it lies the archive in parts.
+_RUN = r"""#!/bin/sh
+# One process of {job}: {revision}
+ship=$(cd "$(dirname "$0")" && pwd)
+cd || exit 1
+status=1
+child=
+asked=
+again=
+
+# Kubernetes asks again when a Job fails, and a process that is asked twice ends without its save.
+# shellcheck disable=SC2317 # the trap calls it
+ask() {{
+  if [ -z "$asked" ] && [ -n "$child" ]; then kill -TERM "$child"; fi
+  asked=yes
+  again=yes
+}}
+trap ask TERM
+
+await() {{ # sets status; a signal to this script ends the waiting, not the process
+  again=yes
+  while [ -n "$again" ]; do
+    again=
+    wait "$child"
+    code=$?
+    if [ "$code" -ne 127 ]; then status=$code; fi
+  done
+  child=
+}}
+
+end() {{
+  echo "launch: ended with status $1"
+  case $1 in {echoes}) sleep 3 ;; esac # who failed by itself is to be seen first
+  exit "$1"
+}}
+
+prepare() {{
+  if [ ! -d {source} ]; then cat "$ship"/code.* | sh -c {unpack} || return 1; fi
+{install}
+}}
+prepare &
+child=$!
+await
+if [ -n "$asked" ]; then end {resume}; fi
+if [ "$status" -ne 0 ]; then
+  echo "launch: could not get ready"
+  end "$status"
+fi
+
+mkdir -p {folder}
+home=$(pwd)
+export PYTHONPATH={path} PYTHONUNBUFFERED=1{environment}
+cd {folder} || end 2
+{command} &
+child=$!
+if [ -n "$asked" ]; then kill -TERM "$child"; fi
+await
+end "$status"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The hosts of a job.
+
+    Attributes:
+      kind: what Kubernetes calls each of the groups: slice, host.
+      groups: TPU slices; 1 of GPU and CPU hosts.
+      hosts: of a group, each with one process.
+      selector: labels of the nodes.
+      resource: what a host has of accelerators: {name for Kubernetes: count}.
+    """
+
+    kind: str
+    groups: int
+    hosts: int
+    selector: Mapping[str, str]
+    resource: Mapping[str, int]
+
+    @property
+    def processes(self) -> int:
+        return self.groups * self.hosts
+
+    @property
+    def tpu(self) -> bool:
+        return self.kind == "slice"
+
+
+def shape(options: Mapping[str, Any]) -> Shape:
+    """What the options ask for.
+
+    Raises:
+      UserError: an accelerator or topology that is none, flags that do not belong together.
+    """
+    name, topology = options["accelerator"], options["topology"]
+    spot = {"cloud.google.com/gke-spot": "true"} if options["spot"] else {}
+    if not name.startswith("tpu"):
+        for flag in ("topology", "slices", "chips"):
+            if options[flag]:
+                raise UserError(f"launch gke: --{flag} is for TPUs: give --accelerator={next(iter(_TPUS))} or its like")
+        if options["gpus"] and not name:
+            raise UserError("launch gke: --gpus needs --accelerator=NAME, as GKE names it: nvidia-h100-80gb, ...")
+        labels = {"cloud.google.com/gke-accelerator": name} if name else {}
+        gpus = {"nvidia.com/gpu": options["gpus"] or 8} if name else {}
+        return Shape("host", 1, options["nodes"] or 1, {**labels, **spot}, gpus)
+    for flag in ("nodes", "gpus"):
+        if options[flag]:
+            raise UserError(f"launch gke: --{flag} is not for TPUs: give --topology and --slices")
+    if name not in _TPUS:
+        raise UserError(f"launch gke: --accelerator={name}: no such TPU; there are: {', '.join(_TPUS)}")
+    like = "x".join(["4"] * _TPUS[name])
+    if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})+", topology) or topology.count("x") + 1 != _TPUS[name]:
+        raise UserError(f"launch gke: --topology={topology}: a slice of {name} is given as {like}")
+    chips = math.prod(map(int, topology.split("x")))
+    per_host = options["chips"] or min(chips, 4)
+    if chips % per_host:
+        raise UserError(f"launch gke: --topology={topology}: {chips} chips are no multiple of the {per_host} of a host")
+    labels = {"cloud.google.com/gke-tpu-accelerator": name, "cloud.google.com/gke-tpu-topology": topology}
+    return Shape("slice", options["slices"] or 1, chips // per_host, {**labels, **spot}, {"google.com/tpu": per_host})
+
+
+def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[str, Any], pod: Any) -> dict[str, Any]:
+    """The JobSet, as `kubectl create` takes it; `pod` is laid over the template of its pods.
+
+    Raises:
+      UserError: a name that Kubernetes would not have.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"launch gke: --name={name}: must be up to 36 of a-z, 0-9 and -, from a letter on")
+    labels = {"ctllm-job": job_id}
+    parts = [{"configMap": {"name": f"{name}-code-{index}"}} for index in range(len(archive(plan)))]
+    container = {
+        "name": "main",
+        "image": options["image"],
+        "command": ["sh", "/ctllm/run"],
+        "resources": {"limits": dict(hosts.resource)},
+        "volumeMounts": [
+            {"name": "ship", "mountPath": "/ctllm", "readOnly": True},
+            {"name": "memory", "mountPath": "/dev/shm"},  # 64 MiB without it, too few for NCCL
+        ],
+        **({"envFrom": [{"secretRef": {"name": f"{name}-variables"}}]} if plan.secrets else {}),
+    }
+    template = {
+        "metadata": {"labels": labels},
+        "spec": {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": options["save_seconds"],
+            "nodeSelector": dict(hosts.selector),
+            "containers": [container],
+            "volumes": [
+                {"name": "ship", "projected": {"sources": parts}},
+                {"name": "memory", "emptyDir": {"medium": "Memory"}},
+            ],
+        },
+    }
+    child = {
+        "completionMode": "Indexed",
+        "parallelism": hosts.hosts,
+        "completions": hosts.hosts,
+        "backoffLimit": 0,  # one pod lost, all lost
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": "FailJob",  # its message has the status, by which the rules below go
+                    "onExitCodes": {
+                        "containerName": "main",
+                        "operator": "In",
+                        "values": [EXIT_MISTAKE, EXIT_RESUME],
+                    },
+                }
+            ]
+        },
+        "template": overlaid(template, pod),
+    }
+    # All hosts of a slice in one node pool, and no other slice there.
+    alone = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": name,
+            "labels": {**labels, **({"kueue.x-k8s.io/queue-name": options["queue"]} if options["queue"] else {})},
+            "annotations": alone if hosts.tpu and hosts.hosts > 1 else {},
+        },
+        "spec": {
+            "ttlSecondsAfterFinished": _LEFT,
+            "failurePolicy": {
+                "maxRestarts": options["restarts"],
+                "restartStrategy": "BlockingRecreate",  # no slice meets the one before
+                "rules": [
+                    _rule("mistake", "FailJobSet", f"exit code {EXIT_MISTAKE} matching"),
+                    {"name": "failure", "action": "RestartJobSet", "onJobFailureReasons": ["BackoffLimitExceeded"]},
+                    _rule("resume", "RestartJobSetAndIgnoreMaxRestarts", f"exit code {EXIT_RESUME} matching"),
+                ],
+            },
+            "replicatedJobs": [{"name": hosts.kind, "replicas": hosts.groups, "template": {"spec": child}}],
+        },
+    }
+
+
+def _rule(name: str, action: str, message: str) -> dict[str, Any]:
+    reasons = {"onJobFailureReasons": ["PodFailurePolicy"], "onJobFailureMessagePatterns": [message]}
+    return {"name": name, "action": action, **reasons}
+
+
+def overlaid(base: Any, over: Any) -> Any:
+    """`base` with what `over` has: keys are added or replaced, lists joined, their entries of one name laid over."""
+    if isinstance(base, dict) and isinstance(over, dict):
+        return {**base, **{key: overlaid(base[key], value) if key in base else value for key, value in over.items()}}
+    if isinstance(base, list) and isinstance(over, list):
+        ours, theirs = {_name(entry) for entry in base}, {_name(entry): entry for entry in over if _name(entry)}
+        joined = [overlaid(entry, theirs[_name(entry)]) if _name(entry) in theirs else entry for entry in base]
+        return joined + [entry for entry in over if _name(entry) is None or _name(entry) not in ours]
+    return over
+
+
+def _name(entry: Any) -> str | None:
+    return entry.get("name") if isinstance(entry, dict) else None
+
+
+def script(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[str, Any]) -> str:
+    """What every pod runs."""
+    place, several = plan.place, hosts.processes > 1
+    variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": options["devices"]} if options["devices"] else {}
+    if several and not hosts.tpu:  # of a TPU's hosts JAX learns from what GKE sets there, TPU_WORKER_HOSTNAMES and more
+        address = f"{name}-{hosts.kind}-0-0.{name}:{_PORT}"
+        variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": hosts.processes}
+        variables["JAX_PROCESS_ID"] = '"$JOB_COMPLETION_INDEX"'
+    config = [f"--config={_path(f'{place.source}/{plan.config}')}"] if plan.config else []
+    arguments = shlex.join([*plan.arguments, *(["--config.distributed=True"] if several else [])])
+    words = [_path(place.interpreter), "-m", "ctllm_jax.cli", plan.payload.verb, *config, arguments]
+    if place.environment:
+        missing = f"no {place.interpreter} in the image; leave --environment out, and one is made"
+        install = f"  if [ ! -x {shlex.quote(place.interpreter)} ]; then echo {shlex.quote(missing)}; return 2; fi"
+    else:
+        install = f"  timeout {options['install_minutes']}m sh -c {shlex.quote(place.install())}"
+    return _RUN.format(
+        job=job_id,
+        revision=plan.place.code.revision,
+        echoes=" | ".join(map(str, _ECHOES)),
+        source=shlex.quote(place.source),
+        unpack=shlex.quote(place.unpack()),
+        install=install,
+        resume=EXIT_RESUME,
+        folder=shlex.quote(options["folder"] or "."),
+        environment="".join(f" {key}={value}" for key, value in variables.items()),
+        path=_path(place.source),
+        command=" ".join(words).rstrip(),
+    )
+
+
+def _path(name: str) -> str:
+    """A path for the shell that holds in any folder."""
+    return shlex.quote(name) if name.startswith("/") else f'"$home"/{shlex.quote(name)}'
+
+
+def archive(plan: Plan) -> list[bytes]:
+    """The shipped code as a .tar.gz, in parts that a ConfigMap can hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "code.tar.gz"
+        plan.place.code.archive(path)
+        data = path.read_bytes()
+    return [data[start : start + _PART] for start in range(0, len(data), _PART)]
+
+
+def files(job_id: str, name: str, plan: Plan, text: str, owner: str, shown: bool = False) -> list[dict[str, Any]]:
+    """ConfigMaps with the archive and the script, a Secret with the variables; deleted with the JobSet that owns them.
+
+    Args:
+      text: the script.
+      owner: the JobSet's uid.
+      shown: for eyes: how long a part is instead of it, and no value of a variable.
+    """
+
+    def entry(kind: str, suffix: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        owned = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "name": name, "uid": owner}
+        metadata = {"name": f"{name}-{suffix}", "labels": {"ctllm-job": job_id}, "ownerReferences": [owned]}
+        return {"apiVersion": "v1", "kind": kind, "metadata": metadata, "immutable": True, **content}
+
+    entries = []
+    for index, part in enumerate(archive(plan)):
+        value = f"({len(part)} bytes)" if shown else base64.b64encode(part).decode()
+        content: dict[str, Any] = {"binaryData": {f"code.{index:03}": value}}
+        entries.append(entry("ConfigMap", f"code-{index}", {**content, "data": {"run": text} if not index else {}}))
+    if plan.secrets:
+        values = dict.fromkeys(plan.secrets, "***") if shown else dict(plan.secrets)
+        entries.append(entry("Secret", "variables", {"type": "Opaque", "stringData": values}))
+    return entries
