@@ -37,7 +37,10 @@ _ECHOES = (EXIT_LOST, 134, 143)  # of another one's end
 _RUN = r"""#!/bin/sh
 # One process of {job}: {revision}
 ship=$(cd "$(dirname "$0")" && pwd)
-cd || exit 1
+if ! cd; then
+  echo "launch: the image sets no HOME that is there"
+  exit 2
+fi
 status=1
 child=
 asked=
@@ -120,6 +123,10 @@ class Shape:
     def tpu(self) -> bool:
         return self.kind == "slice"
 
+    @property
+    def gpu(self) -> bool:
+        return "nvidia.com/gpu" in self.resource
+
 
 def shape(options: Mapping[str, Any]) -> Shape:
     """What the options ask for.
@@ -169,6 +176,8 @@ def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
         "image": options["image"],
         "command": ["sh", "/ctllm/run"],
         "resources": {"limits": dict(hosts.resource)},
+        # Where GKE puts NVIDIA's driver; images with CUDA know it, Python's does not.
+        "env": [{"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"}] if hosts.gpu else [],
         "volumeMounts": [
             {"name": "ship", "mountPath": "/ctllm", "readOnly": True},
             {"name": "memory", "mountPath": "/dev/shm"},  # 64 MiB without it, too few for NCCL

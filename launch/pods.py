@@ -179,22 +179,22 @@ class Writer:
         self._attempt, self._said = 0, ""
         self._waits_since, self._asked, self._warning = float("inf"), float("-inf"), ""
         self._given_up = ""
-        self._secrets: Mapping[str, str] = {}
+        self._secrets: Mapping[str, str] | None = None  # until they are known
 
     def run(self) -> int:
         """Returns the job's status, when it has ended and nothing is left of it but what is to be kept."""
-        self._secrets = self._forwarded()
-        pause = _SOON
+        pause, seen = _SOON, None
         while True:
             try:
+                if self._secrets is None:
+                    self._secrets = self._forwarded()
                 seen = look(self._job)
-            except UserError as error:  # a network that comes back, most likely
-                self._tell(str(error))
-                seen, pause = None, _LATER
-            if seen:
                 pause = _SOON if self._take(seen) or _busy(seen) else min(2 * pause, _LATER)
                 if seen.end or not (seen.there or seen.pods):
                     break
+            except UserError as error:  # a network that comes back, most likely
+                self._tell(str(error))
+                pause = _LATER
             self._pump(pause)
         self._pump(_REST, last=True)
         return self._finish(seen)
@@ -240,7 +240,7 @@ class Writer:
         """Says what pods wait for, and gives the job up when that takes too long."""
         (started, why), now, limits = seen.waiting(self._count), time.monotonic(), self._job.handle
         if not why:
-            self._waits_since, self._warning = float("inf"), ""
+            self._waits_since, self._warning, self._said = float("inf"), "", ""
             return
         self._waits_since = min(self._waits_since, now)
         waited = now - self._waits_since
@@ -256,9 +256,9 @@ class Writer:
         step = next((step for sign, step in _NEXT.items() if sign in text), "")
         text += f"; {step}" if step else ""
         if waited > limit and not self._given_up:
+            self._cluster.ask(self._cluster.delete(limits["name"]))
             self._given_up = f"given up after {waited / 60:.1f} minutes: {text}"
             self._output.say(self._given_up)
-            self._cluster.ask(self._cluster.delete(limits["name"]))
         elif waited > min(limit, _LATER):
             self._tell(text)
 
@@ -289,6 +289,7 @@ class Writer:
                     for pipe in stream.streams:
                         with contextlib.suppress(KeyError):
                             self._selector.unregister(pipe)
+                    stream.drop()  # its pipes: a long job has many attempts
 
     def _finish(self, seen: Look) -> int:
         for stream in self._streams.values():

@@ -33,14 +33,16 @@ def fake_cluster(folder: pathlib.Path, monkeypatch):
     path.write_text(f'#!/bin/sh\nPYTHONPATH={libraries} exec {sys.executable} -S {FAKE} "$@"\n')
     path.chmod(0o755)
     monkeypatch.setenv("FAKE_KUBECTL", str(folder))
-    yield
-    (folder / "says").unlink(missing_ok=True)
-    for made in (folder / "objects").glob("JobSet.*"):
-        subprocess.run([path, *CLUSTER.delete(made.name.partition(".")[2])[1:]], check=True)
-        subprocess.run([path, *CLUSTER.kill("x")[1:]], check=True)
-        for _ in range(100):
-            if made.exists():
-                time.sleep(0.1)
+    try:
+        yield
+    finally:
+        (folder / "says").unlink(missing_ok=True)
+        for made in (folder / "objects").glob("JobSet.*"):
+            subprocess.run([path, *CLUSTER.delete(made.name.partition(".")[2])[1:]], check=True)
+            subprocess.run([path, *CLUSTER.kill("x")[1:]], check=True)
+            for _ in range(100):
+                if made.exists():
+                    time.sleep(0.1)
 
 
 @pytest.fixture
