@@ -1,7 +1,7 @@
 """Records of jobs: one JSON file a job, `ID.json`, and beside it the job's output, `ID.log`.
 
 They lie in ~/.ctllm/jobs, or in the folder that CTLLM_JOBS names. A job that a launcher holds together (`local`, `ssh`,
-`tpu`) ends with its launcher; one that was handed to a scheduler (`slurm`) has its name there in `handle`.
+`tpu`) ends with its launcher; one that was handed to a scheduler (`slurm`, `gke`) has its name there in `handle`.
 """
 
 import contextlib
