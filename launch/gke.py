@@ -46,7 +46,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     cluster = Cluster(context, options["namespace"], options["wait"])
     if dry_run:
         shown = [_yaml(entry) for entry in jobset.files(job_id, name, plan, text, "UID", shown=True)]
-        _describe(cluster, plan, name, made, shown, options["keep"])
+        _describe(cluster, plan, (job_id, name), made, shown, options["keep"])
         return 0
     owner = json.loads(cluster.ask(cluster.create("--output=json"), made))["metadata"]["uid"]
     handle = {"context": context, "namespace": options["namespace"], "name": name, "forward": list(plan.secrets)}
@@ -83,15 +83,20 @@ def _overlay(path: str) -> dict[str, Any]:
     return found
 
 
-def _describe(cluster: Cluster, plan: hosts.Plan, name: str, made: str, shown: Sequence[str], keep: bool) -> None:
-    """Prints every command and file."""
+def _describe(
+    cluster: Cluster, plan: hosts.Plan, names: tuple[str, str], made: str, shown: Sequence[str], keep: bool
+) -> None:
+    """Prints every command and file; `names` are the job's and the JobSet's."""
     code = plan.place.code
     print(f"# code: {code.revision}, tree {code.tree}")
     print(f"git -C {code.root} archive --format=tar.gz {code.tree}  # the archive, in parts code.NNN")
     print(shlex.join(cluster.create("--output=json")), "# reads:", made, sep="\n")
     print(shlex.join(cluster.create("--output=name")), "# reads; UID is the JobSet's:", "---\n".join(shown), sep="\n")
+    print("# while it runs, every few seconds", shlex.join(cluster.look(names[0])), sep="\n")
+    print("# while pods wait", shlex.join(cluster.warnings()), sep="\n")
+    print("# of every pod", shlex.join(cluster.logs("POD", "")), sep="\n")
     if not keep:
-        print("# in the end", shlex.join(cluster.delete(name)), sep="\n")
+        print("# in the end", shlex.join(cluster.delete(names[1])), sep="\n")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -41,7 +41,7 @@ if ! cd; then
   echo "launch: the image sets no HOME that is there"
   exit 2
 fi
-status=1
+status=
 child=
 asked=
 again=
@@ -55,8 +55,9 @@ ask() {{
 }}
 trap ask TERM
 
-await() {{ # sets status; a signal to this script ends the waiting, not the process
+await() {{ # sets status; a signal to this script ends the waiting, not the process, and 127 may be of a wait too many
   again=yes
+  status=127
   while [ -n "$again" ]; do
     again=
     wait "$child"
@@ -157,6 +158,10 @@ def shape(options: Mapping[str, Any]) -> Shape:
     per_host = options["chips"] or min(chips, 4)
     if chips % per_host:
         raise UserError(f"launch gke: --topology={topology}: {chips} chips are no multiple of the {per_host} of a host")
+    if chips == per_host and options["slices"] > 1:  # GKE tells the pods of several hosts alone where the others are
+        raise UserError(
+            f"launch gke: --slices={options['slices']}: slices of one host are not joined; take a larger one"
+        )
     labels = {"cloud.google.com/gke-tpu-accelerator": name, "cloud.google.com/gke-tpu-topology": topology}
     return Shape("slice", options["slices"] or 1, chips // per_host, {**labels, **spot}, {"google.com/tpu": per_host})
 
@@ -169,7 +174,46 @@ def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"launch gke: --name={name}: must be up to 36 of a-z, 0-9 and -, from a letter on")
-    labels = {"ctllm-job": job_id}
+    queue = {"kueue.x-k8s.io/queue-name": options["queue"]} if options["queue"] else {}
+    # All hosts of a slice in one node pool, and no other slice there.
+    alone = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    rules = [
+        _rule("mistake", "FailJobSet", f"exit code {EXIT_MISTAKE} matching"),
+        {"name": "failure", "action": "RestartJobSet", "onJobFailureReasons": ["BackoffLimitExceeded"]},
+        _rule("resume", "RestartJobSetAndIgnoreMaxRestarts", f"exit code {EXIT_RESUME} matching"),
+    ]
+    # Its message has the status, by which the rules above go.
+    told = {"containerName": "main", "operator": "In", "values": [EXIT_MISTAKE, EXIT_RESUME]}
+    child = {
+        "completionMode": "Indexed",
+        "parallelism": hosts.hosts,
+        "completions": hosts.hosts,
+        "backoffLimit": 0,  # one pod lost, all lost
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": told}]},
+        "template": overlaid(_template(job_id, name, plan, hosts, options), pod),
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": name,
+            "labels": {"ctllm-job": job_id, **queue},
+            "annotations": alone if hosts.tpu and hosts.hosts > 1 else {},
+        },
+        "spec": {
+            "ttlSecondsAfterFinished": _LEFT,
+            "failurePolicy": {
+                "maxRestarts": options["restarts"],
+                "restartStrategy": "BlockingRecreate",  # no slice meets the one before
+                "rules": rules,
+            },
+            "replicatedJobs": [{"name": hosts.kind, "replicas": hosts.groups, "template": {"spec": child}}],
+        },
+    }
+
+
+def _template(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A pod's."""
     parts = [{"configMap": {"name": f"{name}-code-{index}"}} for index in range(len(archive(plan)))]
     container = {
         "name": "main",
@@ -178,14 +222,14 @@ def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
         "resources": {"limits": dict(hosts.resource)},
         # Where GKE puts NVIDIA's driver; images with CUDA know it, Python's does not.
         "env": [{"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"}] if hosts.gpu else [],
+        "envFrom": [{"secretRef": {"name": f"{name}-variables"}}] if plan.secrets else [],
         "volumeMounts": [
             {"name": "ship", "mountPath": "/ctllm", "readOnly": True},
             {"name": "memory", "mountPath": "/dev/shm"},  # 64 MiB without it, too few for NCCL
         ],
-        **({"envFrom": [{"secretRef": {"name": f"{name}-variables"}}]} if plan.secrets else {}),
     }
-    template = {
-        "metadata": {"labels": labels},
+    return {
+        "metadata": {"labels": {"ctllm-job": job_id}},
         "spec": {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": options["save_seconds"],
@@ -195,49 +239,6 @@ def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
                 {"name": "ship", "projected": {"sources": parts}},
                 {"name": "memory", "emptyDir": {"medium": "Memory"}},
             ],
-        },
-    }
-    child = {
-        "completionMode": "Indexed",
-        "parallelism": hosts.hosts,
-        "completions": hosts.hosts,
-        "backoffLimit": 0,  # one pod lost, all lost
-        "podFailurePolicy": {
-            "rules": [
-                {
-                    "action": "FailJob",  # its message has the status, by which the rules below go
-                    "onExitCodes": {
-                        "containerName": "main",
-                        "operator": "In",
-                        "values": [EXIT_MISTAKE, EXIT_RESUME],
-                    },
-                }
-            ]
-        },
-        "template": overlaid(template, pod),
-    }
-    # All hosts of a slice in one node pool, and no other slice there.
-    alone = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": {
-            "name": name,
-            "labels": {**labels, **({"kueue.x-k8s.io/queue-name": options["queue"]} if options["queue"] else {})},
-            "annotations": alone if hosts.tpu and hosts.hosts > 1 else {},
-        },
-        "spec": {
-            "ttlSecondsAfterFinished": _LEFT,
-            "failurePolicy": {
-                "maxRestarts": options["restarts"],
-                "restartStrategy": "BlockingRecreate",  # no slice meets the one before
-                "rules": [
-                    _rule("mistake", "FailJobSet", f"exit code {EXIT_MISTAKE} matching"),
-                    {"name": "failure", "action": "RestartJobSet", "onJobFailureReasons": ["BackoffLimitExceeded"]},
-                    _rule("resume", "RestartJobSetAndIgnoreMaxRestarts", f"exit code {EXIT_RESUME} matching"),
-                ],
-            },
-            "replicatedJobs": [{"name": hosts.kind, "replicas": hosts.groups, "template": {"spec": child}}],
         },
     }
 
@@ -280,7 +281,7 @@ def script(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
         install = f"  timeout {options['install_minutes']}m sh -c {shlex.quote(place.install())}"
     return _RUN.format(
         job=job_id,
-        revision=plan.place.code.revision,
+        revision=" ".join(plan.place.code.revision.split()),  # one line, whatever files are called
         echoes=" | ".join(map(str, _ECHOES)),
         source=shlex.quote(place.source),
         unpack=shlex.quote(place.unpack()),

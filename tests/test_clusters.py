@@ -154,15 +154,15 @@ def test_on_gke_a_job_of_four_that_lost_a_pod_and_was_stopped_ends_in_the_bits_o
     monkeypatch.setenv("CTLLM_JOBS", str(tmp_path / "jobs"))
     with fake_cluster(tmp_path, monkeypatch):
         whole = launch("gke", options, store, tmp_path / "whole", log)
-        assert whole.wait(timeout=6 * WAIT) == 0, log.read_text()
+        assert whole.wait(timeout=9 * WAIT) == 0, log.read_text()
 
         job = launch("gke", options, store, workdir, log)
-        once_there(workdir / "metrics.jsonl", '"step": 10,')
+        once_there(workdir / "metrics.jsonl", '"step": 10,', 5 * WAIT)
         os.kill(pids_of(workdir)[3], signal.SIGKILL)
-        once_there(log, "launch: starting all pods again (restart 1 of 3)")
-        once_there(workdir / "metrics.jsonl", '"step": 20,')
+        once_there(log, "launch: starting all pods again (restart 1 of 3)", 3 * WAIT)
+        once_there(workdir / "metrics.jsonl", '"step": 20,', 5 * WAIT)
         job.send_signal(signal.SIGINT)
-        assert job.wait(timeout=WAIT) == 75, log.read_text()
+        assert job.wait(timeout=3 * WAIT) == 75, log.read_text()
         text = log.read_text()
         assert (
             "[3 slice-1-1] launch: ended with status 137" in text and "[0 slice-0-0] train: resumed at step 8" in text
@@ -170,7 +170,7 @@ def test_on_gke_a_job_of_four_that_lost_a_pod_and_was_stopped_ends_in_the_bits_o
         assert "is saved; the same command goes on" in text and not pids_of(workdir)
 
         job = launch("gke", options, store, workdir, log)
-        assert job.wait(timeout=6 * WAIT) == 0, log.read_text()
+        assert job.wait(timeout=9 * WAIT) == 0, log.read_text()
         assert "[0 slice-0-0] train lm: 32/32 steps" in log.read_text() and not pids_of(workdir)
     assert not list((tmp_path / "objects").iterdir())
     assert_same_run(workdir, tmp_path / "whole")

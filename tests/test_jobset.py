@@ -26,7 +26,7 @@ def here(tmp_path, monkeypatch):
 def files(out: str) -> tuple[str, str]:
     """(the JobSet, ConfigMaps and Secret) of a dry run, as YAML."""
     made, _, rest = out.partition("--output=json\n# reads:\n")[2].partition("\nkubectl")
-    return made, rest.partition("# reads; UID is the JobSet's:\n")[2].partition("# in the end\n")[0]
+    return made, rest.partition("# reads; UID is the JobSet's:\n")[2].partition("# while it runs")[0]
 
 
 def test_a_dry_run_prints_every_command_and_file_and_no_secret(here, capsys, monkeypatch, tmp_path):
@@ -74,6 +74,7 @@ def test_a_dry_run_prints_every_command_and_file_and_no_secret(here, capsys, mon
     assert "JAX_COORDINATOR" not in script  # JAX goes by what GKE sets in a TPU's pods
     gone = f"kubectl delete jobsets.jobset.x-k8s.io big {where} --cascade=foreground --wait=false --ignore-not-found\n"
     assert out.endswith(f"# in the end\n{gone}")
+    assert f"\nkubectl logs POD {where} --container=main --follow\n" in out
 
 
 @pytest.mark.parametrize("environment", [True, False])
@@ -106,8 +107,8 @@ def options(**given) -> dict:
     ],
 )
 def test_a_slices_hosts_are_those_of_its_topology(accelerator, topology, chips, hosts, per_host):
-    shape = jobset.shape(options(accelerator=accelerator, topology=topology, chips=chips, slices=2))
-    assert (shape.groups, shape.hosts, shape.resource) == (2, hosts, {"google.com/tpu": per_host})
+    shape = jobset.shape(options(accelerator=accelerator, topology=topology, chips=chips, slices=1))
+    assert (shape.groups, shape.hosts, shape.resource) == (1, hosts, {"google.com/tpu": per_host})
 
 
 def test_gpus_are_asked_for_by_hosts():

@@ -49,9 +49,9 @@ def ended(pid: int) -> bool:
     return False
 
 
-def once_there(path: pathlib.Path, text: str = "") -> str:
+def once_there(path: pathlib.Path, text: str = "", seconds: int = WAIT) -> str:
     """A file's content, as soon as it contains the text."""
-    for _ in range(WAIT * 20):
+    for _ in range(seconds * 20):
         with contextlib.suppress(FileNotFoundError):
             if text in (content := path.read_text()) and content:
                 return content

@@ -140,7 +140,8 @@ def test_the_environment_is_made_in_the_pod_where_the_image_has_none(hosts, caps
     command = [word for word in launch(hosts, "--extra=tpu") if not word.startswith("--environment")]
     status, out, err = ctllm(capsys, *command)
     assert status == 0 and "[0 host-0-0] here\n" in out, out + err
-    hosts.program("")
+    hosts.program("sys.exit(127)")  # what a shell says of a command that is not there
+    assert ctllm(capsys, *launch(hosts, "--restarts=0"))[0] == 127
     status, out, err = ctllm(capsys, "launch", "gke", "--environment=/nowhere", "--", *TRAIN)
     assert status == 2 and "no /nowhere/bin/python in the image; leave --environment out" in out
 
@@ -268,6 +269,7 @@ def test_mistakes_are_one_line_each(hosts, capsys, monkeypatch, tmp_path):
         (launch(hosts, v6e), "--topology=: a slice of tpu-v6e-slice is given as 4x4"),
         (launch(hosts, v6e, "--topology=2x2x1"), "--topology=2x2x1: a slice of tpu-v6e-slice is given as 4x4"),
         (launch(hosts, v6e, "--topology=3x3"), "--topology=3x3: 9 chips are no multiple of the 4 of a host"),
+        (launch(hosts, v6e, "--topology=2x2", "--slices=2"), "--slices=2: slices of one host are not joined"),
         (launch(hosts, v6e, "--topology=4x4", "--nodes=2"), "--nodes is not for TPUs: give --topology"),
         (launch(hosts, "--accelerator=tpu-v9"), "no such TPU; there are: tpu-v4-podslice, "),
         (launch(hosts, "--name=Big"), "--name=Big: must be up to 36 of a-z"),
