@@ -31,7 +31,7 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,34}[a-z0-9])?")  # a pod's name adds up t
 _PORT = 8476  # of the coordinator; a pod has an address of its own
 _PART = 700 << 10  # bytes of the archive in a ConfigMap, which may have 1 MiB
 _LEFT = 86400  # seconds after its end that a JobSet stays where no launcher deletes it
-_ECHOES = (EXIT_LOST, 134, 143)  # of another one's end
+ECHOES = (EXIT_LOST, 134, 143)  # statuses that come of another one's end
 
 # What runs in a pod, as `sh /ctllm/run`: beside it lies the archive in parts.
 _RUN = r"""#!/bin/sh
@@ -282,7 +282,7 @@ def script(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
     return _RUN.format(
         job=job_id,
         revision=" ".join(plan.place.code.revision.split()),  # one line, whatever files are called
-        echoes=" | ".join(map(str, _ECHOES)),
+        echoes=" | ".join(map(str, ECHOES)),
         source=shlex.quote(place.source),
         unpack=shlex.quote(place.unpack()),
         install=install,

@@ -21,9 +21,10 @@ from typing import Any
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import ROOT
-from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE, EXIT_RESUME
+from ctllm_jax.common.status import EXIT_MISTAKE, EXIT_RESUME
 from launch import jobs
 from launch.jobs import Job
+from launch.jobset import ECHOES
 from launch.kubectl import Cluster
 from launch.process import Output, Process, Running
 
@@ -32,7 +33,6 @@ _SOON, _LATER = 0.5, 5.0  # seconds between looks at the cluster: while pods com
 _EVENTS = 15.0  # seconds between looks at its warnings, while pods wait
 _REST = 10.0  # seconds that output may take to come after the end
 _ENDED = re.compile(rb"launch: ended with status (\d+)")  # the last line of `launch.jobset`'s script
-_ECHOES = (EXIT_LOST, 134, 143)  # of another one's end
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _JOBSET = "jobset.sigs.k8s.io"  # before the labels that JobSet gives to pods
 _NEXT = {  # why pods wait: the next step
@@ -138,7 +138,7 @@ def describe(job: Job, seen: Look) -> str:
 def culprit(statuses: Iterable[int]) -> int:
     """The status of the process that ended the others, from all of theirs."""
     own = [status for status in statuses if status not in (0, EXIT_RESUME)]
-    return min(own, key=lambda status: (status in _ECHOES, status != EXIT_MISTAKE), default=EXIT_RESUME)
+    return min(own, key=lambda status: (status in ECHOES, status != EXIT_MISTAKE), default=EXIT_RESUME)
 
 
 def write_down(job: Job) -> None:
