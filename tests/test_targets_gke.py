@@ -126,12 +126,12 @@ def test_failures_are_counted_the_resume_status_is_not_and_the_budget_is_kept(ho
     assert status == 5 and "failed: jobset failed due to reaching max number of restarts" in out and not left(hosts)
 
 
-def test_a_mistake_is_not_started_again(hosts, capsys):
+def test_a_mistake_is_not_started_again_and_what_was_made_stays_with_keep(hosts, capsys):
     hosts.program("sys.exit(2) if INDEX == '3' else time.sleep(1000)")
     tpu = ["--accelerator=tpu-v5-lite-podslice", "--topology=2x4", "--slices=2"]
-    status, out, err = ctllm(capsys, *launch(hosts, *tpu))
+    status, out, err = ctllm(capsys, *launch(hosts, *tpu, "--name=big", "--keep"))
     assert status == 2 and "starting all" not in out and "[3 slice-1-1] launch: ended with status 2" in out, out + err
-    assert not left(hosts)
+    assert (hosts.folder / "objects" / "JobSet.big").exists() and "delete" not in hosts.calls()
 
 
 @pytest.mark.slow
