@@ -80,11 +80,10 @@ def score_groups(
       UserError: ids unknown to the model.
     """
     check_ids(model, (request.ids for group in groups for request in group))
-    pieces: dict[tuple, Piece] = {}
-    placed = [[_place(pieces, request) for request in group] for group in groups]
+    placed = _placed(groups)
     own = [unique(piece for piece, _ in group) for group in placed]
     shares = plan(own, model.config.max_length, batch_tokens)
-    with Progress(label, len(pieces), "pieces") as progress:
+    with Progress(label, sum(len(share.pieces) for share in shares), "pieces") as progress:
         _run(model, shares, batch_tokens, progress)
     return [
         [_score(request, *place) for request, place in zip(group, places, strict=True)]
@@ -92,18 +91,19 @@ def score_groups(
     ]
 
 
-def _place(pieces: dict[tuple, Piece], request: Request) -> tuple[Piece, int]:
-    """The piece of a request, and which of its last ids is the request's."""
-    ids, last = tuple(request.ids[:-1]), request.ids[-1]
-    number = 0
-    while True:
-        piece = pieces.setdefault((ids, number), Piece(ids, []))
-        if last in piece.last:
-            return piece, piece.last.index(last)
-        if len(piece.last) < LAST_IDS:
-            piece.last.append(last)
-            return piece, len(piece.last) - 1
-        number += 1
+def _placed(groups: Sequence[Sequence[Request]]) -> list[list[tuple[Piece, int]]]:
+    """The piece of each request, and which of its last ids is the request's; the order of the requests decides
+    nothing of the pieces."""
+    split = [[(tuple(request.ids[:-1]), request.ids[-1]) for request in group] for group in groups]
+    asked: dict[tuple, set[int]] = {}
+    for group in split:
+        for ids, last in group:
+            asked.setdefault(ids, set()).add(last)
+    places: dict[tuple, dict[int, tuple[Piece, int]]] = {}
+    for ids, lasts in asked.items():
+        pieces = [Piece(ids, sorted(lasts)[start : start + LAST_IDS]) for start in range(0, len(lasts), LAST_IDS)]
+        places[ids] = {last: (piece, number) for piece in pieces for number, last in enumerate(piece.last)}
+    return [[places[ids][last] for ids, last in group] for group in split]
 
 
 def _score(request: Request, piece: Piece, last: int) -> Score:
