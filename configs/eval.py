@@ -8,10 +8,10 @@
 holds a folder for each benchmark, with its files as published; where one is missing, the message says what belongs
 there. The declarations are in ctllm_jax/evaluate/tasks; the path of a TOML file of your own is as good as their names.
 
-One device is enough (sizes estimated, not measured).
-A scoring batch of 4,096 tokens needs 2.1 GB for the 2B model's logits, beside 8.6 GB of
-parameters; `batch_tokens` changes speed and memory only. Expect a table on standard output, scores.json, and
-one log line per question under parts/.
+One device is enough; of several in a machine each holds the whole model and works on blocks of items of its own (run on
+virtual CPU devices, not on several GPUs). A scoring batch of 4,096 tokens needs 2.1 GB for the 2B model's logits,
+beside 8.6 GB of parameters, on each (sizes estimated, not measured); `batch_tokens` changes speed and memory only.
+Expect a table on standard output, scores.json, and one log line per question under parts/.
 """
 
 from ml_collections import ConfigDict, config_dict

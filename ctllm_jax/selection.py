@@ -22,9 +22,11 @@ import numpy as np
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, expand, identity, read_jsonl, write_jsonl
 from ctllm_jax.common.manifest import Stage, open_stage, read_result
+from ctllm_jax.compiled import keep_compiled
 from ctllm_jax.data.chat import ChatTemplate, load_template, own_template
 from ctllm_jax.data.conversations import read_conversations
 from ctllm_jax.data.tokenizer import Tokenizer
+from ctllm_jax.evaluate.devices import on_each_device, spread
 from ctllm_jax.evaluate.encoding import opening_ids
 from ctllm_jax.evaluate.engine import Request, Score, score_groups
 from ctllm_jax.loading import LoadedModel, load_model
@@ -76,6 +78,7 @@ def run(config: SelectConfig, workdir: str) -> dict:
             counts = {name: earlier[name] for name in ("unusable", "cut")}
             _select(stage, config, _scored(config.scores), [], counts)
         return _told(stage)
+    keep_compiled()
     model = load_model(config.model, config.step, config.dtype)
     files = expand(config.input)
     template = _template(config.template, model)
@@ -128,13 +131,16 @@ def _score(
     folder: pathlib.Path, model: LoadedModel, template: ChatTemplate, batch_tokens: int, records: list[dict]
 ) -> tuple[list[dict], int]:
     """(records with their values, how many have answers that the model's context cut)."""
-    found, blocks = [], range(0, len(records), BLOCK)
-    for number, start in enumerate(blocks):
-        path = folder / "parts" / f"{number:05d}.jsonl"
-        if not path.exists():
-            label = f"select: block {number + 1} of {len(blocks)}"
-            write_jsonl(path, score_block(model, template, records[start : start + BLOCK], batch_tokens, label))
-        found += read_jsonl(path)
+    blocks = [records[start : start + BLOCK] for start in range(0, len(records), BLOCK)]
+    paths = [folder / "parts" / f"{number:05d}.jsonl" for number in range(len(blocks))]
+
+    def work(model: LoadedModel, number: int) -> None:
+        label = f"select: block {number + 1} of {len(blocks)}"
+        write_jsonl(paths[number], score_block(model, template, blocks[number], batch_tokens, label))
+
+    for _ in spread(on_each_device(model), work, (n for n, path in enumerate(paths) if not path.exists())):
+        pass
+    found = [entry for path in paths for entry in read_jsonl(path)]
     scored = [{**record, "values": own["values"]} for record, own in zip(records, found, strict=True)]
     return scored, sum(own["cut"] for own in found)
 

@@ -12,6 +12,7 @@ from ctllm_jax.evaluate import engine
 from ctllm_jax.evaluate import run as eval_verb
 from ctllm_jax.evaluate.benchmark import evaluate_block, summary
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
+from ctllm_jax.evaluate.devices import on_each_device
 from ctllm_jax.evaluate.encoding import encode_open, encode_options
 from ctllm_jax.evaluate.engine import Request, score_groups
 from ctllm_jax.evaluate.perplexity import PerplexityConfig
@@ -226,8 +227,11 @@ def config_of(tmp_path, model, **changes) -> EvalConfig:
 
 
 def test_a_killed_evaluation_goes_on_with_the_blocks_that_are_missing(model, tmp_path, monkeypatch, capsys):
+    """Whole on two devices; killed and taken up again on one, where blocks come in their order."""
     config = config_of(tmp_path, model)
+    monkeypatch.setattr(eval_verb, "on_each_device", lambda model: on_each_device(model)[:2])
     whole = eval_verb.run(config, str(tmp_path / "undisturbed"))
+    monkeypatch.setattr(eval_verb, "on_each_device", lambda model: on_each_device(model)[:1])
     assert sorted(whole["benchmarks"]) == ["toy_ppl", "toy_written"]
     work, calls = eval_verb.evaluate_block, []
 
@@ -253,7 +257,8 @@ def test_a_killed_evaluation_goes_on_with_the_blocks_that_are_missing(model, tmp
     assert table(whole) in printed
 
 
-def test_the_batch_size_changes_no_prediction_and_a_limit_takes_the_first_items(model, tmp_path):
+def test_the_batch_size_changes_no_prediction_and_a_limit_takes_the_first_items(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_verb, "on_each_device", lambda model: [model])  # one compilation a batch size
     picks = {}
     for batch_tokens in (1, BATCH):
         config = config_of(tmp_path, model, benchmarks=(toy(tmp_path, "ppl"),), batch_tokens=batch_tokens, limit=2)

@@ -15,6 +15,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.record import Row
 from ctllm_jax.evaluate import run as eval_verb
 from ctllm_jax.evaluate.choice import accuracies, evaluate_choice
+from ctllm_jax.evaluate.devices import on_each_device
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
 from ctllm_jax.evaluate.questions import LETTERS, load_task, render
 from ctllm_jax.evaluate.run import EvalConfig
@@ -256,7 +257,7 @@ def store_of_text(folder, tokenizer):
 def test_perplexity_and_its_baseline_equal_sums_over_single_documents(model, tmp_path):
     store = store_of_text(tmp_path, model.tokenizer)
     config = PerplexityConfig(store=str(tmp_path), split="validation", rows=100, baseline_rows=100)
-    found = perplexity(model, store, config, batch_tokens=100)
+    found = perplexity(on_each_device(model)[:2], store, config, batch_tokens=100)
 
     def documents(split, source):
         for index in range(store.size(split, source)):
@@ -293,13 +294,13 @@ def test_stores_that_do_not_fit_the_model_are_refused(model, tmp_path):
     store = store_of_text(tmp_path, model.tokenizer)
     config = PerplexityConfig(store=str(tmp_path), split="validation", rows=1, baseline_rows=1)
     with pytest.raises(UserError, match="no rows in split 'test'"):
-        perplexity(model, store, dataclasses.replace(config, split="test"), 100)
+        perplexity([model], store, dataclasses.replace(config, split="test"), 100)
     short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=32))
     with pytest.raises(UserError, match="rows of 48 tokens"):
-        perplexity(short, store, config, 100)
+        perplexity([short], store, config, 100)
     store.info["tokenizer"]["digest"] = "other"
     with pytest.raises(UserError, match="another tokenizer"):
-        perplexity(model, store, config, 100)
+        perplexity([model], store, config, 100)
 
 
 # ---- The verb

@@ -216,7 +216,7 @@ def test_a_run_trains_adapters_beside_a_base_and_a_stop_leaves_no_trace(tmp_path
     jax.tree.map(
         np.testing.assert_array_equal, model.params, merged(config.lora, adapters, load_model(str(origin)).params)
     )
-    found = perplexity(model, store, PerplexityConfig(str(store.folder), "validation", 8, 8), 1024)
+    found = perplexity([model], store, PerplexityConfig(str(store.folder), "validation", 8, 8), 1024)
     assert found["total"]["tokens"] == last["count"]
     assert found["total"]["nats_per_token"] == pytest.approx(last["loss"], rel=1e-5)
 

@@ -142,6 +142,7 @@ def test_limits_are_swept_without_a_model(scored, config, tmp_path, monkeypatch,
 
 def test_a_run_that_was_cut_short_scores_only_what_is_missing(scored, config, tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "BLOCK", 2)
+    monkeypatch.setattr(selection, "on_each_device", lambda model: [model])  # where blocks come in their order
     blocks, right = [], selection.score_block
 
     def score_block(model, template, records, *rest):

@@ -8,7 +8,7 @@ Legend: B rows, L length, V vocabulary.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.batches import row_arrays
 from ctllm_jax.data.store import TokenStore
+from ctllm_jax.evaluate.devices import spread
 from ctllm_jax.evaluate.scoring import next_token_logprobs
 from ctllm_jax.loading import LoadedModel, check_ids
 
@@ -31,8 +32,12 @@ class PerplexityConfig:
     baseline_rows: int  # most train rows of each source that the unigram baseline counts
 
 
-def perplexity(model: LoadedModel, store: TokenStore, config: PerplexityConfig, batch_tokens: int) -> dict:
+def perplexity(models: Sequence[LoadedModel], store: TokenStore, config: PerplexityConfig, batch_tokens: int) -> dict:
     """Held-out figures of each source and of "total".
+
+    Args:
+      models: the model on each device, as `devices.on_each_device` gives it; each takes a batch at a time.
+      batch_tokens: most tokens of a batch (a batch has one row at least); decides speed and memory.
 
     Returns:
       {source: {rows, tokens (predicted), bytes, nats_per_token, stderr (of nats_per_token, over rows),
@@ -43,6 +48,7 @@ def perplexity(model: LoadedModel, store: TokenStore, config: PerplexityConfig, 
       UserError: another tokenizer's store, a preference store, rows beyond the model's context, or no such
         split.
     """
+    model = models[0]
     if store.kind == "preference":
         raise UserError(f"{store.folder} holds preference pairs; perplexity needs documents or conversations")
     if store.info["tokenizer"]["digest"] != model.tokenizer.digest:
@@ -54,19 +60,21 @@ def perplexity(model: LoadedModel, store: TokenStore, config: PerplexityConfig, 
     if not store.sources(config.split):
         raise UserError(f"{store.folder} has no rows in split {config.split!r}")
     unigram_V = _unigram(store, model.config.vocab_size, config.baseline_rows)
-    sums = {source: [] for source in store.sources(config.split)}
-    batch_rows = max(1, batch_tokens // store.sequence_length)
-    total = sum(min(store.size(config.split, source), config.rows) for source in sums)
-    with Progress("perplexity", total, "rows") as progress:
-        for source, found in sums.items():
-            for batch in _batches(store, config.split, source, config.rows, batch_rows):
-                found += _row_sums(model, unigram_V, batch, batch_rows)
-                progress.add(len(batch))
-    figures = {source: _figures(np.array(found), store.kind) for source, found in sums.items()}
-    return {
-        **figures,
-        "total": _figures(np.concatenate([np.array(found) for found in sums.values()]), store.kind),
-    }
+    sources = {source: min(store.size(config.split, source), config.rows) for source in store.sources(config.split)}
+    size = max(1, batch_tokens // store.sequence_length)
+    found: dict[str, dict[int, list[tuple]]] = {source: {} for source in sources}
+
+    def work(model: LoadedModel, job: tuple[str, int, list[dict]]) -> tuple[str, int, list[tuple]]:
+        source, start, batch = job
+        return source, start, _row_sums(model, unigram_V, batch, size)
+
+    with Progress("perplexity", sum(sources.values()), "rows") as progress:
+        for source, start, rows in spread(models, work, _batches(store, config.split, sources, size)):
+            found[source][start] = rows
+            progress.add(len(rows))
+    sums = {source: np.concatenate([rows for _, rows in sorted(own.items())]) for source, own in found.items()}
+    figures = {source: _figures(own, store.kind) for source, own in sums.items()}
+    return {**figures, "total": _figures(np.concatenate(list(sums.values())), store.kind)}
 
 
 def _unigram(store: TokenStore, vocab_size: int, most: int) -> np.ndarray:
@@ -79,12 +87,15 @@ def _unigram(store: TokenStore, vocab_size: int, most: int) -> np.ndarray:
     return np.log(count_V / count_V.sum())
 
 
-def _batches(store: TokenStore, split: str, source: str, most: int, size: int) -> Iterator[list[dict]]:
-    """A source's rows as arrays, each with its "bytes"."""
-    stop = min(store.size(split, source), most)
-    for start in range(0, stop, size):
-        rows = [store.row(split, source, index) for index in range(start, min(start + size, stop))]
-        yield [{**row_arrays(row, store.sequence_length, store.kind, True), "bytes": row.bytes} for row in rows]
+def _batches(
+    store: TokenStore, split: str, sources: dict[str, int], size: int
+) -> Iterator[tuple[str, int, list[dict]]]:
+    """(source, its first row, rows as arrays, each with its "bytes") of the first rows of each source."""
+    for source, most in sources.items():
+        for start in range(0, most, size):
+            rows = [store.row(split, source, index) for index in range(start, min(start + size, most))]
+            arrays = [row_arrays(row, store.sequence_length, store.kind, True) for row in rows]
+            yield source, start, [{**own, "bytes": row.bytes} for own, row in zip(arrays, rows, strict=True)]
 
 
 def _row_sums(model: LoadedModel, unigram_V: np.ndarray, batch: list[dict], size: int) -> list[tuple]:

@@ -7,16 +7,19 @@ again.
 """
 
 import dataclasses
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json, read_jsonl, write_json, write_jsonl
 from ctllm_jax.common.manifest import Stage, fingerprint, open_stage
+from ctllm_jax.compiled import keep_compiled
 from ctllm_jax.data.store import open_store
 from ctllm_jax.evaluate.benchmark import blocks, evaluate_block, summary
 from ctllm_jax.evaluate.choice import evaluate_choice
-from ctllm_jax.evaluate.declarations import Benchmark, load_benchmark
+from ctllm_jax.evaluate.declarations import Benchmark, Item, load_benchmark
 from ctllm_jax.evaluate.declarations import load_task as load_declaration
+from ctllm_jax.evaluate.devices import on_each_device, spread
 from ctllm_jax.evaluate.jail import isolated
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
 from ctllm_jax.evaluate.questions import LoadedTask, load_task
@@ -59,6 +62,7 @@ def run(config: EvalConfig, workdir: str) -> dict:
         raise UserError(
             "eval: nothing to do; give config.benchmarks, config.tasks, config.perplexity.store or config.prompts"
         )
+    keep_compiled()
     model = load_model(config.model, config.step, config.dtype)
     settings = {**dataclasses.asdict(config), "model": None, "step": None}
     settings |= {"tasks": None, "benchmarks": None, "data": None, "unsafe_programs": None}
@@ -74,14 +78,16 @@ def run(config: EvalConfig, workdir: str) -> dict:
         print(table(stage.result))
         return stage.result
 
+    models = on_each_device(model)
     result: dict = {"model": model.name, "digest": model.digest, "step": model.step, "tokens": model.tokens}
     result |= {"limit": config.limit, "perplexity": None, "benchmarks": {}, "tasks": {}}
     if store:
         result["perplexity"] = _part(
-            stage, "perplexity", lambda: perplexity(model, store, config.perplexity, config.batch_tokens)
+            stage, "perplexity", lambda: perplexity(models, store, config.perplexity, config.batch_tokens)
         )
+    _run_blocks(stage, models, benchmarks, config, isolate)
     for benchmark in benchmarks:
-        result["benchmarks"][benchmark.task.name] = _run_benchmark(stage, model, benchmark, config, isolate)
+        result["benchmarks"][benchmark.task.name] = summary(benchmark, _log(stage, benchmark, config.limit))
     for loaded in tasks:
         result["tasks"][loaded.task.name] = _part(
             stage, f"task-{loaded.task.name}", lambda loaded=loaded: _run_task(stage, model, loaded, config)
@@ -117,17 +123,36 @@ def _isolation(benchmarks: list[Benchmark], unsafe: bool) -> bool:
     return trouble is None
 
 
-def _run_benchmark(stage: Stage, model: LoadedModel, benchmark: Benchmark, config: EvalConfig, isolate: bool) -> dict:
-    """A benchmark's result from the logs of its blocks. The stage's folder is this evaluation's alone, so a log that is
-    there is the one wanted."""
+def _run_blocks(
+    stage: Stage, models: Sequence[LoadedModel], benchmarks: list[Benchmark], config: EvalConfig, isolate: bool
+) -> None:
+    """Writes the logs of the blocks that are missing, each worked on by one device."""
+
+    def missing() -> Iterator[tuple[pathlib.Path, Benchmark, str, list[Item]]]:
+        for benchmark in benchmarks:
+            for name, subset, items in blocks(benchmark, config.limit):
+                if not (path := _block_path(stage, benchmark, name)).exists():
+                    yield path, benchmark, subset, items
+
+    def work(model: LoadedModel, block: tuple[pathlib.Path, Benchmark, str, list[Item]]) -> None:
+        path, benchmark, subset, items = block
+        write_jsonl(path, evaluate_block(model, benchmark, subset, items, config.bos, config.batch_tokens, isolate))
+
+    for _ in spread(models, work, missing()):
+        pass
+
+
+def _log(stage: Stage, benchmark: Benchmark, limit: int | None) -> dict[str, list[dict]]:
+    """A benchmark's log by subset. The stage's folder is this evaluation's alone, so a block's log that is there is the
+    one wanted."""
     log: dict[str, list[dict]] = {}
-    for name, subset, items in blocks(benchmark, config.limit):
-        path = stage.folder / "parts" / benchmark.task.name / f"{name}.jsonl"
-        if not path.exists():
-            entries = evaluate_block(model, benchmark, subset, items, config.bos, config.batch_tokens, isolate)
-            write_jsonl(path, entries)
-        log.setdefault(subset, []).extend(read_jsonl(path))
-    return summary(benchmark, log)
+    for name, subset, _ in blocks(benchmark, limit):
+        log.setdefault(subset, []).extend(read_jsonl(_block_path(stage, benchmark, name)))
+    return log
+
+
+def _block_path(stage: Stage, benchmark: Benchmark, name: str) -> pathlib.Path:
+    return stage.folder / "parts" / benchmark.task.name / f"{name}.jsonl"
 
 
 def _run_task(stage: Stage, model, loaded: LoadedTask, config: EvalConfig) -> dict:
