@@ -68,7 +68,7 @@ def test_ours_beside_the_base_models(evaluations, tmp_path, capsys):
     assert lines["run@10, 20M tokens*"][0].startswith("50.00 ± ")
     assert lines["run@10, 20M tokens*"][2] == "100.00"  # one item has no deviation
     assert lines["chance"] == ["25.00", "50.00", "50.00"]
-    assert "* run@10: at most 2 items of a subset." in printed
+    assert "* At most 2 items of a subset: run@10." in printed
     assert (tmp_path / "table" / "table.md").read_text() == printed
     tex = (tmp_path / "table" / "table.tex").read_text()
     assert r"CT-LLM (base) & 36.78 & - & - \\" in tex and r"eprstmt\_ppl" in tex and tex.count(r"\midrule") == 3

@@ -29,6 +29,7 @@ def draw(
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         print(f"table: {path} is not drawn: pip install 'ctllm-jax[plots]'", file=sys.stderr)
         return
@@ -45,6 +46,14 @@ def draw(
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.25)
         (_curve if curves else _marks)(panel, rows, column, chance.get(column))
+        if curves:
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if curves:
+        handles: dict[str, Any] = {}
+        for panel in panels.flat:
+            own, labels = panel.get_legend_handles_labels()
+            handles |= dict(zip(labels, own, strict=True))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     held = io.BytesIO()
     figure.savefig(held, format="png", dpi=130)
     write_atomic(path, held.getvalue())
@@ -80,4 +89,3 @@ def _curve(panel: Any, rows: Sequence[Any], column: str, chance: float | None) -
         panel.set_xscale("log")
     panel.set_xlabel("tokens", fontsize=7)
     panel.set_ylabel("per cent", fontsize=7)
-    panel.legend(fontsize=6)

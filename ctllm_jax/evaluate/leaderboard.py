@@ -191,8 +191,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes = ["Per cent; macro averages, ours ± a standard error."]
     if not all(row.ours for row in rows):
         notes.append("The others' scores are those that CT-LLM reported (arXiv 2404.04167).")
-    notes += [f"* {row.name}: at most {row.limit} items of a subset." for row in rows if row.limit is not None]
-    return notes
+    limits: dict[int, list[str]] = {}
+    for row in rows:
+        if row.limit is not None:
+            limits.setdefault(row.limit, []).append(row.name)
+    return notes + [f"* At most {limit} items of a subset: {', '.join(names)}." for limit, names in limits.items()]
 
 
 def _line(cells: Sequence[str]) -> str:
