@@ -2,13 +2,13 @@
 
     make quickstart
     make quickstart INPUT='documents/*.jsonl.gz'
-    ctllm quickstart --workdir=runs/quickstart [--config.input="('documents/*.jsonl.gz',)"]
+    ctllm quickstart --workdir=runs/quickstart [--config.input="('documents/*.jsonl.gz',)"] [--config.last=STAGE]
 
 6 to 9 minutes on two cores with the shipped sample. Whatever is set here is passed to the stages on their own command
 lines, which the run prints; everything else keeps the stages' own configs.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -31,5 +31,6 @@ def get_config() -> ConfigDict:
             prompts=("春天来了，", "茶叶", "The river", "def "),
             questions=("怎样泡一壶好茶？", "为什么天空是蓝色的？", "How can I sleep better?"),
             max_tokens=48,
+            last=config_dict.placeholder(str),
         )
     )

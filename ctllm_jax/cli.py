@@ -11,7 +11,9 @@ import json
 import os
 import select
 import sys
+import types
 from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -67,28 +69,44 @@ def _dispatch(argv: list[str]) -> None:
     if argv[0] not in VERBS:
         raise UserError(f"unknown verb {argv[0]!r}; there are: {', '.join(VERBS)}, launch")
     verb = VERBS[argv[0]]
-    values = parse(argv[0], verb, argv[1:])
-    if values is None:
+    parsed = parse(argv[0], verb, argv[1:])
+    if parsed is None:
         return
-    data_side = verb.module.startswith("data_pipeline")
-    with quiet_libraries() if data_side else contextlib.nullcontext():
-        _execute(argv[0], verb, *values)
+    values, workdir, show = parsed
+    if not show:
+        execute(argv[0], verb, values, workdir)
+        return
+    with _quiet(verb):
+        _, config = _configured(argv[0], verb, values)
+    print(json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=1))
 
 
-def _execute(name: str, verb: Verb, values: dict, workdir: str | None, show: bool) -> None:
+def execute(name: str, verb: Verb, values: Mapping[str, Any], workdir: str | None) -> dict:
+    """Runs a verb with the values of its config; returns what its `run` returns.
+
+    Raises:
+      UserError: a library is missing, a value or the folder, or what the verb itself raises.
+    """
+    with _quiet(verb):
+        module, config = _configured(name, verb, values)
+        if not workdir and verb.writes:
+            raise UserError(f"{name}: give --workdir=DIR ({verb.workdir})")
+        return module.run(config, workdir)
+
+
+def _quiet(verb: Verb) -> contextlib.AbstractContextManager:
+    return quiet_libraries() if verb.module.startswith("data_pipeline") else contextlib.nullcontext()
+
+
+def _configured(name: str, verb: Verb, values: Mapping[str, Any]) -> tuple[types.ModuleType, Any]:
+    """The verb's module and its config."""
     try:
         module = importlib.import_module(verb.module)
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in ("ctllm_jax", "data_pipeline", "configs"):
             raise
         raise UserError(f"{name} needs {error.name}: pip install 'ctllm-jax[{verb.extra}]'") from None
-    config = build(getattr(module, verb.config), values)
-    if show:
-        print(json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=1))
-        return
-    if not workdir and verb.writes:
-        raise UserError(f"{name}: give --workdir=DIR ({verb.workdir})")
-    module.run(config, workdir)
+    return module, build(getattr(module, verb.config), values)
 
 
 def define(options: Mapping[str, Option], values: flags.FlagValues) -> None:
@@ -111,6 +129,7 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None
         print(_help(name, verb))
         return None
     arguments = [_from_repository(argument) for argument in _spell_out(name, verb, arguments)]
+    ours = sys.argv
     try:
         sys.argv = [name, *arguments]  # ml_collections reads the overrides of the default config from there
         config_flags.DEFINE_config_file("config", default, "", flag_values=values)
@@ -125,6 +144,8 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None
         raise UserError(f"{name}: cannot load the config file: {_last_line(error)}") from None
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{name}: {_plain(error)}") from None
+    finally:
+        sys.argv = ours
     if rest and not verb.bare:
         raise UserError(f"{name}: unexpected argument {rest[0]!r} (flags are written --name=value)")
     if config is None:
@@ -135,6 +156,13 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None
     if verb.about:
         settings = {verb.about: settings, **{key: values[key].value for key in verb.options}}
     return settings, values.workdir, values.print_config
+
+
+def said(value: Any) -> str:
+    """A config's value as a flag says it; texts in a tuple get double quotes, which stay as they are in single ones."""
+    if value and isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+        return "(" + "".join(f"{json.dumps(item, ensure_ascii=False)}," for item in value) + ")"
+    return value if isinstance(value, str) else repr(value)
 
 
 def _spell_out(name: str, verb: Verb, arguments: list[str]) -> list[str]:

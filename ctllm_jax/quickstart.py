@@ -13,10 +13,11 @@ import subprocess
 import sys
 
 from ctllm_jax import __version__
+from ctllm_jax.cli import said
 from ctllm_jax.common.children import die_with_parent
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import ROOT, expand, identity, read_json, write_atomic, write_json
-from ctllm_jax.common.manifest import fingerprint
+from ctllm_jax.common.manifest import fingerprint, read_result
 from ctllm_jax.quickstart_report import collect, page, table
 
 
@@ -41,13 +42,14 @@ class QuickstartConfig:
     prompts: tuple[str, ...]  # continued by the base model
     questions: tuple[str, ...]  # asked before and after alignment, in the chat template
     max_tokens: int
+    last: str | None  # stage to stop after, as "store/pretrain"; None: all of them, then the report
 
 
 def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
     """The stages in order: {folder below `out`: `ctllm` arguments without --workdir}."""
 
     def items(name: str, values: tuple[str, ...]) -> str:
-        return f"--config.{name}={tuple(values)!r}"
+        return f"--config.{name}={said(tuple(values))}"
 
     def tokenize(kind: str, share: float) -> list[str]:
         return [
@@ -117,11 +119,18 @@ def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
 def run(config: QuickstartConfig, workdir: str) -> dict:
     """Runs what is not finished yet, then writes summary.json and report.html; returns the summary.
 
+    Where it stops after a stage it writes neither, and returns the results of the stages up to there by their names.
+
     Raises:
-      UserError: an input is missing, or a stage failed (its own message stands above).
+      UserError: an input is missing, a stage failed (its own message stands above), or `last` is none.
     """
     out = os.path.abspath(workdir)
     stages = commands(config, out)
+    if config.last is not None:
+        if config.last not in stages:
+            raise UserError(f"last: {config.last!r} is no stage; there are: {', '.join(stages)}")
+        names = list(stages)
+        stages = {name: stages[name] for name in names[: names.index(config.last) + 1]}
     record = pathlib.Path(out) / "quickstart.json"  # {stage: what it was run with}, written when it has finished
     finished = read_json(record) if record.exists() else {}
     inputs = [identity(file) for file in _found((*config.input, *config.chats, *config.preferences, *config.tasks))]
@@ -142,6 +151,8 @@ def run(config: QuickstartConfig, workdir: str) -> dict:
             )
         finished[folder] = key
         write_json(record, finished)
+    if config.last is not None:
+        return {name: read_result(f"{out}/{name}")[1] for name in stages}
     summary = collect(out, list(stages))
     write_json(pathlib.Path(out) / "summary.json", summary)
     write_atomic(pathlib.Path(out) / "report.html", page(summary))

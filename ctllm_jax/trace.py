@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ctllm_jax.common import html
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, read_json
@@ -287,7 +288,9 @@ class Answer:
 
 
 def run(config: TraceConfig, workdir: str) -> dict:
-    """Prints what was asked of the run in `workdir`; returns how many segments that were. Writes nothing.
+    """Prints what was asked of the run in `workdir`, and returns it. Writes nothing.
+
+    Returns {"segments": how many, "answers": [what --json says of each step, or of the document, with its "segments"]}.
 
     Raises:
       UserError: run, store and corpus do not belong together; the document is not in the training split.
@@ -298,7 +301,7 @@ def run(config: TraceConfig, workdir: str) -> dict:
     else:
         answers = _trace_steps(traced, config)
     look_up = open_corpus(config.corpus, traced.stream.store)
-    total = 0
+    total, told = 0, []
     for answer in answers:
         entries = [
             {"kind": "segment", **dataclasses.asdict(segment), "tokens": segment.tokens}
@@ -311,7 +314,8 @@ def run(config: TraceConfig, workdir: str) -> dict:
             lines = [*([""] if total else []), answer.line, *_table(entries)]
         print("\n".join(lines))
         total += len(entries)
-    return {"segments": total}
+        told.append({**answer.entry, "segments": entries})
+    return {"segments": total, "answers": told}
 
 
 def _trace_steps(traced: Run, config: TraceConfig) -> Iterator[Answer]:
@@ -371,6 +375,12 @@ def _table(segments: list[dict]) -> list[str]:
     columns = [[name, *own] for name, own in cells.items() if any(own)]
     widths = [max(map(len, column)) for column in columns]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns, strict=True)]
+
+
+def drawn(answer: Mapping) -> str:
+    """An answer of `run` as an HTML table; columns with nothing in them are left out."""
+    names = [name for name in COLUMNS if any(segment.get(name) is not None for segment in answer["segments"])]
+    return html.table(names, [[segment.get(name) for name in names] for segment in answer["segments"]])
 
 
 def _one_line(value: object) -> str:

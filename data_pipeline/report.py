@@ -11,15 +11,13 @@ import xxhash
 
 from ctllm_jax.common.files import read_json
 from data_pipeline import clusters
-from data_pipeline.contamination.clean import RULE as CONTAMINATED
 from data_pipeline.dedup.corpora import Corpora
 from data_pipeline.documents import SUBSETS, UNKNOWN, InputFile
 from data_pipeline.filters.measures import family
 from data_pipeline.filters.rules import FilterConfig, Limits
 from data_pipeline.filters.stage import EXAMPLES
-from data_pipeline.shards import STEPS, Layout, read_lines
+from data_pipeline.shards import CONTAMINATED, DUPLICATES, Layout, read_lines
 
-DUPLICATES = tuple(f"duplicate_{step}" for step in STEPS)
 _COUNTED = (
     "read",
     "well_formed",

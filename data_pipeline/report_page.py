@@ -8,7 +8,7 @@ from typing import Any
 from ctllm_jax.common import html
 from data_pipeline.documents import SUBSETS
 from data_pipeline.filters.measures import family
-from data_pipeline.report import CONTAMINATED, DUPLICATES
+from data_pipeline.shards import CONTAMINATED, DUPLICATES
 from data_pipeline.signals import bin_edge, bin_of
 
 # % of raw Chinese Common Crawl that CT-LLM kept (arXiv 2404.04167, its figure of the pipeline), and our stage's name.
@@ -27,6 +27,12 @@ def page(found: Mapping[str, Any]) -> str:
     """The report as one HTML page, from what `report.collect` gives."""
     totals = found["totals"]
     lead = f"{totals['read']:,} records in {found['files']:,} files; {totals['kept']:,} documents kept"
+    return html.page("Corpus", lead, list(sections(found).items()))
+
+
+def sections(found: Mapping[str, Any]) -> dict[str, str]:
+    """The page's parts as HTML by their headings."""
+    totals = found["totals"]
     cards = html.cards(
         {
             "records read": totals["read"],
@@ -37,18 +43,16 @@ def page(found: Mapping[str, Any]) -> str:
             "malformed records": totals["read"] - totals["well_formed"],
         }
     )
-    sections = [
-        ("Overview", cards + _file_notes(found)),
-        ("Funnel", _funnel(found) + _beside_the_paper(found)),
-        ("Why documents were rejected", _reasons(found)),
-        ("Signals", _signals(found)),
-        ("Kept documents", _kept(found)),
-        ("Rejected documents", _rejected(found)),
-        ("Duplicates", _duplicates(found)),
-    ]
-    if found["benchmarks"]:
-        sections.append(("Benchmarks", _benchmarks(found["benchmarks"])))
-    return html.page("Corpus", lead, sections)
+    parts = {
+        "Overview": cards + _file_notes(found),
+        "Funnel": _funnel(found) + _beside_the_paper(found),
+        "Why documents were rejected": _reasons(found),
+        "Signals": _signals(found),
+        "Kept documents": _kept(found),
+        "Rejected documents": _rejected(found),
+        "Duplicates": _duplicates(found),
+    }
+    return parts | ({"Benchmarks": _benchmarks(found["benchmarks"])} if found["benchmarks"] else {})
 
 
 def _file_notes(found: Mapping[str, Any]) -> str:
@@ -111,15 +115,15 @@ def _signals(found: Mapping[str, Any]) -> str:
         "soft",
     )
     by_size = sorted(found["histograms"], key=lambda subset: -found["subsets"][subset]["well_formed"])
-    parts = [html.heading(by_size[0]) + html.charts(*_charts(found, by_size[0]))] if by_size else []
-    parts += [html.details(subset, html.charts(*_charts(found, subset))) for subset in by_size[1:]]
+    parts = [html.heading(by_size[0]) + html.charts(*histograms(found, by_size[0]))] if by_size else []
+    parts += [html.details(subset, html.charts(*histograms(found, subset))) for subset in by_size[1:]]
     return note + "".join(parts)
 
 
-def _charts(found: Mapping[str, Any], subset: str) -> Iterator[str]:
-    """One chart for each measure; those with limits first."""
+def histograms(found: Mapping[str, Any], subset: str, *measures: str) -> Iterator[str]:
+    """One chart for each measure, or each of some; those with limits first."""
     limits, values = found["limits"].get(subset, {}), found["subsets"][subset]
-    for name in sorted(found["histograms"][subset], key=lambda name: name not in limits):
+    for name in measures or sorted(found["histograms"][subset], key=lambda name: name not in limits):
         own = limits.get(name, {})
         bounds = ", ".join(f"{bound} {limit:g}" for bound, limit in own.items())
         beyond = values["rules"].get(name, 0) / values["well_formed"]

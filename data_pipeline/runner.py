@@ -5,12 +5,19 @@ in memory unless the options say otherwise (`--direct_running_mode=multi_process
 """
 
 import dataclasses
+import sys
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability import fn_api_runner
+from apache_beam.utils import interactive_utils
 
 from ctllm_jax.common.errors import UserError
+
+# In a notebook Beam looks for the pipelines of its cells, to name their steps after them, and needs libraries of its
+# `interactive` extra for that. Ours are no cell's.
+for _module in (interactive_utils, sys.modules["apache_beam.pipeline"]):
+    _module.is_in_ipython = lambda: False
 
 
 @dataclasses.dataclass(frozen=True)

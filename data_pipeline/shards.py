@@ -22,6 +22,8 @@ HASHES = "hashes"  # folder of a corpus's hashes, for comparing a later one with
 SIGNALS = "signals"  # folder of what the filters measured
 HITS = "hits.jsonl"  # items of benchmarks that documents hold
 STEPS = ("id", "exact", "near")  # of deduplication, in order: each sees only what the ones before left
+DUPLICATES = tuple(f"duplicate_{step}" for step in STEPS)  # why documents were left out, as counts and reports name it
+CONTAMINATED = "contaminated"  # the same of documents that hold items of benchmarks
 REMOVAL = np.dtype([("row", "<u4"), ("of_shard", "<u4"), ("of_row", "<u4"), ("similarity", "<f4")])
 
 

@@ -1,7 +1,9 @@
 """The command line of `ctllm launch`: finds the target, checks what it is to run, hands over."""
 
 import importlib
+import subprocess
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -49,6 +51,36 @@ def main(arguments: list[str]) -> None:
         status = target.run(payload, options, options.pop("dry_run"))
         sys.stdout.flush()
         sys.exit(status)
+
+
+def launch(target: str, command: Sequence[str], **options: str | float | bool) -> int:
+    """`ctllm launch` from a program or a notebook; returns the job's exit status.
+
+    The launcher is a process of its own, for signals and the ends of children are a process's; what it says appears on
+    standard output line by line. Interrupting a notebook's cell is Ctrl-C for it: the job saves and ends. When this
+    process is gone, the launcher ends with its next line.
+
+    Args:
+      target: one of TARGETS.
+      command: a verb and its flags, as `ctllm_jax.notebook.command` writes them.
+      options: the target's flags by name: `processes=2`, `dry_run=True`.
+    """
+    flags_given = [f"--{name}={value}" for name, value in options.items()]
+    words = [sys.executable, "-m", "ctllm_jax.cli", "launch", target, *flags_given, "--", *command]
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        while True:
+            try:
+                for line in process.stdout:
+                    print(line, end="")
+                return process.wait()
+            except KeyboardInterrupt:  # it has heard it as well
+                continue
 
 
 def _target(name: str) -> Target:

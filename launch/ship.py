@@ -72,8 +72,7 @@ def code(uncommitted: str, root: pathlib.Path) -> Code:
         commit = _git(root, "rev-parse", "HEAD").decode().strip()
     except (FileNotFoundError, UserError):
         raise UserError(f"launch ships the code of a git checkout, and {root} is none: clone the repository") from None
-    status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all").decode()
-    changed = {entry[3:] for entry in status.split("\0") if entry}
+    changed = set(changed_files(root))
     named = {name for name in uncommitted.split(",") if name}
     if unknown := sorted(named - changed):
         raise UserError(f"launch: --uncommitted={unknown[0]}: no such changed file (paths are relative to {root})")
@@ -91,6 +90,13 @@ def code(uncommitted: str, root: pathlib.Path) -> Code:
         _git(root, "add", "--all", "--", *sorted(named), environment=index)
         tree = _git(root, "write-tree", environment=index).decode().strip()
     return Code(root, f"{commit} with uncommitted {', '.join(sorted(named))}", tree)
+
+
+def changed_files(root: pathlib.Path | None = None) -> list[str]:
+    """Files of a checkout (this one) that differ from what is committed, or are new: what --uncommitted may name."""
+    root = root or checkout()
+    status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all").decode()
+    return sorted(entry[3:] for entry in status.split("\0") if entry)
 
 
 def _git(root: pathlib.Path, *arguments: str, environment: Mapping[str, str] | None = None) -> bytes:

@@ -33,11 +33,6 @@ NEEDED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_argv(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["ctllm"])
-
-
 @pytest.fixture
 def ran(monkeypatch):
     """What `ctllm convert` was run with, instead of running."""

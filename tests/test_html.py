@@ -29,6 +29,7 @@ def test_whatever_comes_from_outside_is_escaped():
         html.line_chart(NASTY, {NASTY: [(0, 1)], "b": [(1, 2)]}, NASTY, faint={NASTY: [(0, 1)]}),
         html.bar_chart(NASTY, {NASTY: 1}, NASTY),
         html.stacked_bars(NASTY, {NASTY: {NASTY: 1, "b": 2}}, NASTY),
+        html.shaded([(NASTY, 0.5, NASTY)]),
     ]
     for part in parts:
         assert "<script" not in part and "&lt;script&gt;" in part and "&quot;2&quot;" in part

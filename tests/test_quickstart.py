@@ -10,6 +10,11 @@ import sys
 
 import pytest
 
+from configs import quickstart
+from ctllm_jax import quickstart as verb
+from ctllm_jax.common.config import build
+from ctllm_jax.common.errors import UserError
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = (
     "--config.pretrain_steps=12",
@@ -46,6 +51,13 @@ def outcome(workdir: pathlib.Path) -> dict:
     ] + sorted(workdir.glob("huggingface/model/*.safetensors"))
     assert len(files) > 20
     return {"summary": summary, "files": {str(path.relative_to(workdir)): path.read_bytes() for path in files}}
+
+
+def test_a_stage_to_stop_after_has_to_be_one(tmp_path):
+    config = build(verb.QuickstartConfig, quickstart.get_config().to_dict() | {"last": "corpsu"})
+    with pytest.raises(UserError, match="last: 'corpsu' is no stage; there are: corpus, tokenizer, store/pretrain, "):
+        verb.run(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

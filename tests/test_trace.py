@@ -108,8 +108,10 @@ def answer(capsys, workdir, **changes) -> tuple[list[dict], list[dict], str]:
     out, err = capsys.readouterr()
     entries = [json.loads(line) for line in out.splitlines()]
     found = [entry for entry in entries if entry["kind"] == "segment"]
-    assert result == {"segments": len(found)}
-    return [entry for entry in entries if entry["kind"] != "segment"], found, err
+    headings = [entry for entry in entries if entry["kind"] != "segment"]
+    assert result["segments"] == len(found) and [one for own in result["answers"] for one in own["segments"]] == found
+    assert [{key: own[key] for key in own if key != "segments"} for own in result["answers"]] == headings
+    return headings, found, err
 
 
 @pytest.fixture
@@ -161,7 +163,7 @@ def test_a_step_that_is_not_reached_is_listed_and_said_to_be(ran, texts, capsys)
 def test_the_table_has_a_line_a_segment_with_the_same_values(ran, capsys):
     workdir, _ = ran
     _, segments, _ = answer(capsys, workdir, step=4, text_chars=10)
-    trace.run(ask(step=4, text_chars=10), str(workdir))
+    [told] = trace.run(ask(step=4, text_chars=10), str(workdir))["answers"]
     heading, columns, *lines = capsys.readouterr().out.splitlines()
     assert heading == "step 4" and len(lines) == len(segments)
     assert columns.split() == "step row begin end tokens epoch source document start text".split()
@@ -169,6 +171,9 @@ def test_the_table_has_a_line_a_segment_with_the_same_values(ran, capsys):
         *values, text = line.split(maxsplit=9)
         assert values == [str(segment[name]) for name in columns.split()[:-1]]
         assert text == " ".join(segment["text"].split())
+    page = trace.drawn(told)
+    assert page.count("<tr>") == 1 + len(segments) and all(f"<td>{s['document']}</td>" in page for s in segments)
+    assert [name for name in trace.COLUMNS if f">{name}</th>" in page] == columns.split()
 
 
 def test_what_the_web_wrote_cannot_steer_a_terminal():

@@ -10,45 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_STYLE = """
-:root { --ink: #1c2330; --soft: #667085; --line: #e3e6ec; --paper: #fff; --tint: #f5f7fa;
-  --good: #1a7f4b; --bad: #b42318; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ef; --soft: #9aa4b2; --line: #2c3340; --paper: #14181f; --tint: #1b212b; --good: #5fcf95;
-    --bad: #ff8a7a; }
-}
-body { font: 15px/1.55 system-ui, "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif;
-  color: var(--ink); background: var(--paper); max-width: 1060px; margin: 2.2rem auto 5rem; padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
-p, details, pre { margin: .4rem 0; }
-.soft { color: var(--soft); }
-.good { color: var(--good); font-weight: 600; }
-.bad { color: var(--bad); font-weight: 600; }
-table { border-collapse: collapse; margin: .6rem 0; font-size: .92rem; }
-th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { color: var(--soft); font-weight: 600; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td details { margin: 0; }
-.scroll { overflow-x: auto; }
-pre { background: var(--tint); padding: .6rem .8rem; border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere;
-  font-size: .88rem; }
-.cards, .charts { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
-.card { background: var(--tint); border-radius: 8px; padding: .6rem .9rem; min-width: 9rem; }
-.card b { display: block; font-size: 1.3rem; }
-.card span { color: var(--soft); font-size: .84rem; }
-figure { margin: 0; }
-.legend { font-size: .84rem; color: var(--soft); }
-.legend span { margin-right: 1rem; white-space: nowrap; }
-.legend i { display: inline-block; width: 10px; height: 3px; margin-right: .35rem; vertical-align: middle; }
-.told:hover { fill-opacity: 1; }
-.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: .8rem; }
-mark { background: #f5c84c66; color: inherit; }
-svg { max-width: 100%; height: auto; }
-svg text { font-size: 11px; fill: var(--soft); }
-summary { cursor: pointer; }
-"""
+from ctllm_jax.common import style
+
 Points = Sequence[tuple[float, float]]
 
 _COLOURS = ("#2f6fde", "#d9730d", "#1a9e6c", "#a03fc4", "#c4314b", "#6b7a90", "#b08900", "#0e8fa8")
@@ -74,9 +37,14 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body>"
+        f"<style>{style.PAGE}</style></head><body>"
         f"<h1>{_text(title)}</h1><p class=soft>{_text(lead)}</p>{body}</body></html>\n"
     )
+
+
+def inside(content: str) -> str:
+    """HTML of this module for somebody else's page (a notebook's), with the style that it needs."""
+    return f'<div class="ctllm"><style>{style.INSIDE}</style>{content}</div>'
 
 
 def paragraph(text: Any, kind: str = "") -> str:
@@ -254,6 +222,17 @@ def histogram(
         if low <= place <= high
     ]
     return _figure(title, floor + 18, parts)
+
+
+def shaded(pieces: Sequence[tuple[str, float, str]]) -> str:
+    """A text in pieces, line breaks kept: (piece, how dark from 0 to 1, what resting the pointer on it shows)."""
+    marks = "".join(
+        f'<span style="background: rgba(217, 115, 13, {min(max(shade, 0.0), 1.0):.2f}); border-right: 1px solid '
+        f'var(--paper)" title="{_text(note)}">'
+        f"{_text(piece)}</span>"
+        for piece, shade, note in pieces
+    )
+    return f"<pre>{marks}</pre>"
 
 
 def side_by_side(columns: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> str:

@@ -25,7 +25,7 @@ def _benchmarks(benchmarks: dict) -> list[str]:
     lines = [_row("benchmark", heads)]
     for name, found in benchmarks.items():
         if found["kind"] == "rolling":
-            bits = f"{found['bits_per_byte']:.4f} bits per byte"
+            bits = f"  {found['bits_per_byte']:.4f} bits per byte"
             lines.append(_row(name, [_number(found["questions"]), bits]))
             continue
         score, failed = found["scores"][found["headline"]], found.get("failed", {}).get(found["headline"])
@@ -53,7 +53,7 @@ def _tasks(tasks: dict) -> list[str]:
 
 
 def _row(name: str, cells: list[str]) -> str:
-    return f"{name:<22}" + "".join(f"{cell:>14}" for cell in cells)
+    return f"{name:<22}" + "".join(f"{cell:>15}" for cell in cells)
 
 
 def _number(value: float | int | None) -> str:

@@ -1,12 +1,13 @@
 """`ctllm report`: one page with the curves of training runs, from what they have written so far."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 
 from ctllm_jax.common.files import write_atomic
 from ctllm_jax.metrics.report_page import page
-from ctllm_jax.metrics.run_record import read_run
+from ctllm_jax.metrics.run_record import RunRecord, read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +30,19 @@ def run(config: ReportConfig, workdir: str | None) -> dict:
     Raises:
       UserError: a folder is no run.
     """
-    runs = [read_run(folder, name) for folder, name in zip(config.runs, _names(config.runs), strict=True)]
+    runs = read_runs(config.runs)
     path = pathlib.Path(workdir or config.runs[0]) / "report.html"
     write_atomic(path, page(runs, config.smooth))
     print(f"report: {path}")
     return {"report": str(path)}
 
 
-def _names(folders: Sequence[str]) -> list[str]:
+def read_runs(folders: Sequence[str | os.PathLike]) -> list[RunRecord]:
+    """What is in several run directories, under names that differ; UserError where one is none."""
+    return [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def _names(folders: Sequence[str | os.PathLike]) -> list[str]:
     """The folders' own names, or whole paths where two are called the same."""
     names = [pathlib.Path(folder).resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else list(folders)
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

@@ -23,8 +23,18 @@ _LOGARITHMIC = {"loss", "bits_per_byte", "grad_norm", "update_norm", "param_norm
 def page(runs: Sequence[RunRecord], smooth: float) -> str:
     """The whole page; `smooth` is the share of a training curve that its means reach over."""
     one = runs[0] if len(runs) == 1 else None
-    sections = {
-        "In short" if one else "Runs": _overview(runs),
+    lead = "Curves of training runs, as far as they have got."
+    if one and one.about:
+        versions = ", ".join(f"{name} {version}" for name, version in one.about["versions"].items())
+        lead = f"{one.about['parameters']:,} parameters on {one.about['devices']}. {versions}."
+    title = one.name if one else ", ".join(run.name for run in runs)
+    return html.page(title, lead, list(sections(runs, smooth).items()))
+
+
+def sections(runs: Sequence[RunRecord], smooth: float = 0.02) -> dict[str, str]:
+    """The page's parts that have something to show, as HTML by their headings."""
+    found = {
+        "In short" if len(runs) == 1 else "Runs": _overview(runs),
         "Training": _training(runs, smooth),
         "Held-out data": _drawn(runs, "eval", lambda key: key not in _SKIPPED, 0.0),
         "Speed": _drawn(runs, "train", lambda key: key in _SPEED, smooth),
@@ -32,12 +42,24 @@ def page(runs: Sequence[RunRecord], smooth: float) -> str:
         "Where the time went": _time(runs),
         "Samples": _samples(runs),
     }
-    lead = "Curves of training runs, as far as they have got."
-    if one and one.about:
-        versions = ", ".join(f"{name} {version}" for name, version in one.about["versions"].items())
-        lead = f"{one.about['parameters']:,} parameters on {one.about['devices']}. {versions}."
-    title = one.name if one else ", ".join(run.name for run in runs)
-    return html.page(title, lead, [(heading, content) for heading, content in sections.items() if content])
+    return {heading: content for heading, content in found.items() if content}
+
+
+def curves(runs: Sequence[RunRecord], kind: str, *metrics: str, smooth: float = 0.02) -> str:
+    """Charts of some metrics alone, as HTML; nothing where no run has any of them.
+
+    Args:
+      runs: drawn over one another.
+      kind: of the lines that have them, "train" or "eval".
+      metrics: their names in docs/metrics.md; `loss/` stands for its parts (loss/en, ...) too.
+      smooth: share of a training curve that its means reach over.
+    """
+
+    def wanted(key: str) -> bool:
+        return key in metrics or f"{key.partition('/')[0]}/" in metrics
+
+    charts = _drawn(runs, kind, wanted, smooth if kind == "train" else 0.0)
+    return html.heading("Training" if kind == "train" else "Held-out data") + charts if charts else ""
 
 
 # ---- Tables

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ctllm_jax.common.errors import UserError
@@ -49,6 +49,36 @@ def read_run(folder: str | os.PathLike, name: str) -> RunRecord:
     samples = read_jsonl(root / "samples.jsonl") if (root / "samples.jsonl").exists() else []
     settings = _flat({**about["config"], "model": about["model"]} if about else stage["settings"])
     return RunRecord(name, _state(root, entries), about, settings, entries, samples)
+
+
+def follow(folder: str | os.PathLike, name: str, every: float = 2.0, patience: float = 600.0) -> Iterator[RunRecord]:
+    """What is in a run directory, each time that it has logged something new, until it has finished.
+
+    Args:
+      folder: which need not be there yet.
+      name: as of `read_run`.
+      every: seconds between two looks.
+      patience: seconds without anything new after which the run is given up.
+
+    Raises:
+      UserError: no run has begun there within the patience; the folder is something else.
+    """
+    root, seen, since = pathlib.Path(folder), None, time.monotonic()
+    while True:
+        over = (root / "manifest.json").exists()  # before its lines are read, so that none is missing in the end
+        if (root / "stage.json").exists():
+            run = read_run(root, name)
+            held = (run.state == "finished", sum(map(len, run.entries.values())))
+            if held != seen:
+                seen, since = held, time.monotonic()
+                yield run
+            if over:
+                return
+        if time.monotonic() - since > patience:
+            if seen is None:
+                raise UserError(f"{folder}: no run has begun here in {patience:.0f} s")
+            return
+        time.sleep(every)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

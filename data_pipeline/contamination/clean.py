@@ -18,9 +18,8 @@ from data_pipeline.contamination.sources import Text
 from data_pipeline.documents import EXCERPT, SUBSETS
 from data_pipeline.filters.stage import EXAMPLES
 from data_pipeline.runner import BeamConfig, make_pipeline
-from data_pipeline.shards import HITS, Layout, gzip_writer, json_line, read_lines, save_bytes, zstd_writer
+from data_pipeline.shards import CONTAMINATED, HITS, Layout, gzip_writer, json_line, read_lines, save_bytes, zstd_writer
 
-RULE = "contaminated"
 _DOCUMENTS = 512  # looked at together
 
 
@@ -74,7 +73,7 @@ def _with_hits(records: Iterator[dict], finder: Finder) -> Iterator[tuple[dict, 
 
 def _no_longer_kept(text: str) -> dict[str, int]:
     """What to add to the counts of deduplication, which had kept the text."""
-    return {RULE: 1, "kept": -1, "characters": -len(text), "bytes": -len(text.encode())}
+    return {CONTAMINATED: 1, "kept": -1, "characters": -len(text), "bytes": -len(text.encode())}
 
 
 def _text(record: dict[str, Any]) -> Text:
@@ -83,8 +82,8 @@ def _text(record: dict[str, Any]) -> Text:
 
 def _reject(record: dict[str, Any], hit: dict[str, Any], least: float, rejected: Any, examples: dict) -> None:
     item = {"task": hit["task"], "item": hit["item"]}
-    why = {"rule": RULE, "value": hit["coverage"], "bound": "below", "threshold": least, **item}
+    why = {"rule": CONTAMINATED, "value": hit["coverage"], "bound": "below", "threshold": least, **item}
     rejected.write(json_line(record | {"reasons": [why]}))
-    shown = examples.setdefault(RULE, [])
+    shown = examples.setdefault(CONTAMINATED, [])
     if len(shown) < EXAMPLES:
         shown.append({"id": record["id"], "excerpt": hit["found"][:EXCERPT], **why})
