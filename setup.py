@@ -48,7 +48,8 @@ DATA = [
 GCS = ["gcsfs"]  # the gs:// of universal-pathlib
 SERVE = ["aiohttp>=3.9"]  # HTTP, parsed and limited in C; gcsfs needs it as well
 PLOTS = ["matplotlib"]  # the picture of `ctllm table`
-DEV = [*GCS, *SERVE, *PLOTS, "hypothesis", "pytest", "pytest-xdist", "ruff"]
+NOTEBOOKS = ["ipykernel", "nbclient"]  # what runs notebooks/, in any editor and in the tests
+DEV = [*GCS, *SERVE, *PLOTS, *NOTEBOOKS, "hypothesis", "pytest", "pytest-xdist", "ruff"]
 
 setuptools.setup(
     name="ctllm-jax",
@@ -74,6 +75,7 @@ setuptools.setup(
         "tpu": ["jax[tpu]", *GCS],
         "cuda": ["jax[cuda13]"],
         "wandb": ["wandb"],
+        "notebooks": NOTEBOOKS,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["ctllm = ctllm_jax.cli:main"]},
