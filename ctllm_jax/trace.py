@@ -378,8 +378,8 @@ def _table(segments: list[dict]) -> list[str]:
 
 
 def drawn(answer: Mapping) -> str:
-    """An answer of `run` as an HTML table; columns with nothing in them are left out."""
-    names = [name for name in COLUMNS if any(segment.get(name) is not None for segment in answer["segments"])]
+    """An answer of `run` as an HTML table that fits a page: what was seen, and not which tokens of it."""
+    names = ("step", "row", "tokens", "source", "document", "url", "text")
     return html.table(names, [[segment.get(name) for name in names] for segment in answer["segments"]])
 
 

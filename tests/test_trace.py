@@ -173,7 +173,7 @@ def test_the_table_has_a_line_a_segment_with_the_same_values(ran, capsys):
         assert text == " ".join(segment["text"].split())
     page = trace.drawn(told)
     assert page.count("<tr>") == 1 + len(segments) and all(f"<td>{s['document']}</td>" in page for s in segments)
-    assert [name for name in trace.COLUMNS if f">{name}</th>" in page] == columns.split()
+    assert all(f">{name}</th>" in page for name in ("step", "row", "tokens", "source", "document", "url", "text"))
 
 
 def test_what_the_web_wrote_cannot_steer_a_terminal():
