@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from ctllm_jax.common.files import write_atomic
+from ctllm_jax.common.files import as_path, write_atomic
 from ctllm_jax.metrics.report_page import page
 from ctllm_jax.metrics.run_record import read_run
 
@@ -30,7 +30,7 @@ def run(config: ReportConfig, workdir: str | None) -> dict:
       UserError: a folder is no run.
     """
     runs = [read_run(folder, name) for folder, name in zip(config.runs, _names(config.runs), strict=True)]
-    path = pathlib.Path(workdir or config.runs[0]) / "report.html"
+    path = as_path(workdir or config.runs[0]) / "report.html"
     write_atomic(path, page(runs, config.smooth))
     print(f"report: {path}")
     return {"report": str(path)}
