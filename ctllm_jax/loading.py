@@ -2,7 +2,6 @@
 hold."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Sequence
 
 from ctllm_jax import hf

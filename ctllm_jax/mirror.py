@@ -66,7 +66,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def run_folder(workdir: str) -> Iterator[RunFolder]:
-    """The folder to write a run into, inside the block; afterwards all of it is where it belongs. All processes call it.
+    """The folder to write a run into, inside the block; after it all is where it belongs. All processes call it.
 
     Raises:
       UserError: another job is writing the run; the bucket refuses, or has not answered for ten minutes.
@@ -272,9 +272,8 @@ def _fetch(remote: BucketFolder, folder: pathlib.Path) -> None:
 def _is_of_run(name: str) -> bool:
     """Whether a run goes on with this file, or is read by it."""
     parent, _, last = name.rpartition("/")
-    return (
-        not last.startswith(".") and f"{parent}/" in ("/", *_FOLDERS) and (parent not in ("", "base") or last in _FILES)
-    )
+    known = last in _FILES if parent in ("", "base") else f"{parent}/" in _FOLDERS
+    return known and not last.startswith(".")
 
 
 def _version(path: pathlib.Path) -> tuple[int, int]:

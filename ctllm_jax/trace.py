@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ctllm_jax.checkpoint import checkpoints_folder
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, read_json
@@ -26,7 +27,6 @@ from ctllm_jax.data.batches import DataConfig, Stream, make_stream
 from ctllm_jax.data.order import Place
 from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import TokenStore, open_store
-from ctllm_jax.checkpoint import checkpoints_folder
 from ctllm_jax.metrics import read_metrics
 from ctllm_jax.mirror import fetched
 

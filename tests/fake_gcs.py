@@ -60,13 +60,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             if not found:
                 raise _Refused(404, f"{url.path} is nothing that this server knows")
+            place = [urllib.parse.unquote(part or "") for part in found.groups()]
             with self.server.lock:
-                status, content, headers = answer(
-                    [urllib.parse.unquote(part or "") for part in found.groups()], query, body
-                )
+                status, content, headers = answer(place, query, body)
         except _Refused as refusal:
             status, said = refusal.args
-            status, content, headers = status, {"error": {"code": status, "message": said, "errors": []}}, {}
+            content, headers = {"error": {"code": status, "message": said, "errors": []}}, {}
         self._answer(status, content if isinstance(content, bytes) else json.dumps(content).encode(), headers)
 
     # ---- What can be asked: (status, content, headers)
@@ -89,7 +88,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             source = self._existing(bucket, name, {})
             copy = self._write(to_bucket or bucket, to_name, source.read_bytes(), query)
             if action == "moveTo":
-                source.unlink()
+                self._remove(source)
                 return 200, copy, {}
             return 200, {"kind": "storage#rewriteResponse", "done": True, "resource": copy}, {}
         if query.get("upload_id"):
@@ -115,7 +114,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return 200, self._write(bucket, name, bytes(content), query), {}
 
     def _delete(self, place: list[str], query: dict, _) -> tuple:
-        self._existing(*place[:2], query).unlink()
+        self._remove(self._existing(*place[:2], query))
         return 204, b"", {}
 
     # ---- Objects
@@ -148,6 +147,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         temporary.write_bytes(content)
         os.replace(temporary, path)
         return self._metadata(bucket, path)
+
+    def _remove(self, path: pathlib.Path) -> None:
+        path.unlink()
+        folder = path.parent
+        while folder.parent != self.server.root and not any(folder.iterdir()):  # a folder is what lies in it
+            folder.rmdir()
+            folder = folder.parent
 
     def _metadata(self, bucket: str, path: pathlib.Path) -> dict:
         name, content = str(path.relative_to(self.server.root / bucket)), path.read_bytes()
