@@ -1,7 +1,7 @@
 """Run directories on a bucket: `ctllm train --workdir=gs://BUCKET/RUN`, and how the other verbs read one.
 
 Orbax writes checkpoints to the bucket by itself, and reads them there. Everything else in a run directory is small and
-written as ever, into a folder of this machine: the mirror, whose file `.remote` says what it is a mirror of. A thread
+written as ever, into a folder of this machine: the mirror, whose `.ctllm-mirror` says what it is a mirror of. A thread
 copies what has changed to the bucket, every minute and when it is told to, and manifest.json only after all else; a
 checkpoint is committed after the metrics before it have arrived. The bucket is what counts: a run begins with what
 is there, so it goes on from any machine. Every process has a mirror of its own; the first one's is the run, of the
@@ -29,16 +29,18 @@ from ctllm_jax import processes
 from ctllm_jax.bucket import BucketFolder, Claim, Unreachable
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import cache_folder, is_remote, write_atomic
+from ctllm_jax.common.status import EXIT_RESUME
 
 # With TensorFlow at hand Orbax's paths would take its client, which an accelerator host does not have. Read once.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
-POINTER = ".remote"
+POINTER = ".ctllm-mirror"
 _FILES = ("stage.json", "run.json", "manifest.json", "metrics.jsonl", "samples.jsonl")  # what a run goes on with,
 _FOLDERS = ("", "tokenizer/", "reference/", "base/", "base/tokenizer/")  # and where
 _OWN = ("stacks", "profile")  # what a process that is not the first has to tell
 _NOT_COPIED = ("checkpoints", "wandb")  # these go where they belong by themselves
-_EVERY = 60.0  # seconds after which changes are copied unasked
+_EVERY = 60.0  # seconds after which changes are copied unasked,
+_SMALL = 4 << 20  # bytes, of files up to this size: one that has grown is copied as a whole
 _PAUSES = (1.0, 5.0, 10.0, 20.0, 30.0)  # seconds between attempts; the last one for ever
 _PATIENCE = 300.0  # seconds that a checkpoint, or the end of a run, waits for its metrics to arrive
 _PARTING = 15.0  # seconds, where the run fails anyhow
@@ -70,6 +72,7 @@ def run_folder(workdir: str) -> Iterator[RunFolder]:
 
     Raises:
       UserError: another job is writing the run; the bucket refuses, or has not answered for ten minutes.
+      SystemExit: with EXIT_RESUME, the run is finished but for files that could not be copied.
     """
     if not is_remote(workdir):
         yield RunFolder(pathlib.Path(workdir))
@@ -97,7 +100,8 @@ def run_folder(workdir: str) -> Iterator[RunFolder]:
         if claim:
             claim.release()
     if not whole:
-        raise UserError(f"{workdir} lacks files of {mirror.path}, which could not be copied; the same command goes on")
+        print(f"train: {workdir} lacks files of {mirror.path}; the same command makes up for them", file=sys.stderr)
+        sys.exit(EXIT_RESUME)
 
 
 def _patiently(action: Callable[[], T]) -> T:
@@ -140,7 +144,7 @@ def remote_of(path: str | os.PathLike) -> str | None:
     """What a folder mirrors; None where it is no mirror, or part of one."""
     path = pathlib.Path(path).absolute()
     for folder in (path, *path.parents):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(OSError):
             inside = path.relative_to(folder).as_posix()
             url = (folder / POINTER).read_text().strip()
             return url if inside == "." else f"{url}/{inside}"
@@ -222,7 +226,7 @@ class Mirror(RunFolder):
                     return
                 ticket = self._ticket
             try:
-                self._copy()
+                self._copy(asked=ticket > self._arrived)
             except (Unreachable, UserError) as error:
                 failures += 1
                 if failures == 1:
@@ -235,12 +239,12 @@ class Mirror(RunFolder):
                 self._arrived = ticket
                 self._changed.notify_all()
 
-    def _copy(self) -> None:
-        """Copies what has changed; the manifest, which says that a run is whole, after everything else."""
+    def _copy(self, asked: bool) -> None:
+        """Copies what has changed, large files when asked to; the manifest, which says that a run is whole, last."""
         for name, path in sorted(self._files(), key=lambda found: (found[0] == "manifest.json", found[0])):
             with contextlib.suppress(FileNotFoundError):
                 version = _version(path)
-                if self._sent.get(name) != version:
+                if self._sent.get(name) != version and (asked or version[0] <= _SMALL):
                     self._remote.write(name, path.read_bytes())
                     self._sent[name] = version  # what was added since is another version
 

@@ -27,7 +27,7 @@ from ctllm_jax import bucket, checkpoint, mirror, restore, train
 from ctllm_jax.bucket import CLAIM, BucketFolder, Changed, Claim, Unreachable
 from ctllm_jax.checkpoint import Checkpoints
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.status import EXIT_LOST
+from ctllm_jax.common.status import EXIT_LOST, EXIT_RESUME
 from ctllm_jax.loading import load_model
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -190,15 +190,27 @@ def test_an_outage_is_said_once_and_made_up_for(server, monkeypatch, capsys):
     assert (there(server) / "metrics.jsonl").read_text() == "line"
 
 
-def test_what_cannot_arrive_in_the_end_is_an_error_that_says_where_it_is(server, monkeypatch):
+def test_what_cannot_arrive_in_the_end_is_said_and_the_job_may_be_taken_up(server, monkeypatch, capsys):
     monkeypatch.setattr(mirror, "_PATIENCE", 0.5)
     monkeypatch.setattr(bucket, "_ANSWER", 0.3)
-    with pytest.raises(UserError, match=f"{RUN} lacks files of .*/run, which could not be copied"):
+    with pytest.raises(SystemExit) as end:
         with mirror.run_folder(RUN) as folder:
             (folder.path / "metrics.jsonl").write_text("line")
             server.down = True
+    assert end.value.code == EXIT_RESUME
+    assert f"{RUN} lacks files of {folder.path}; the same command makes up for them" in capsys.readouterr().err
     with pytest.raises(Unreachable):
         BucketFolder(RUN).names()
+
+
+def test_of_other_processes_than_the_first_stacks_and_profiles_are_copied(server, monkeypatch):
+    monkeypatch.setattr(mirror.jax, "process_index", lambda: 1)
+    folder = mirror.Mirror(RUN)
+    for name in ("stacks/process-1.txt", "profile/step-3-process-1/x", "metrics.jsonl"):
+        (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.path / name).write_text(name)
+    assert folder.close(10) and folder.path.parent.name.endswith("-process-1")
+    assert sorted(path.name for path in there(server).iterdir()) == ["profile", "stacks"]
 
 
 def test_an_error_names_the_bucket_and_not_the_mirror(server):
