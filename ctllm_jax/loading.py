@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from ctllm_jax import hf
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import identity, read_json
+from ctllm_jax.common.files import identity, is_remote, read_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.lora import NO_LORA, LoraConfig, merged, trained
@@ -69,6 +69,8 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None)
         parts = [identity(file) for file in (folder / "config.json", *hf.weight_files(folder))]
         digest = fingerprint([parts, tokenizer.digest])
         name = folder.resolve().name
+    elif is_remote(location):
+        raise UserError(f"{location}: no run directory (run.json); Hugging Face folders are read from a disk")
     else:
         raise UserError(f"{location}: neither a run directory (run.json) nor a Hugging Face folder (config.json)")
     if dtype is not None:

@@ -227,7 +227,7 @@ class Mirror(RunFolder):
                 ticket = self._ticket
             try:
                 self._copy(asked=ticket > self._arrived)
-            except (Unreachable, UserError) as error:
+            except (OSError, UserError) as error:  # Unreachable, or the disk
                 failures += 1
                 if failures == 1:
                     print(f"train: {error}; the run goes on, what it logs is copied later", file=sys.stderr, flush=True)

@@ -351,7 +351,7 @@ def test_the_other_verbs_read_a_run_on_a_bucket(server, undisturbed, store, tmp_
     assert status == 0, err
     with pytest.raises(UserError, match=f"{RUN}: no checkpoint of step 7; there are: .5, 10, 12."):
         load_model(RUN, step=7)
-    with pytest.raises(UserError, match="gs://bucket/nowhere: neither a run directory"):
+    with pytest.raises(UserError, match="gs://bucket/nowhere: no run directory"):
         load_model("gs://bucket/nowhere")
 
 
