@@ -256,7 +256,7 @@ def _committed_after(action: Callable[[], None]) -> type:
 
 def _steps_in(folder: epath.Path) -> str:
     try:
-        return ", ".join(map(str, sorted(ocp.utils.checkpoint_steps(folder)))) or "none"
+        return str(sorted(ocp.utils.checkpoint_steps(folder)) or "none")
     except Exception as error:  # the storage is what fails
         return f"not known ({message(error)})"
 
