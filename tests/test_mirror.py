@@ -356,6 +356,16 @@ def test_the_other_verbs_read_a_run_on_a_bucket(server, undisturbed, store, tmp_
 
 
 @pytest.mark.slow
+def test_adapters_find_the_frozen_parameters_of_their_run_on_the_bucket(server, undisturbed, store, tmp_path):
+    change = {"model": None, "init_from": str(undisturbed), "lora__rank": 2, "duration": "3 steps"}
+    config = config_of(store, **change)
+    train.run(config, RUN)
+    train.run(config, str(tmp_path / "local"))
+    assert (there(server) / "base" / "checkpoints" / "0" / "commit_success.txt").exists()
+    jax.tree.map(np.testing.assert_array_equal, load_model(RUN).params, load_model(str(tmp_path / "local")).params)
+
+
+@pytest.mark.slow
 def test_a_bucket_that_is_gone_for_a_while_costs_no_step(server, undisturbed, store, monkeypatch, capsys):
     monkeypatch.setattr(bucket, "_ANSWER", 0.5)
     monkeypatch.setattr(bucket, "_BEAT", 0.5)
