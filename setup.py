@@ -45,7 +45,7 @@ DATA = [
     "xxhash",
     "zstandard",  # files between the steps of a stage
 ]
-GCS = ["gcsfs"]  # the gs:// of universal-pathlib
+GCS = ["gcsfs", "google-cloud-storage"]  # the gs:// of universal-pathlib; runs there, which gcsfs needs as well
 SERVE = ["aiohttp>=3.9"]  # HTTP, parsed and limited in C; gcsfs needs it as well
 PLOTS = ["matplotlib"]  # the picture of `ctllm table`
 NOTEBOOKS = ["ipykernel", "nbclient"]  # what runs notebooks/, in any editor and in the tests

@@ -4,6 +4,7 @@ Parameters are an item of their own, so that evaluation and warm starts read not
 `ctllm_jax.restore` reads, and judges what it reads.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -11,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +22,8 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import is_remote
+from ctllm_jax.mirror import prepare_paths, remote_of
 from ctllm_jax.processes import votes
 from ctllm_jax.save_barrier import SaveBarrier
 
@@ -54,9 +58,24 @@ class Checkpoints:
     copy of the old state takes up memory. All processes must make the same calls in the same order.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, config: CheckpointConfig, ask_every: int):
-        """`ask_every`: steps between looks at the clock (of process 0) in a job of several processes."""
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        config: CheckpointConfig,
+        ask_every: int,
+        before_commit: Callable[[], None] | None = None,
+    ):
+        """
+        Args:
+          run_dir: a run directory.
+          config: when, and what stays.
+          ask_every: steps between looks at the clock (of process 0) in a job of several processes.
+          before_commit: what process 0 does in the background between writing a checkpoint on a bucket and committing
+            it; an error of it fails the save.
+        """
         self.folder = checkpoints_folder(run_dir)
+        self._remote = is_remote(self.folder)
+        self._temporary = _committed_after(before_commit) if before_commit else None
         self._every, self._seconds, self._ask_every = config.every, 60 * config.minutes or math.inf, ask_every
         self._saving: int | None = None  # the step under way in the background
         self._error: Exception | None = None  # what kept that save from starting
@@ -71,7 +90,7 @@ class Checkpoints:
             best = functools.partial(policies.BestN, get_metric_fn=_held_out_loss, reverse=True)
             keep.append(best(n=config.keep_best, keep_checkpoints_without_metrics=False))
         self._keep, self._by_loss = policies.AnyPreservationPolicy(keep), config.keep_best > 0
-        self._manager = self._open()
+        self._manager: ocp.CheckpointManager | None = self._open()  # None after a failure
 
     def _open(self) -> ocp.CheckpointManager:
         name = f"after-{self._lost}"
@@ -84,6 +103,7 @@ class Checkpoints:
                 best_mode="min",
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
+                temporary_path_class=self._temporary,
                 async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT, barrier_sync_fn=self._barrier),
                 multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name),
             ),
@@ -100,7 +120,8 @@ class Checkpoints:
             return False
         now = time.monotonic()
         by_clock = now - self._saved_at >= self._seconds
-        said = votes(self._manager.is_saving_in_progress(), by_clock, now >= self._retry_at)
+        saving = self._manager is not None and self._manager.is_saving_in_progress()
+        said = votes(saving, by_clock, now >= self._retry_at)
         busy, by_clock, calm = said[:, 0].any(), said[0, 1], said[0, 2]
         known = self._failures
         if not busy:
@@ -152,13 +173,18 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything saved is committed, then frees the manager's threads."""
         self._settle()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def _start(self, step: int, items: ocp.args.Composite, metrics: dict | None) -> None:
         self._saving, self._saved_at = step, time.monotonic()
         try:
+            if self._manager is None:
+                self._manager = self._open()
             self._manager.save(step, args=items, metrics=metrics)
-        except OSError as error:
+        except Exception as error:
+            if not isinstance(error, OSError) and not self._remote:  # gs:// has libraries with errors of their own
+                raise
             self._error = error
             if self._barrier is not None:
                 self._barrier.absent()
@@ -174,42 +200,65 @@ class Checkpoints:
         step, self._saving = self._saving, None
         error, self._error = self._error, None
         try:
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
         except Exception as failure:  # TensorStore has no type of its own for what a disk says
             error = failure
         failed = votes(error is not None)[:, 0]
         if not failed.any():
             self._failures = 0
             return
-        if jax.process_index() == 0:  # what it has written takes up the room that the next attempt needs
+        if jax.process_index() == 0 and not self._remote:  # what it wrote takes up the room that the next attempt needs
             for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
                 leftover.rmtree(missing_ok=True)
         self._failures, self._lost = self._failures + 1, self._lost + 1
-        self._reopen()
+        self._drop()
         cause = message(error) if error else f"process {int(failed.argmax())} says why"
         what = f"{self.folder}: the checkpoint of step {step} could not be written ({cause})"
         if self._failures > len(PAUSES):
             raise UserError(
                 f"{what}, nor could the {len(PAUSES)} attempts before it. Checkpoints there: "
-                f"{list(self._manager.all_steps()) or 'none'}. Make room or mend the disk; the same command goes on "
+                f"{_steps_in(self.folder)}. Make room or mend the disk; the same command goes on "
                 "from the newest"
             ) from error
         pause = PAUSES[self._failures - 1]
         self._retry_at = time.monotonic() + pause
         print(f"train: {what}; attempt {self._failures + 1} in {pause} s", file=sys.stderr)
 
-    def _reopen(self) -> None:
-        """A manager that knows nothing of the save that failed: what that one was to replace is there as before, and no
-        barrier has the name of one where a process is missing."""
+    def _drop(self) -> None:
+        """The next attempt opens a manager that knows nothing of the save that failed: what that one was to replace is
+        there as before, and no barrier has the name of one where a process is missing."""
         with contextlib.suppress(Exception):  # of the save that failed, once more
             self._manager.close()
-        self._manager = self._open()
+        self._manager = None
 
 
 def checkpoints_folder(run_dir: str | os.PathLike) -> epath.Path:
-    """Where a run's checkpoints lie, as Orbax wants it: absolute."""
-    folder = epath.Path(run_dir) / "checkpoints"
-    return epath.Path(os.path.abspath(folder)) if "://" not in str(run_dir) else folder
+    """Where a run's checkpoints lie, as Orbax wants it: absolute; those of a mirror's run lie on its bucket."""
+    location = str(run_dir) if is_remote(run_dir) else remote_of(run_dir)
+    if location is None:
+        return epath.Path(os.path.abspath(epath.Path(run_dir) / "checkpoints"))
+    prepare_paths()
+    return epath.Path(location) / "checkpoints"
+
+
+def _committed_after(action: Callable[[], None]) -> type:
+    """How Orbax writes to a bucket, where nothing can be renamed: under the final name, and a marker in the end. This
+    one does something before the marker."""
+
+    class CommittedAfter(ocp.path.atomicity.CommitFileTemporaryPath):
+        async def finalize(self) -> None:
+            await asyncio.to_thread(action)
+            await super().finalize()
+
+    return CommittedAfter
+
+
+def _steps_in(folder: epath.Path) -> str:
+    try:
+        return str(sorted(ocp.utils.checkpoint_steps(folder)) or "none")
+    except Exception as error:  # the storage is what fails
+        return f"not known ({message(error)})"
 
 
 def _held_out_loss(metrics: dict) -> float:

@@ -1,9 +1,8 @@
 """Where compiled programs are kept from one start of a job to the next."""
 
-import os
-import pathlib
-
 import jax
+
+from ctllm_jax.common.files import cache_folder
 
 
 def keep_compiled() -> None:
@@ -15,5 +14,4 @@ def keep_compiled() -> None:
     some refuse what they have kept themselves, in many lines (jax issue 38445).
     """
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "ctllm-jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))

@@ -2,16 +2,16 @@
 hold."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Sequence
 
 from ctllm_jax import hf
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import identity, read_json
+from ctllm_jax.common.files import identity, is_remote, read_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.lora import NO_LORA, LoraConfig, merged, trained
+from ctllm_jax.mirror import fetched
 from ctllm_jax.model import ModelConfig, abstract_params
 from ctllm_jax.restore import load_params
 
@@ -40,15 +40,15 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None)
     """Loads a model.
 
     Args:
-      location: a run directory (holds run.json) or a Hugging Face folder (holds config.json). Adapters of a run are
-        merged into the parameters.
+      location: a run directory (holds run.json; may be on gs://) or a Hugging Face folder (holds config.json).
+        Adapters of a run are merged into the parameters.
       step: which checkpoint of a run; None takes the newest. A Hugging Face folder has none.
       dtype: overrides the compute dtype, "float32" or "bfloat16".
 
     Raises:
       UserError: the location is neither, or something in it is missing or unreadable.
     """
-    folder = pathlib.Path(location)
+    folder = fetched(location)
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is unknown; there are: float32, bfloat16")
     if (folder / "run.json").exists():
@@ -69,8 +69,10 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None)
         parts = [identity(file) for file in (folder / "config.json", *hf.weight_files(folder))]
         digest = fingerprint([parts, tokenizer.digest])
         name = folder.resolve().name
+    elif is_remote(location):
+        raise UserError(f"{location}: no run directory (run.json); Hugging Face folders are read from a disk")
     else:
-        raise UserError(f"{folder}: neither a run directory (run.json) nor a Hugging Face folder (config.json)")
+        raise UserError(f"{location}: neither a run directory (run.json) nor a Hugging Face folder (config.json)")
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     return LoadedModel(config, params, tokenizer, digest, name, step, tokens)

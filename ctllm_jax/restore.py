@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ from jax.experimental import multihost_utils
 
 from ctllm_jax.checkpoint import checkpoints_folder, checksums, message
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import read_json
+from ctllm_jax.common.files import is_remote, read_json
+from ctllm_jax.mirror import remote_of
 from ctllm_jax.processes import together, votes
 
 # What TensorStore and the storage below it say when they cannot answer; says nothing about what is stored.
@@ -34,6 +36,7 @@ _NO_ANSWER = (
     "ABORTED",
     "CANCELLED",
 )
+_CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "urllib3")  # libraries that go to gs://, with errors of their own
 
 
 class Damaged(Exception):
@@ -63,6 +66,11 @@ def restore_newest(run_dir: str | os.PathLike, params: Any, optimizer: Any) -> R
       UserError: all are damaged; one holds other arrays than are asked for; the storage does not answer.
     """
     folder = checkpoints_folder(run_dir)
+    with _answering(folder):
+        return _newest_whole(folder, params, optimizer)
+
+
+def _newest_whole(folder: epath.Path, params: Any, optimizer: Any) -> Restored | None:
     together(functools.partial(_put_aside_unreadable, folder))
     while (step := _newest(folder)) is not None:
         found = together(functools.partial(_attempt, folder / str(step), params, optimizer))
@@ -94,26 +102,28 @@ def load_params(run_dir: str | os.PathLike, abstract: Any, step: int | None = No
       (params, step, digest that names the run and step).
 
     Raises:
-      UserError: no such checkpoint, or it is damaged or holds other parameters.
+      UserError: no such checkpoint, or it is damaged or holds other parameters; the storage does not answer.
     """
-    folder = checkpoints_folder(run_dir)
-    if not folder.is_dir():
-        raise UserError(f"{run_dir}: holds no checkpoints")
-    steps = sorted(ocp.utils.checkpoint_steps(folder))  # committed ones only
+    folder, place = checkpoints_folder(run_dir), remote_of(run_dir) or run_dir
+    with _answering(folder):
+        if not folder.exists():
+            raise UserError(f"{place}: holds no checkpoints")
+        steps = sorted(ocp.utils.checkpoint_steps(folder))  # committed ones only
     if not steps or (step is not None and step not in steps):
-        raise UserError(f"{run_dir}: no checkpoint of step {step}; there are: {steps or 'none'}")
+        raise UserError(f"{place}: no checkpoint of step {step}; there are: {steps or 'none'}")
     step = steps[-1] if step is None else step
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default), abstract
     )
     try:
-        _look(folder / str(step))
-        params = _read(folder / str(step) / "params", abstract)
+        with _answering(folder):
+            _look(folder / str(step))
+            params = _read(folder / str(step) / "params", abstract)
     except Damaged as damage:
         others = [other for other in steps if other != step]
         raise UserError(
-            f"{run_dir}: the checkpoint of step {step} is damaged: {damage}. Others, to be asked for by their step: "
+            f"{place}: the checkpoint of step {step} is damaged: {damage}. Others, to be asked for by their step: "
             f"{others or 'none'}"
         ) from None
     return params, step, f"{read_json(epath.Path(run_dir) / 'run.json')['fingerprint']}@{step}"
@@ -206,9 +216,22 @@ def _judged(folder: epath.Path, error: Exception) -> Exception:
 
 def _is_storage(error: BaseException) -> bool:
     """Whether an error is the system's, and not of a file that is missing."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError)))
+        or type(error).__module__.partition(".")[0] in _CLIENTS
     )
+
+
+@contextlib.contextmanager
+def _answering(folder: epath.Path) -> Iterator[None]:
+    """Makes a UserError of what a bucket that does not answer raises."""
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(folder) or not _is_storage(error):
+            raise
+        raise UserError(f"{folder} cannot be read now ({message(error)}); nothing was changed") from error
 
 
 def _json(path: epath.Path) -> dict:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ctllm_jax.checkpoint import checkpoints_folder
 from ctllm_jax.common import html
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
@@ -28,6 +29,7 @@ from ctllm_jax.data.order import Place
 from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import TokenStore, open_store
 from ctllm_jax.metrics import read_metrics
+from ctllm_jax.mirror import fetched
 
 MAP_CC = "data_pipeline.map_cc"  # the corpus side; loaded only where a corpus is at hand
 SPIKE_WINDOW = 64  # logged steps that a loss is compared with
@@ -126,7 +128,8 @@ def open_run(folder: str, store: str | None = None) -> Run:
     Raises:
       UserError: no training run there; its store is missing or is not the one that it was trained on.
     """
-    claim = pathlib.Path(folder, "stage.json")
+    root = fetched(folder)
+    claim = root / "stage.json"
     stage = read_json(claim) if claim.exists() else {}
     if stage.get("stage") != "train":
         raise UserError(f"{folder}: no folder of `ctllm train`")
@@ -141,16 +144,16 @@ def open_run(folder: str, store: str | None = None) -> Run:
             f"{trained_on}); give --store=DIR"
         )
     data = build(DataConfig, config["data"], f"{folder}/run.json: config.data")
-    return Run(str(folder), make_stream(data, opened, config["batch_size"], config["seed"]), _last_step(folder))
+    return Run(str(root), make_stream(data, opened, config["batch_size"], config["seed"]), _last_step(root))
 
 
-def _last_step(folder: str) -> int:
+def _last_step(folder: pathlib.Path) -> int:
     """The last step that left a mark: a line of metrics or a checkpoint; 0 where there is none."""
-    steps, metrics, checkpoints = [0], pathlib.Path(folder, "metrics.jsonl"), pathlib.Path(folder, "checkpoints")
+    steps, metrics, checkpoints = [0], folder / "metrics.jsonl", checkpoints_folder(folder)
     if metrics.exists():
         steps += [entry["step"] for kind in ("train", "eval") for entry in read_metrics(folder, kind)]
     if checkpoints.exists():
-        steps += ocp.utils.checkpoint_steps(checkpoints.absolute())
+        steps += ocp.utils.checkpoint_steps(checkpoints)
     return max(steps)
 
 

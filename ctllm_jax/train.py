@@ -32,6 +32,7 @@ from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.lora import adapted, joined, trained
 from ctllm_jax.metrics.log import open_log
 from ctllm_jax.metrics.meter import Meter
+from ctllm_jax.mirror import RunFolder, run_folder
 from ctllm_jax.model import ModelConfig, abstract_params, count_params, flops_per_token, init_params, logical_axes
 from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer
@@ -54,6 +55,7 @@ class Job:
     store: TokenStore
     stream: Stream
     mesh: Mesh
+    folder: RunFolder
     stage: Stage
     probes: Probes
 
@@ -68,13 +70,13 @@ def run(config: TrainConfig, workdir: str) -> dict:
     """Trains, or takes up a run that was cut short. Returns the last held-out figures and the token ledger.
 
     Raises:
-      UserError: store, model and objective do not go together; the folder holds another run.
+      UserError: store, model and objective do not go together; the folder holds another run, or is in use.
     """
-    with processes.job() if config.distributed else contextlib.nullcontext():
-        return _run(config, workdir)
+    with processes.job() if config.distributed else contextlib.nullcontext(), run_folder(workdir) as folder:
+        return _run(config, folder)
 
 
-def _run(config: TrainConfig, workdir: str) -> dict:
+def _run(config: TrainConfig, folder: RunFolder) -> dict:
     keep_compiled()
     store = open_store(config.data.store)
     origin = load_model(config.init_from) if config.init_from else None
@@ -86,11 +88,11 @@ def _run(config: TrainConfig, workdir: str) -> dict:
     clock = config.clock(store.sequence_length, sum(store.size("train", source) for source in store.sources("train")))
     with processes.first_process_first():
         first = jax.process_index() == 0
-        stage = open_stage("train", 3, workdir, decisive(config, model, clock), inputs, exclusive=first)
+        stage = open_stage("train", 3, folder.path, decisive(config, model, clock), inputs, exclusive=first)
     if stage.done:
         check_past_rates(config, stage.result["rates"], clock.run)
         return stage.result
-    job = Job(config, model, clock, store, stream, make_mesh(config.mesh), stage, probes)
+    job = Job(config, model, clock, store, stream, make_mesh(config.mesh), folder, stage, probes)
     check_layout(config, store, job.mesh)
     with (
         jax.set_mesh(job.mesh),
@@ -120,7 +122,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
         check_past_rates(config, saved.record["rates"], first)
         state = TrainState(saved.params, *saved.optimizer)
         print(f"train: resumed at step {first}", file=sys.stderr)
-    checkpoints = Checkpoints(job.stage.folder, config.checkpoints, ask_every=config.log.every)
+    checkpoints = Checkpoints(job.stage.folder, config.checkpoints, config.log.every, job.folder.before_commit)
 
     # ---- Compiled steps, the stream of batches, the books
     objective = make_objective(config.objective, job.model, len(sources))
@@ -156,6 +158,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
                 held = in_loop.look(whole, frozen)
                 samples.write(step, in_loop.sample(whole))
                 log.write("eval", step, {**held, **meter.go_on()})
+                job.folder.publish()
             if last or stop or checkpoints.due(step):
                 watch.at("save", step)
                 meter.pause("checkpoint")  # the ledger up to this very step goes into the checkpoint

@@ -360,7 +360,7 @@ def test_a_save_that_failed_in_the_background_is_made_up_for_at_a_later_step(tmp
         if checkpoints.due(step):
             saved.append(step)
             checkpoints.save(step, *state(step, layout), {**RECORD, "step": step})
-        while checkpoints._manager.is_saving_in_progress():
+        while checkpoints._manager and checkpoints._manager.is_saving_in_progress():
             time.sleep(0.01)
     checkpoints.close()
     assert not broken

@@ -32,6 +32,11 @@ def as_path(location: str | os.PathLike) -> Any:
         raise UserError(f"{location}: cannot be reached ({error}); gs:// needs: pip install 'ctllm-jax[gcs]'") from None
 
 
+def cache_folder(name: str) -> pathlib.Path:
+    """~/.cache/ctllm-jax/NAME, or the like below XDG_CACHE_HOME."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ctllm-jax" / name
+
+
 def is_remote(location: str | os.PathLike) -> bool:
     """Whether a location is a URL such as gs://bucket/path."""
     return "://" in str(location)

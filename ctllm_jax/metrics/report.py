@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from ctllm_jax.common.files import write_atomic
+from ctllm_jax.common.files import as_path, write_atomic
 from ctllm_jax.metrics.report_page import page
 from ctllm_jax.metrics.run_record import RunRecord, read_run
 
@@ -31,7 +31,7 @@ def run(config: ReportConfig, workdir: str | None) -> dict:
       UserError: a folder is no run.
     """
     runs = read_runs(config.runs)
-    path = pathlib.Path(workdir or config.runs[0]) / "report.html"
+    path = as_path(workdir or config.runs[0]) / "report.html"
     write_atomic(path, page(runs, config.smooth))
     print(f"report: {path}")
     return {"report": str(path)}

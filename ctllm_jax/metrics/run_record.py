@@ -11,6 +11,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json, read_jsonl
 from ctllm_jax.metrics.definitions import KINDS
 from ctllm_jax.metrics.log import read_metrics
+from ctllm_jax.mirror import fetched
 
 _LIVE = 120.0  # seconds since the last line within which an unfinished run is called at work
 
@@ -38,7 +39,7 @@ class RunRecord:
 
 def read_run(folder: str | os.PathLike, name: str) -> RunRecord:
     """What is in a run directory; UserError where it is none."""
-    root = pathlib.Path(folder)
+    root = fetched(folder)
     if not (root / "stage.json").exists():
         raise UserError(f"{folder}: no run directory (stage.json is missing)")
     stage = read_json(root / "stage.json")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.manifest import fingerprint
+from ctllm_jax.mirror import remote_of
 
 _PLACE = ("kind", "step", "time")  # keys that say where a line belongs
 
@@ -80,10 +81,11 @@ class WeightsAndBiases:
         except ImportError:
             raise UserError("log.wandb needs the library: pip install 'ctllm-jax[wandb]'") from None
         folder = pathlib.Path(run_dir).absolute()
+        location = remote_of(folder) or str(folder)  # the same on any machine
         self._run = wandb.init(
             project=project,
             name=folder.name,
-            id=fingerprint([mark, str(folder)]),
+            id=fingerprint([mark, location]),
             dir=str(folder),
             resume="allow",
             config=dict(settings),
