@@ -318,6 +318,7 @@ def test_an_interrupted_evaluation_ends_in_the_bytes_of_an_undisturbed_one(model
         perplexity=PerplexityConfig(store=str(tmp_path / "s"), split="validation", rows=9, baseline_rows=9),
         benchmarks=(),
         data="",
+        partly=False,
         unsafe_programs=False,
         limit=None,
         tasks=(first, second),

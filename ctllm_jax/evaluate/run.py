@@ -8,6 +8,7 @@ again.
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from ctllm_jax.common.errors import UserError
@@ -22,6 +23,7 @@ from ctllm_jax.evaluate.declarations import load_task as load_declaration
 from ctllm_jax.evaluate.devices import on_each_device, spread
 from ctllm_jax.evaluate.jail import isolated
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
+from ctllm_jax.evaluate.published import MissingFiles
 from ctllm_jax.evaluate.questions import LoadedTask, load_task
 from ctllm_jax.evaluate.table import table
 from ctllm_jax.loading import LoadedModel, load_model
@@ -39,6 +41,7 @@ class EvalConfig:
     perplexity: PerplexityConfig  # skipped where its store is empty
     benchmarks: tuple[str, ...]  # declared tasks: names of shipped ones (ceval_ppl) or paths of TOML files
     data: str  # folder of the benchmarks' published files, a folder in it for each
+    partly: bool  # go on without the files that are missing; the scores name what was left out
     unsafe_programs: bool  # run programs that the model writes even where they cannot be isolated
     limit: int | None  # most items of each of a benchmark's subsets, for a trial; None takes all
     tasks: tuple[str, ...]  # own multiple-choice questions (JSON files, see `questions`)
@@ -52,7 +55,7 @@ class EvalConfig:
 def run(config: EvalConfig, workdir: str) -> dict:
     """Evaluates, or takes up an evaluation that was cut short. Returns the scores."""
     tasks = [load_task(path) for path in config.tasks]
-    benchmarks = [load_benchmark(load_declaration(name), config.data) for name in config.benchmarks]
+    benchmarks, missing = _benchmarks(config)
     for kind, names in (("tasks", [own.task.name for own in tasks]), ("benchmarks", [b.task.name for b in benchmarks])):
         if len(set(names)) < len(names):
             raise UserError(f"two {kind} have the same name: {sorted(names)}")
@@ -65,7 +68,7 @@ def run(config: EvalConfig, workdir: str) -> dict:
     keep_compiled()
     model = load_model(config.model, config.step, config.dtype)
     settings = {**dataclasses.asdict(config), "model": None, "step": None}
-    settings |= {"tasks": None, "benchmarks": None, "data": None, "unsafe_programs": None}
+    settings |= {"tasks": None, "benchmarks": None, "data": None, "partly": None, "unsafe_programs": None}
     settings["perplexity"]["store"] = None
     inputs = {
         "model": model.digest,
@@ -73,14 +76,14 @@ def run(config: EvalConfig, workdir: str) -> dict:
         "tasks": {loaded.task.name: loaded.protocol for loaded in tasks},
         "benchmarks": {benchmark.task.name: benchmark.protocol for benchmark in benchmarks},
     }
-    stage = open_stage("eval", 3, workdir, settings, inputs)
+    stage = open_stage("eval", 4, workdir, settings, inputs)
     if stage.done:
         print(table(stage.result))
         return stage.result
 
     models = on_each_device(model)
     result: dict = {"model": model.name, "digest": model.digest, "step": model.step, "tokens": model.tokens}
-    result |= {"limit": config.limit, "perplexity": None, "benchmarks": {}, "tasks": {}}
+    result |= {"limit": config.limit, "perplexity": None, "benchmarks": {}, "missing": missing, "tasks": {}}
     if store:
         result["perplexity"] = _part(
             stage, "perplexity", lambda: perplexity(models, store, config.perplexity, config.batch_tokens)
@@ -98,6 +101,21 @@ def run(config: EvalConfig, workdir: str) -> dict:
     write_json(stage.folder / "scores.json", result)
     print(table(result))
     return stage.finish(result)
+
+
+def _benchmarks(config: EvalConfig) -> tuple[list[Benchmark], list[str]]:
+    """What the config names, and the names of those of which no file is there, if that is allowed."""
+    found, missing = [], []
+    for name in config.benchmarks:
+        task = load_declaration(name)
+        try:
+            found.append(load_benchmark(task, config.data, config.partly))
+        except MissingFiles as error:
+            if not config.partly:
+                raise
+            print(f"{task.name}: left out ({error})", file=sys.stderr)
+            missing.append(task.name)
+    return found, missing
 
 
 def _part(stage: Stage, name: str, work: Callable[[], dict]) -> dict:

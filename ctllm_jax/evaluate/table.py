@@ -8,6 +8,8 @@ def table(result: dict) -> str:
         lines += ["", *_perplexity(result["perplexity"])]
     if result["benchmarks"]:
         lines += ["", *_benchmarks(result["benchmarks"])]
+    if result["missing"]:
+        lines += ["", f"left out, for want of files: {', '.join(result['missing'])}"]
     if result["tasks"]:
         lines += ["", *_tasks(result["tasks"])]
     return "\n".join(lines)
@@ -28,6 +30,8 @@ def _benchmarks(benchmarks: dict) -> list[str]:
             bits = f"{found['bits_per_byte']:.4f} bits per byte"
             lines.append(_row(name, [_number(found["questions"]), bits]))
             continue
+        if found["missing"]:
+            lines.append(f"{name}: without {', '.join(found['missing'])}, for want of files")
         score, failed = found["scores"][found["headline"]], found.get("failed", {}).get(found["headline"])
         counts = [_number(value) for value in (failed, found["cut"], found["fewer_shots"])]
         lines.append(_row(name, [_number(score["n"]), found["headline"], *_averages(score, found["chance"]), *counts]))
