@@ -34,7 +34,7 @@ NORMS: dict[str, Callable[[Score, str, Score | None], float]] = {
     "bytes": lambda score, text, alone: score.sum_logprob / max(1, len(text.encode())),
     "mutual": lambda score, text, alone: score.sum_logprob - alone.sum_logprob,
 }
-HEADLINE = {"ppl": "ppl", "ll": "sum", "lm_eval": "sum", "word": "greedy"}  # the protocol's own
+HEADLINE = {"ppl": "ppl", "ll": "sum", "lm_eval": "sum", "stance": "sum", "word": "greedy"}  # the protocol's own
 
 
 def blocks(benchmark: Benchmark, limit: int | None) -> Iterator[tuple[str, str, list[Item]]]:
@@ -96,7 +96,16 @@ def _chosen(
                 "cut": max(score.cut for score in options),
             }
         )
+        if task.kind == "stance":
+            log[-1]["stance"] = _stance(task, item, values["sum"])
     return log
+
+
+def _stance(task: Task, item: Item, logprobs: list[float]) -> dict[str, float]:
+    """What the options say, by their probabilities among themselves, towards each of the task's directions."""
+    weights = np.exp(np.array(logprobs) - max(logprobs))
+    said = float(np.average(task.values, weights=weights))
+    return {metric: said * float(fill(factor, item.fields)) for metric, factor in task.directions.items()}
 
 
 def _margin(values: list[float]) -> float | None:
@@ -197,6 +206,9 @@ def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
         found = perplexity([entry["logprobs"][0] for entry in entries])
         scores = _scores(task, log, ["greedy"])
         return result | {"chance": None, "headline": "greedy", "scores": scores, "perplexity": found}
+    if task.kind == "stance":
+        leanings = _scores(task, log, task.directions)
+        return result | {"headline": next(iter(task.directions)), "leanings": leanings}
     return result | {
         "chance": mean([1 / len(entry["options"]) for entry in entries])["mean"],
         "headline": HEADLINE[task.kind],

@@ -32,10 +32,11 @@ PROTOCOL_VERSION = 1  # of what the code does with a declaration; part of every 
 # - ppl: the whole text's negative log-likelihood over its tokens, the smallest wins (OpenCompass)
 # - ll: the continuation's log-likelihood, its context tokenised alone (OpenCompass)
 # - lm_eval: the continuation's log-likelihood, in several normalisations (lm-eval-harness)
+# - stance: as lm_eval, and no option is right: what the options say is averaged by their probabilities
 # - word: a single continuation, right if greedy decoding gives it (lm-eval-harness)
 # - rolling: whole documents, every token once (lm-eval-harness)
 # - generate: text goes on from the prompt; an answer is extracted
-KINDS = ("ppl", "ll", "lm_eval", "word", "rolling", "generate")
+KINDS = ("ppl", "ll", "lm_eval", "stance", "word", "rolling", "generate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Task:
     labels: tuple[str, ...] = ()  # of the options; 0, 1, ... if none are named
     offered: str = ""  # template of how many of the options a row has, from the first on; all of them if not given
     gold: str = ""  # template of the right label; of generate: field or template of the accepted answers
+    values: tuple[float, ...] = ()  # of stance: what each option says, from -1 to 1
+    directions: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # of stance: metric: template of a row's factor
     strays: bool = False  # rows whose gold is no label count as wrong; otherwise they are an error
     prefix: str = ""
     shots: Shots | None = None
@@ -87,16 +92,21 @@ class Task:
     matches: dict[str, str] = dataclasses.field(default_factory=dict)  # metric: match, where it has its own
     program: str = ""  # what is run to judge a "program"; `{answer}` is the extracted one
     seconds: int = 0  # of CPU time that it may take
+    home: str = ""  # the declaration's own folder, which `load_task` fills in; no part of the protocol
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} is unknown; there are: {', '.join(KINDS)}")
         if self.prepare is not None and self.prepare not in PREPARE:
             raise ValueError(f"prepare {self.prepare!r} is unknown; there are: {', '.join(PREPARE)}")
-        if self.kind in ("ppl", "ll", "lm_eval") and len(self.options) < 2:
+        if self.kind in ("ppl", "ll", "lm_eval", "stance") and len(self.options) < 2:
             raise ValueError(f"a task of kind {self.kind} needs two options at least")
         if self.labels and len(self.labels) != len(self.options):
             raise ValueError(f"{len(self.labels)} labels for {len(self.options)} options")
+        if {bool(self.values), bool(self.directions)} != {self.kind == "stance"}:
+            raise ValueError("values and directions belong to tasks of kind stance, which need both")
+        if self.values and len(self.values) != len(self.options):
+            raise ValueError(f"{len(self.values)} values for {len(self.options)} options")
         if self.kind == "generate" and not (self.max_tokens and self.extract):
             raise ValueError("a task of kind generate needs max_tokens and extract")
         if unknown := set(self.extract.values()) - {*EXTRACTORS, *COUNTED}:
@@ -185,7 +195,7 @@ def load_task(name: str) -> Task:
     path = pathlib.Path(name) if name.endswith(".toml") else TASKS / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"task {name!r}: no such file; shipped tasks: {', '.join(shipped())}")
-    return build(Task, {"name": path.stem, **_read(path)}, str(path))
+    return build(Task, {"name": path.stem, **_read(path), "home": str(path.parent)}, str(path))
 
 
 def _read(path: pathlib.Path) -> dict:
@@ -213,7 +223,8 @@ def load_benchmark(task: Task, data: str, partly: bool = False) -> Benchmark:
       MissingFiles: the message says what belongs where.
       UserError: a row does not fit the declaration.
     """
-    folder = pathlib.Path(data) / task.files.folder
+    beside = task.files.folder.startswith("./")
+    folder = pathlib.Path(task.home if beside else data) / task.files.folder
     digests: list[str] = []
 
     @functools.cache
@@ -241,7 +252,7 @@ def load_benchmark(task: Task, data: str, partly: bool = False) -> Benchmark:
         found[subset] = own
     if missing and not (partly and found):
         raise next(iter(missing.values()))
-    protocol = fingerprint([PROTOCOL_VERSION, dataclasses.asdict(task), digests])
+    protocol = fingerprint([PROTOCOL_VERSION, dataclasses.asdict(task) | {"home": ""}, digests])
     return Benchmark(task, found, examples, protocol, tuple(missing))
 
 

@@ -25,7 +25,7 @@ class MissingFiles(UserError):
 class Files:
     """Where a benchmark's rows are."""
 
-    folder: str  # in the user's folder of benchmarks
+    folder: str  # in the user's folder of benchmarks; beside the declaration if it begins with "./"
     about: str  # what belongs there, for the message where it is missing
     splits: dict[str, tuple[str, ...]]  # candidates of each split, see `read_published`
     columns: tuple[str, ...] = ()  # names of a CSV's or TSV's columns, where it has no header

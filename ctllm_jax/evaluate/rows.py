@@ -172,6 +172,15 @@ def cvalues(row: dict) -> Rows:
     return [{**row, "prompt": prompt, "label": names[row["label"]]}]
 
 
+def statements(row: dict) -> Rows:
+    """A proposition four times: worded for either pole (`toward` 1, -1), its `scale` "up" or "down" (`order` 1, -1)."""
+    return [
+        {**row, "statement": row[wording], "toward": toward * order, "scale": scale, "order": order}
+        for wording, toward in (("statement", 1), ("opposite", -1))
+        for scale, order in (("up", 1), ("down", -1))
+    ]
+
+
 def squad(row: dict) -> Rows:
     """SQuAD files: one row a question with `answers`; for unanswerable ones the plausible answers and
     "impossible to answer" (OpenCompass)."""
@@ -236,5 +245,6 @@ PREPARE: dict[str, Callable[[dict], Rows]] = {
     for function in (
         *(hellaswag, c3, arc, openbookqa, siqa, boolq, superglue, multirc, winogrande, nli, csl, chid, cluewsc, squad),
         *(open_questions, gsm8k, math, mbpp, lambada, xcopa, gaokao, agieval, cvalues, tydiqa),
+        statements,
     )
 }

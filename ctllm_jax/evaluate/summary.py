@@ -14,7 +14,12 @@ _CHUNK = 1_000  # draws of one seed
 
 
 def item_score(kind: str, metric: str, entry: Mapping) -> float:
-    """How right an item is, 0 to 1, by its log entry (see `benchmark`), under one of its task's metrics."""
+    """How right an item is, 0 to 1, by its log entry (see `benchmark`), under one of its task's metrics.
+
+    Of a stance: what it says, -1 to 1.
+    """
+    if kind == "stance":
+        return float(entry["stance"][metric])
     if kind == "generate":
         return float(entry["right"][metric])
     if kind == "word":

@@ -30,6 +30,9 @@ def _benchmarks(benchmarks: dict) -> list[str]:
             bits = f"{found['bits_per_byte']:.4f} bits per byte"
             lines.append(_row(name, [_number(found["questions"]), bits]))
             continue
+        if found["kind"] == "stance":
+            lines += _leanings(name, found)
+            continue
         if found["missing"]:
             lines.append(f"{name}: without {', '.join(found['missing'])}, for want of files")
         score, failed = found["scores"][found["headline"]], found.get("failed", {}).get(found["headline"])
@@ -38,6 +41,18 @@ def _benchmarks(benchmarks: dict) -> list[str]:
         for group, own in score["groups"].items():
             lines.append(_row(f"  {group}", [_number(own["n"]), "", *_averages(own, found["chance"])]))
     return lines
+
+
+def _leanings(name: str, found: dict) -> list[str]:
+    """What a questionnaire found, from -1 to 1: a line for each metric, and the headline's for each subset."""
+
+    def line(label: str, own: dict, about: str) -> str:
+        error = "-" if own["stderr"] is None else f"{own['stderr']:.3f}"
+        return _row(label, [_number(own.get("n", found["questions"])), about, f"{own['mean']:+.3f}", error])
+
+    lines = [line(name, own["macro"], metric) for metric, own in found["leanings"].items()]
+    headline = found["leanings"][found["headline"]]
+    return lines + [line(f"  {subset}", own, found["headline"]) for subset, own in headline["subsets"].items()]
 
 
 def _averages(score: dict, chance: float | None) -> list[str]:
