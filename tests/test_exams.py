@@ -7,6 +7,7 @@ import pathlib
 import pytest
 from test_declarations import DATA, needs_reference
 
+from ctllm_jax.common.errors import UserError
 from ctllm_jax.evaluate import exams
 from ctllm_jax.evaluate.benchmark import summary
 from ctllm_jax.evaluate.compare import compare
@@ -326,6 +327,13 @@ def test_points_weigh_items_within_and_between_subjects(tmp_path):
     other = [{**one, "right": {"score": 1.0}} for own in log.values() for one in own]
     compared = compare(about, [[one for own in log.values() for one in own], other], draws=10)
     assert (compared["a"], compared["b"], compared["n"]) == (pytest.approx(25 / 40), 1.0, 3)
+
+
+def test_points_that_are_no_number_are_refused(tmp_path):
+    row = {"keywords": "k", "example": [{**EXAM, "score": "x", "answer": ["A"]}]}
+    subset = "2010-2022_History_MCQs"
+    with pytest.raises(UserError, match="template '{points}': 'x' is no number"):
+        first("gaokao_gen", tmp_path, subset, f"{subset}.json", row)
 
 
 def test_points_that_are_all_alike_change_nothing():

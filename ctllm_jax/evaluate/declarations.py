@@ -71,9 +71,7 @@ class Task:
     offered: str = ""  # template of how many of the options a row has, from the first on; all of them if not given
     gold: str = ""  # template of the right label; of generate: field or template of the accepted answers
     values: tuple[float, ...] = ()  # of stance: what each option says, from -1 to 1
-    directions: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # of stance: metric: template of a row's factor
+    directions: dict[str, str] = dataclasses.field(default_factory=dict)  # of stance: metric: template of a factor
     strays: bool = False  # rows whose gold is no label count as wrong; otherwise they are an error
     prefix: str = ""
     shots: Shots | None = None
@@ -285,7 +283,7 @@ def _prepared(task: Task, row: dict, folder: pathlib.Path) -> list[dict]:
 def _item(task: Task, row: Mapping[str, Any], subset: str, title: str, number: int) -> Item:
     fields = {**row, "subset": subset, "title": title}
     name = f"{subset}/{number}" if subset else str(number)
-    points = float(fill(task.points, fields)) if task.points else 1.0
+    points = _number(task.points, fields) if task.points else 1.0
     if task.kind == "generate":
         answers = fields.get(task.gold, None)
         answers = [fill(task.gold, fields)] if answers is None else answers
@@ -301,7 +299,15 @@ def _item(task: Task, row: Mapping[str, Any], subset: str, title: str, number: i
 
 def options(task: Task, fields: Mapping[str, Any]) -> tuple[str, ...]:
     """Templates of the options that a row has."""
-    return task.options[: int(fill(task.offered, fields))] if task.offered else task.options
+    return task.options[: int(_number(task.offered, fields))] if task.offered else task.options
+
+
+def _number(template: str, fields: Mapping[str, Any]) -> float:
+    text = fill(template, fields)
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"template {template!r}: {text!r} is no number") from None
 
 
 class _Formatter(string.Formatter):
