@@ -1,4 +1,4 @@
-"""Scores of a checkpoint: held-out perplexity beside a unigram baseline, benchmarks, own questions, samples.
+"""Scores of a checkpoint: held-out perplexity beside a unigram baseline, benchmarks, samples.
 
     ctllm eval --config.model=runs/pretrain --config.perplexity.store=data/store --workdir=runs/pretrain-eval
     ctllm eval --config=configs/eval.py:ct_llm --config.model=hf/CT-LLM-Base --config.data=BENCHMARKS --workdir=DIR
@@ -55,7 +55,6 @@ def get_config(suite: str = "") -> ConfigDict:
             "partly": False,
             "unsafe_programs": False,
             "limit": config_dict.placeholder(int),
-            "tasks": (),
             "bos": True,
             "prompts": (),
             "chat": False,

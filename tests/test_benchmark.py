@@ -217,7 +217,6 @@ def config_of(tmp_path, model, **changes) -> EvalConfig:
         "partly": False,
         "unsafe_programs": False,
         "limit": None,
-        "tasks": (),
         "bos": True,
         "prompts": (),
         "chat": False,

@@ -92,7 +92,7 @@ def test_a_models_leaning_is_reported_with_its_error_and_compared(scales):
     assert (result["headline"], result["questions"], "scores" in result) == ("leaning", 16, False)
     leaning = result["leanings"]["leaning"]
     assert leaning["macro"]["stderr"] > 0 and set(leaning["subsets"]) == set(found.task.titles)
-    whole = {"model": "m", "digest": "d", "perplexity": None, "missing": [], "tasks": {}}
+    whole = {"model": "m", "digest": "d", "perplexity": None, "missing": []}
     printed = table(whole | {"benchmarks": {"tianping_en": result}})
     assert "agreement" in printed and f"{leaning['subsets']['culture']['mean']:+.3f}" in printed
     entries = [entry for own in log.values() for entry in own]

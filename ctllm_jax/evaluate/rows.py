@@ -181,6 +181,21 @@ def statements(row: dict) -> Rows:
     ]
 
 
+def choices(row: dict) -> Rows:
+    """Questions with `choices` of one's own: A, B, ..., `listed` (a line each), `offered` (their number), `answer`, a
+    letter."""
+    texts, answer = row["choices"], row["answer"]
+    if not isinstance(texts, list) or not 2 <= len(texts) <= len(LETTERS):
+        raise ValueError(f"choices must be a list of 2 to {len(LETTERS)} texts")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("a choice is no text, or empty")
+    if isinstance(answer, bool) or answer not in (*range(len(texts)), *LETTERS[: len(texts)]):
+        raise ValueError(f"answer {answer!r} names none of its choices")
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+    letter = answer if isinstance(answer, str) else LETTERS[answer]
+    return [_lettered({**row, "listed": listed, "offered": len(texts), "answer": letter}, texts)]
+
+
 def squad(row: dict) -> Rows:
     """SQuAD files: one row a question with `answers`; for unanswerable ones the plausible answers and
     "impossible to answer" (OpenCompass)."""
@@ -245,6 +260,6 @@ PREPARE: dict[str, Callable[[dict], Rows]] = {
     for function in (
         *(hellaswag, c3, arc, openbookqa, siqa, boolq, superglue, multirc, winogrande, nli, csl, chid, cluewsc, squad),
         *(open_questions, gsm8k, math, mbpp, lambada, xcopa, gaokao, agieval, cvalues, tydiqa),
-        statements,
+        *(statements, choices),
     )
 }

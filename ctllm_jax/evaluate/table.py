@@ -2,7 +2,7 @@
 
 
 def table(result: dict) -> str:
-    """The scores of `ctllm eval`: held-out text, declared benchmarks with their chance levels, question files."""
+    """The scores of `ctllm eval`: held-out text, benchmarks with their chance levels."""
     lines = [f"model {result['model']} ({result['digest']})"]
     if result["perplexity"]:
         lines += ["", *_perplexity(result["perplexity"])]
@@ -10,8 +10,6 @@ def table(result: dict) -> str:
         lines += ["", *_benchmarks(result["benchmarks"])]
     if result["missing"]:
         lines += ["", f"left out, for want of files: {', '.join(result['missing'])}"]
-    if result["tasks"]:
-        lines += ["", *_tasks(result["tasks"])]
     return "\n".join(lines)
 
 
@@ -58,17 +56,6 @@ def _leanings(name: str, found: dict) -> list[str]:
 def _averages(score: dict, chance: float | None) -> list[str]:
     parts = (score["macro"]["mean"], score["macro"]["stderr"], score["micro"]["mean"], chance)
     return ["-" if part is None else f"{100 * part:.2f}" for part in parts]
-
-
-def _tasks(tasks: dict) -> list[str]:
-    lines = [_row("question file", ["questions", "sum", "+-", "characters", "bytes", "tokens", "macro (sum)", "cut"])]
-    for name, task in tasks.items():
-        micro = {norm: entry["micro"] for norm, entry in task["accuracy"].items()}
-        shown = [task["questions"], micro["sum"]["mean"], micro["sum"]["stderr"]]
-        shown += [micro[norm]["mean"] for norm in ("characters", "bytes", "tokens")]
-        shown += [task["accuracy"]["sum"]["macro"]["mean"], task["cut"]]
-        lines.append(_row(name, [_number(value) for value in shown]))
-    return lines
 
 
 def _row(name: str, cells: list[str]) -> str:
