@@ -62,7 +62,7 @@ setuptools.setup(
     package_data={
         "ctllm_jax.evaluate.judged.sets": ["*.jsonl"],
         "ctllm_jax.evaluate.reported": ["*.tsv"],
-        "ctllm_jax.evaluate.tasks": ["*.toml"],
+        "ctllm_jax.evaluate.tasks": ["*.toml", "tianping/*.jsonl"],
         "data_pipeline.dedup": ["variants.txt"],
     },
     packages=setuptools.find_namespace_packages(include=["ctllm_jax*", "data_pipeline*", "configs*", "launch*"]),

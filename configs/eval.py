@@ -1,12 +1,13 @@
-"""Scores of a checkpoint: held-out perplexity beside a unigram baseline, benchmarks, own questions, samples.
+"""Scores of a checkpoint: held-out perplexity beside a unigram baseline, benchmarks, samples.
 
     ctllm eval --config.model=runs/pretrain --config.perplexity.store=data/store --workdir=runs/pretrain-eval
     ctllm eval --config=configs/eval.py:ct_llm --config.model=hf/CT-LLM-Base --config.data=BENCHMARKS --workdir=DIR
     ctllm eval --config.model=hf/CT-LLM-Base --config.benchmarks="('ceval_ppl',)" --config.data=BENCHMARKS --workdir=DIR
 
-`:ct_llm` takes the benchmarks of CT-LLM's table, in the protocols that its scores were probably made with. BENCHMARKS
-holds a folder for each benchmark, with its files as published; where one is missing, the message says what belongs
-there. The declarations are in ctllm_jax/evaluate/tasks; the path of a TOML file of your own is as good as their names.
+`:ct_llm` takes the benchmarks of CT-LLM's table, in the protocols that its scores were probably made with; `:chinese`
+all Chinese ones. BENCHMARKS holds a folder for each benchmark, with its files as published; where one is missing, the
+message says what belongs there, or `--config.partly` goes on without it and says so. The declarations are in
+ctllm_jax/evaluate/tasks; the path of a TOML file of your own is as good as their names.
 
 One device is enough; of several in a machine each holds the whole model and works on blocks of items of its own (run on
 virtual CPU devices, not on several GPUs). A scoring batch of 4,096 tokens needs 2.1 GB for the 2B model's logits,
@@ -26,12 +27,18 @@ SUITES = {
         *("nq_gen", "triviaqa_gen", "lambada_gen", "squad2_gen", "gsm8k_gen", "theoremqa_gen"),
         *("humaneval_gen", "mbpp_gen", "ceval_ppl", "cmmlu_ppl"),
     ),
+    "chinese": (
+        *("ceval_ppl", "cmmlu_ppl", "agieval_zh_ppl", "agieval_several_gen", "agieval_cloze_gen", "gaokao_ppl"),
+        *("gaokao_several_gen", "gaokao_parts_gen", "gaokao_usage_gen", "gaokao_gaps_gen", "cmath_gen", "c3_m_ppl"),
+        *("c3_d_ppl", "cmrc_gen_3749cd", "xcopa_zh_ppl", "afqmc_ppl", "ocnli_ppl", "cmnli_ppl", "ocnli_fc_ppl"),
+        *("tnews_ppl", "eprstmt_ppl", "bustm_ppl", "chid_ppl", "csl_ppl", "cluewsc_ppl", "cvalues_gen"),
+    ),
 }
 
 
 def get_config(suite: str = "") -> ConfigDict:
     if suite not in SUITES:
-        raise ValueError(f"suite {suite!r} is unknown; there is: ct_llm")
+        raise ValueError(f"suite {suite!r} is unknown; there are: {', '.join(filter(None, SUITES))}")
     return ConfigDict(
         {
             "model": "",
@@ -45,9 +52,9 @@ def get_config(suite: str = "") -> ConfigDict:
             },
             "benchmarks": SUITES[suite],
             "data": "",
+            "partly": False,
             "unsafe_programs": False,
             "limit": config_dict.placeholder(int),
-            "tasks": (),
             "bos": True,
             "prompts": (),
             "chat": False,

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
             input=("sample/documents/*.jsonl",),
             chats=("sample/sft.jsonl",),
             preferences=("sample/preference.jsonl",),
-            tasks=("sample/choice_task.json",),
+            tasks=("sample/choice.toml",),
             vocab_size=4096,
             character_coverage=0.99,  # 0.9999 of real Chinese needs more characters than this vocabulary has pieces
             sample_bytes=20_000_000,

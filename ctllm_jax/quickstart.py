@@ -28,7 +28,7 @@ class QuickstartConfig:
     input: tuple[str, ...]  # documents: globs of jsonl or jsonl.gz
     chats: tuple[str, ...]  # conversations for SFT
     preferences: tuple[str, ...]  # preference pairs for DPO
-    tasks: tuple[str, ...]  # multiple-choice task declarations
+    tasks: tuple[str, ...]  # declared tasks
     vocab_size: int
     character_coverage: float
     sample_bytes: int
@@ -75,7 +75,7 @@ def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
             f"--config.model={out}/{model}",
             f"--config.perplexity.store={out}/store/pretrain",
             f"--config.perplexity.rows={config.evaluation_rows}",
-            items("tasks", _found(config.tasks)),
+            items("benchmarks", _found(config.tasks)),
             items("prompts", prompts),
             f"--config.chat={chat}",
             f"--config.sampling.max_tokens={config.max_tokens}",

@@ -8,6 +8,7 @@ from ctllm_jax.common.files import read_json, read_jsonl
 from ctllm_jax.metrics import read_metrics
 
 RUNS = {"pretrain": "Pretraining", "sft": "SFT", "dpo": "DPO"}
+NORMS = ("sum", "characters", "bytes", "tokens")  # what a choice's log-likelihood is divided by
 CURVES = ("step", "loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "bits_per_byte")
 
 
@@ -99,8 +100,8 @@ def table(summary: dict) -> str:
     lines += ["", f"{'model':<14}{'bits/byte':>11}{'choice (sum)':>15}{'+-':>8}"]
     for name, scores in summary["scores"].items():
         figure = f"{name:<14}{scores['perplexity']['total']['bits_per_byte']:>11.4f}"
-        for task in scores["tasks"].values():
-            micro = task["accuracy"]["sum"]["micro"]
+        for task in scores["benchmarks"].values():
+            micro = task["scores"]["sum"]["micro"]
             figure += f"{micro['mean']:>15.3f}{micro['stderr']:>8.3f}"
         lines.append(figure)
     return "\n".join(lines)
@@ -276,12 +277,11 @@ def _scores(scores: dict) -> str:
             name,
             task,
             entry["questions"],
-            *(f"{v['micro']['mean']:.3f} ± {v['micro']['stderr']:.3f}" for v in entry["accuracy"].values()),
+            *(f"{v['mean']:.3f} ± {v['stderr']:.3f}" for v in (entry["scores"][norm]["micro"] for norm in NORMS)),
         ]
         for name, result in scores.items()
-        for task, entry in result["tasks"].items()
+        for task, entry in result["benchmarks"].items()
     ]
-    norms = list(next(iter(scores["pretrain"]["tasks"].values()))["accuracy"])
     return (
         html.heading("Held-out bits per byte")
         + html.table(["model", *sources], perplexity)
@@ -290,7 +290,7 @@ def _scores(scores: dict) -> str:
             "Four options: guessing gives 0.25. A model this small knows little; the figures say how little.",
             "soft",
         )
-        + html.table(["model", "task", "questions", *norms], choice)
+        + html.table(["model", "task", "questions", *NORMS], choice)
     )
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 import seqio
 import tensorflow as tf
 
+from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import expand
 from ctllm_jax.data.chat import ChatTemplate, CtllmTemplate
 from ctllm_jax.data.tokenizer import Tokenizer
-from ctllm_jax.evaluate.questions import Question, load_task, render
+from ctllm_jax.evaluate.declarations import Item, load_benchmark, load_task
+from ctllm_jax.evaluate.prompts import head, option_prompts
 from data_pipeline.documents import SUBSETS, DocumentReader, Fields, InputFile, Malformed, input_files
 from data_pipeline.splits import is_held_out
 from data_pipeline.tasks import SPLITS, tokenize_documents
@@ -107,37 +109,41 @@ def folder_task(
 # ---- Evaluation sets
 
 
-def choice_task(declaration: str, tokenizer: Tokenizer) -> str:
-    """Registers a declared choice task with the split "test"; returns its name, choice_NAME.
+def choice_task(declaration: str, tokenizer: Tokenizer, data: str = "") -> str:
+    """Registers a declared task of kind lm_eval with the split "test"; returns its name, choice_NAME.
 
     Examples: inputs int32 [tokens], the prompt; targets int32 [tokens], the right choice and the end of document; id,
     inputs_pretokenized and targets_pretokenized, texts. Prompt and choice are parted as `ctllm eval` parts them: white
     space at the prompt's end belongs to the choice. The metric is the share of predictions equal to the right choice.
 
     Args:
-      declaration: a JSON file; its questions lie beside it.
+      declaration: a TOML file, or the name of a shipped one.
       tokenizer: any of ours.
+      data: folder of benchmarks; none is needed where the questions lie beside their declaration.
 
     Raises:
-      UserError: names the file and entry at fault.
+      UserError: names the file at fault, or the task is of another kind.
     """
-    loaded = load_task(declaration)
+    found = load_benchmark(load_task(declaration), data)
+    task = found.task
+    if task.kind != "lm_eval":
+        raise UserError(f"{task.name} is of kind {task.kind}; a SeqIO task is made of kind lm_eval")
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
-    def example(question: Question) -> dict:
-        prompt, choices = render(loaded, question)
-        answer = loaded.task.delimiter + choices[question.answer]
-        whole, given = tokenizer.encode_batch([prompt + answer, prompt.rstrip()])
+    def example(item: Item) -> dict:
+        opening = head(found, item.subset, task.shots.count if task.shots else 0)
+        prompt = option_prompts(task, item, opening)[item.gold]
+        whole, given = tokenizer.encode_batch([prompt.text, prompt.context.rstrip()])
         return {
-            "id": question.id,
+            "id": item.id,
             "inputs": start + given,
             "targets": [*whole[len(given) :], tokenizer.eos_id],
-            "inputs_pretokenized": prompt,
-            "targets_pretokenized": answer,
+            "inputs_pretokenized": prompt.context,
+            "targets_pretokenized": prompt.delimiter + prompt.continuation,
         }
 
-    examples = [example(question) for question in loaded.questions]
-    name = f"choice_{loaded.task.name}"
+    examples = [example(item) for own in found.items.values() for item in own if item.gold is not None]
+    name = f"choice_{task.name}"
     _add_answers(name, lambda split: examples, ("test",), tokenizer)
     return name
 

@@ -12,7 +12,8 @@ from tiny_stages import SAMPLE, dataset_of
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.chat import CtllmTemplate
-from ctllm_jax.evaluate import questions
+from ctllm_jax.evaluate.declarations import load_benchmark, load_task
+from ctllm_jax.evaluate.prompts import head, option_prompts
 from ctllm_jax.evaluate.scoring import encode_pair
 from data_pipeline import adapters
 from data_pipeline.splits import is_held_out
@@ -76,69 +77,78 @@ def test_a_folder_without_files_or_with_a_broken_one_is_told(folder, capsys):
 # ---- Evaluation and instruction sets
 
 
-def test_a_declared_choice_task_reads_as_ctllm_eval_reads_it():
-    trained, declaration = tiny_tokenizer(), str(SAMPLE / "choice_task.json")
-    loaded = questions.load_task(declaration)
+def check_choices(declaration: str) -> int:
+    """How many examples there are, each what `ctllm eval` asks."""
+    trained, found = tiny_tokenizer(), load_benchmark(load_task(declaration), "")
     examples = dataset_of(adapters.choice_task(declaration, trained), "test")
-    assert len(examples) == len(loaded.questions) == 60
-    for example, question in zip(examples, loaded.questions, strict=True):
-        prompt, texts = questions.render(loaded, question)
-        inputs, targets = encode_pair(trained, prompt, loaded.task.delimiter + texts[question.answer], bos=True)
-        assert example["id"].decode() == question.id
-        assert example["inputs"].tolist() == inputs
-        assert example["targets"].tolist() == [*targets, trained.eos_id]
-        assert example["inputs_pretokenized"].decode() == prompt
+    items = [item for own in found.items.values() for item in own]
+    for example, item in zip(examples, items, strict=True):
+        opening = head(found, item.subset, found.task.shots.count if found.task.shots else 0)
+        prompt = option_prompts(found.task, item, opening)[item.gold]
+        inputs, targets = encode_pair(trained, prompt.context, prompt.delimiter + prompt.continuation, bos=True)
+        assert (example["inputs"].tolist(), example["targets"].tolist()) == (inputs, [*targets, trained.eos_id])
+        assert example["id"].decode() == item.id
+        assert example["inputs_pretokenized"].decode() == prompt.context
+    return len(examples)
 
 
-def declared(folder: pathlib.Path, questions: list[dict], **changes) -> str:
+def test_a_declared_choice_task_reads_as_ctllm_eval_reads_it():
+    assert check_choices(str(SAMPLE / "choice.toml")) == 60
+
+
+TASK = r"""
+source = "this test"
+kind = "lm_eval"
+split = "test"
+prefix = "Choose.\n\n"
+prepare = "choices"
+question = "Q: {question}\n{listed}\nAnswer:"
+delimiter = " "
+options = ["A", "B", "C"]
+labels = ["A", "B", "C"]
+offered = "{offered}"
+gold = "{answer}"
+
+[files]
+folder = "./"
+about = "these questions"
+splits.test = ["questions.jsonl"]
+splits.dev = ["shots.jsonl"]
+
+[shots]
+count = 2
+split = "dev"
+"""
+
+
+def declared(folder: pathlib.Path, questions: list[dict], text: str = TASK) -> str:
     """A declaration with shots and letters, in a folder of its own."""
-    values = {
-        "name": "letters",
-        "file": "questions.jsonl",
-        "description": "Choose.",
-        "prompt": "Q: {question}\n{options}\nAnswer:",
-        "delimiter": " ",
-        "choice": "{letter}",
-        "shots": 2,
-        "shots_file": "shots.jsonl",
-    }
     write_jsonl(folder / "questions.jsonl", questions)
     shot = {"question": "Which?", "choices": ["this", "that"], "answer": 1}
     write_jsonl(folder / "shots.jsonl", [{**shot, "id": i} for i in range(3)])
-    (folder / "task.json").write_text(json.dumps(values | changes))
-    return str(folder / "task.json")
+    (folder / "letters.toml").write_text(text)
+    return str(folder / "letters.toml")
 
 
 QUESTIONS = [{"question": f"Number {i}?", "choices": ["one", "two", "three"], "answer": "ABC"[i % 3]} for i in range(9)]
 
 
 def test_shots_options_and_letters_too(tmp_path):
-    trained, declaration = tiny_tokenizer(), declared(tmp_path, QUESTIONS)
-    loaded = questions.load_task(declaration)
-    examples = dataset_of(adapters.choice_task(declaration, trained), "test")
-    for example, question in zip(examples, loaded.questions, strict=True):
-        prompt, texts = questions.render(loaded, question)
-        inputs, targets = encode_pair(trained, prompt, " " + texts[question.answer], bos=True)
-        assert (example["inputs"].tolist(), example["targets"].tolist()) == (inputs, [*targets, trained.eos_id])
-        assert example["id"].decode() == question.id
+    assert check_choices(declared(tmp_path, QUESTIONS)) == 9
 
 
 @pytest.mark.parametrize(
-    ("question", "changes", "message"),
+    ("question", "text", "message"),
     [
-        ({"answer": 3}, {}, "questions.jsonl: entry 1: answer 3 names none of its choices"),
-        ({"choices": "ab"}, {}, "entry 1: choices must be a list of 2 to 26 texts"),
-        ({"choices": ["a", ""]}, {}, "entry 1: a choice is no text, or empty"),
-        ({}, {"shots": 4}, "task.json: 4 shots, but shots.jsonl holds 3"),
-        ({}, {"prompt": "{moon}"}, "template '{moon}': 'moon'; fields"),
-        ({}, {"moon": 1}, "moon"),
+        ({"answer": 3}, TASK, "answer 3 names none of its choices"),
+        ({}, TASK.replace("count = 2", "count = 4"), "4 examples wanted, the file has 3"),
+        ({}, TASK.replace("{question}", "{moon}"), "template .*moon.*; fields"),
+        ({}, TASK.replace('"lm_eval"', '"ppl"'), "letters is of kind ppl"),
     ],
 )
-def test_a_declaration_that_cannot_be_read_is_refused(tmp_path, question, changes, message):
+def test_a_declaration_that_cannot_be_read_is_refused(tmp_path, question, text, message):
     with pytest.raises(UserError, match=message):
-        adapters.choice_task(
-            declared(tmp_path, [{**QUESTIONS[0], "answer": 0, **question}], **changes), tiny_tokenizer()
-        )
+        adapters.choice_task(declared(tmp_path, [{**QUESTIONS[0], **question}], text), tiny_tokenizer())
 
 
 def test_seqios_evaluator_scores_a_choice_task(tmp_path):
@@ -193,7 +203,7 @@ def test_all_of_them_work_with_the_standard_converters(folder, pack):
     assert not pack or examples[0]["decoder_segment_ids"].max() > 1
     records = [{"id": f"c{i}", "messages": say(f"问{i}", f"答{i}")} for i in range(30)]
     (instructions,) = adapters.instruction_tasks(records, tiny_tokenizer(), 0.25).values()
-    questions = adapters.choice_task(str(SAMPLE / "choice_task.json"), tiny_tokenizer())
+    questions = adapters.choice_task(str(SAMPLE / "choice.toml"), tiny_tokenizer())
     for name, split in ((instructions, "train"), (questions, "test")):
         whole = dataset_of(name, split)[0]
         cut = {key: whole[key][:length].tolist() for key, length in LENGTHS.items()}

@@ -214,9 +214,9 @@ def config_of(tmp_path, model, **changes) -> EvalConfig:
         "perplexity": PerplexityConfig(store="", split="validation", rows=1, baseline_rows=1),
         "benchmarks": (toy(tmp_path, "ppl"), toy(tmp_path, text=WRITTEN)),
         "data": str(tmp_path),
+        "partly": False,
         "unsafe_programs": False,
         "limit": None,
-        "tasks": (),
         "bos": True,
         "prompts": (),
         "chat": False,
@@ -269,6 +269,24 @@ def test_the_batch_size_changes_no_prediction_and_a_limit_takes_the_first_items(
         assert [entry["id"] for entry in entries] == ["two/0", "two/1"]
         picks[batch_tokens] = [entry["picked"] for entry in entries if min(entry["margins"].values()) > 1e-4]
     assert picks[1] == picks[BATCH] and picks[1]
+
+
+def test_missing_files_are_left_out_and_named_where_that_is_allowed(model, tmp_path, capsys):
+    task = toy(tmp_path, "ppl")
+    (tmp_path / "toy" / "two.jsonl").unlink()
+    with pytest.raises(UserError, match="found none of two.jsonl"):
+        load_benchmark(load_task(task), str(tmp_path))
+    config = config_of(tmp_path, model, benchmarks=(task, "ceval_ppl"), partly=True)
+    (tmp_path / "toy" / "two.jsonl").unlink()
+    result = eval_verb.run(config, str(tmp_path / "w"))
+    assert (result["missing"], list(result["benchmarks"])) == (["ceval_ppl"], ["toy_ppl"])
+    found = result["benchmarks"]["toy_ppl"]
+    assert (found["missing"], found["questions"]) == (["two"], 6)
+    groups = found["scores"]["ppl"]["groups"]
+    assert groups["first"]["n"] == groups["second"]["n"] == 3
+    printed = capsys.readouterr()
+    assert "toy_ppl: without two" in printed.out and "want of files: ceval_ppl" in printed.out
+    assert "ceval_ppl: left out" in printed.err and "It should hold C-Eval" in printed.err
 
 
 def test_what_cannot_be_evaluated_is_told(model, tmp_path):

@@ -24,8 +24,8 @@ SHARED = {
     "ctllm_jax.data.chat",
     "ctllm_jax.data.order",
     "ctllm_jax.data.store",
-    "ctllm_jax.evaluate.questions",
     "ctllm_jax.evaluate.declarations",
+    "ctllm_jax.evaluate.prompts",
     "ctllm_jax.evaluate.texts",
 }
 LONGEST = 400  # lines of a file

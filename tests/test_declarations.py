@@ -250,6 +250,74 @@ def test_every_shipped_task_is_sound_and_says_whose_it_is():
         assert task.name == name and task.source and task.files.about
 
 
+LETTERS = r"""
+source = "this test"
+kind = "lm_eval"
+split = "test"
+prefix = "Choose.\n\n"
+prepare = "choices"
+question = "Q: {question}\n{listed}\nAnswer:"
+delimiter = " "
+options = ["A", "B", "C", "D"]
+labels = ["A", "B", "C", "D"]
+offered = "{offered}"
+gold = "{answer}"
+
+[files]
+folder = "./"
+about = "own questions"
+splits.test = ["questions.jsonl"]
+splits.dev = ["shots.jsonl"]
+
+[shots]
+count = 1
+split = "dev"
+"""
+
+
+def own_questions(folder, rows: list[dict]):
+    (folder / "own.toml").write_text(LETTERS, encoding="utf-8")
+    write_jsonl(folder / "questions.jsonl", rows)
+    write_jsonl(folder / "shots.jsonl", [{"question": "Which?", "choices": ["this", "that"], "answer": 1}])
+    return load_benchmark(load_task(str(folder / "own.toml")), "")
+
+
+def test_own_questions_lie_beside_their_declaration_and_may_have_any_number_of_choices(tmp_path):
+    rows = [
+        {"question": "One?", "choices": ["a", "b {x}"], "answer": 0},
+        {"question": "Two?", "choices": ["a", "b", "c"], "answer": "C"},
+    ]
+    found = own_questions(tmp_path, rows)
+    first, second = found.items[""]
+    assert (first.gold, second.gold) == (0, 2)
+    prompts = option_prompts(found.task, first, head(found, "", 1))
+    assert len(option_prompts(found.task, second, "")) == 3
+    shot = "Choose.\n\nQ: Which?\nA. this\nB. that\nAnswer: B\n\n"
+    assert [prompt.text for prompt in prompts] == [f"{shot}Q: One?\nA. a\nB. b {{x}}\nAnswer: {x}" for x in "AB"]
+    again = tmp_path / "elsewhere"
+    again.mkdir()
+    assert own_questions(again, rows).protocol == found.protocol  # wherever they lie
+    with pytest.raises(UserError, match="answer 'C' is none of A, B"):
+        load_benchmark(dataclasses.replace(found.task, offered="2"), "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": 3}, "answer 3 names none of its choices"),
+        ({"answer": "D"}, "answer 'D' names none"),
+        ({"answer": True}, "answer True names none"),
+        ({"choices": "ab"}, "choices must be a list of 2 to 26 texts"),
+        ({"choices": ["a"]}, "choices must be a list"),
+        ({"choices": ["a", ""]}, "a choice is no text, or empty"),
+    ],
+)
+def test_faulty_own_questions_are_refused(changes, message, tmp_path):
+    row = {"question": "One?", "choices": ["a", "b", "c"], "answer": 0}
+    with pytest.raises(UserError, match=message):
+        own_questions(tmp_path, [row | changes])
+
+
 def test_the_protocol_hash_changes_with_declaration_and_rows(tmp_path):
     row = FIXTURES["rte_ppl"][1]
     base = loaded(tmp_path, "rte_ppl").protocol

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
+import pathlib
 
 import jax
 import numpy as np
@@ -14,17 +15,15 @@ from tiny_stores import write_store
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.record import Row
 from ctllm_jax.evaluate import run as eval_verb
-from ctllm_jax.evaluate.choice import accuracies, evaluate_choice
 from ctllm_jax.evaluate.devices import on_each_device
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
-from ctllm_jax.evaluate.questions import LETTERS, load_task, render
 from ctllm_jax.evaluate.run import EvalConfig
 from ctllm_jax.evaluate.scoring import encode_pair, rolling, score
 from ctllm_jax.hf_export import export
-from ctllm_jax.loading import load_model
 from ctllm_jax.model import forward
 from ctllm_jax.sampling import SamplingConfig
 
+SAMPLE_TASK = pathlib.Path(__file__).parent.parent / "sample" / "choice.toml"
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
 
 
@@ -104,136 +103,6 @@ def test_white_space_before_a_continuation_belongs_to_it(model):
     assert encode_pair(model.tokenizer, "", "山", False)[0] == [model.tokenizer.bos_id]
 
 
-# ---- Multiple choice
-
-
-def write_task(folder, rows, **changes):
-    write_jsonl(folder / "questions.jsonl", rows)
-    task = {
-        "name": "toy",
-        "file": "questions.jsonl",
-        "description": "",
-        "prompt": "{question}\n{options}\n答案：",
-        "delimiter": " ",
-        "choice": "{letter}",
-        "shots": 0,
-        "shots_file": None,
-        **changes,
-    }
-    path = folder / f"{task['name']}.json"
-    path.write_text(json.dumps(task, ensure_ascii=False), encoding="utf-8")
-    return str(path)
-
-
-QUESTIONS = [
-    {"id": "a", "question": "山里有什么？", "choices": ["庙", "海里的鱼"], "answer": 0, "language": "zh"},
-    {"id": "b", "question": "首都是？", "choices": ["北京", "上海", "dog"], "answer": "A", "language": "zh"},
-    {"id": "c", "question": "A fox is", "choices": ["quick", "a city {x}"], "answer": 1, "language": "en"},
-]
-
-
-@needs_reference
-def test_a_declared_task_gives_the_prompts_and_scores_of_lm_eval(tmp_path):
-    data = REFERENCE / "lm_eval_tasks" / "data"
-    model = load_model(str(REFERENCE / "tiny_mha"))
-
-    def convert(name):
-        rows = [json.loads(line) for line in (data / name).read_text(encoding="utf-8").splitlines()]
-        return [
-            {
-                "question": row["question"].strip(),
-                "choices": [row[x] for x in "ABCD"],
-                "answer": row["answer"],
-            }
-            for row in rows
-        ]
-
-    write_jsonl(tmp_path / "dev.jsonl", convert("ceval_college_physics_dev.jsonl"))
-    path = write_task(
-        tmp_path,
-        convert("ceval_college_physics_val.jsonl"),
-        description="以下是中国关于大学物理的单项选择题，请选出其中的正确答案。",
-        shots=5,
-        shots_file="dev.jsonl",
-    )
-    loaded = load_task(path)
-    result, log = evaluate_choice(model, loaded, bos=True, batch_tokens=2048)
-    entries = [entry for entry in samples("mha_all") if entry["task"] == "g_ceval_college_physics"]
-    assert len(entries) == len(log)
-    for entry, ours in zip(entries, log, strict=True):
-        assert [ours["prompt"]] * 4 == [context for context, _ in entry["arguments"]]
-        assert ours["answer"] == entry["target"]
-        np.testing.assert_allclose(ours["logprobs"], [r[0][0] for r in entry["resps"]], rtol=0, atol=2e-4)
-    results = json.loads((REFERENCE / "lm_eval" / "mha_all.json").read_text())["results"]
-    golden = results["g_ceval_college_physics"]
-    for norm, name in (("sum", "acc"), ("characters", "acc_norm")):
-        micro = result["accuracy"][norm]["micro"]
-        assert micro["mean"] == pytest.approx(golden[f"{name},none"])
-        assert micro["stderr"] == pytest.approx(golden[f"{name}_stderr,none"])
-
-
-def test_each_norm_divides_by_its_own_length(model, tmp_path):
-    loaded = load_task(write_task(tmp_path, QUESTIONS, choice="{choice}", prompt="{question}"))
-    result, log = evaluate_choice(model, loaded, bos=True, batch_tokens=256)
-    for entry in log:
-        lengths = {
-            "sum": [1] * len(entry["choices"]),
-            "characters": [len(text) for text in entry["choices"]],
-            "bytes": [len(text.encode()) for text in entry["choices"]],
-            "tokens": entry["tokens"],
-        }
-        for norm, divisors in lengths.items():
-            assert entry["picked"][norm] == int(np.argmax(np.array(entry["logprobs"]) / divisors))
-    assert [entry["answer"] for entry in log] == [0, 0, 1]
-    assert sorted(result["accuracy"]["sum"]["groups"]) == ["en", "zh"]
-
-
-def test_macro_and_micro_averages_and_their_errors():
-    found = accuracies([True, True, False, True, False], ["zh", "zh", "zh", "en", "en"])
-    assert found["micro"]["mean"] == pytest.approx(3 / 5)
-    assert found["micro"]["stderr"] == pytest.approx(math.sqrt(0.6 * 0.4 / 4))
-    assert found["macro"]["mean"] == pytest.approx((2 / 3 + 1 / 2) / 2)
-    variances = (2 / 3 * 1 / 3 / 2, 1 / 2 * 1 / 2 / 1)
-    assert found["macro"]["stderr"] == pytest.approx(math.sqrt(sum(variances)) / 2)
-
-
-def test_options_and_shots_are_rendered_as_declared(tmp_path):
-    write_jsonl(tmp_path / "dev.jsonl", QUESTIONS[:1])
-    changes = {"description": "选一个。", "shots": 1, "shots_file": "dev.jsonl"}
-    loaded = load_task(write_task(tmp_path, QUESTIONS, **changes))
-    prompt, choices = render(loaded, loaded.questions[2])
-    assert prompt == (
-        "选一个。\n\n山里有什么？\nA. 庙\nB. 海里的鱼\n答案： A\n\nA fox is\nA. quick\nB. a city {x}\n答案："
-    )
-    assert choices == list(LETTERS[:2])
-
-
-def test_the_protocol_hash_changes_with_anything_that_decides_the_requests(tmp_path):
-    base = load_task(write_task(tmp_path, QUESTIONS)).protocol
-    assert load_task(write_task(tmp_path, QUESTIONS)).protocol == base
-    assert load_task(write_task(tmp_path, QUESTIONS, delimiter="")).protocol != base
-    assert load_task(write_task(tmp_path, QUESTIONS[:2])).protocol != base
-
-
-@pytest.mark.parametrize(
-    ("rows", "changes", "message"),
-    [
-        ([{"question": "x", "choices": ["a"], "answer": 0}], {}, "entry 1: choices"),
-        ([{"question": "x", "choices": ["a", ""], "answer": 0}], {}, "entry 1: a choice"),
-        ([{"question": "x", "choices": ["a", "b"], "answer": "C"}], {}, "answer 'C'"),
-        ([{**QUESTIONS[0]}, {**QUESTIONS[0]}], {}, "same id"),
-        ([], {}, "no questions"),
-        (QUESTIONS, {"shots": 2}, "no shots_file"),
-        (QUESTIONS, {"prompt": "{missing}"}, "missing"),
-        (QUESTIONS, {"surplus": 1}, "surplus"),
-    ],
-)
-def test_faulty_tasks_are_refused_with_the_place_of_the_fault(tmp_path, rows, changes, message):
-    with pytest.raises(UserError, match=message):
-        loaded = load_task(write_task(tmp_path, rows, **changes))
-        render(loaded, loaded.questions[0])
-
-
 # ---- Perplexity
 
 
@@ -305,22 +174,35 @@ def test_stores_that_do_not_fit_the_model_are_refused(model, tmp_path):
 
 # ---- The verb
 
+QUESTIONS = [
+    {"question": "山里有什么？", "choices": ["庙", "海里的鱼"], "answer": 0, "language": "zh"},
+    {"question": "首都是？", "choices": ["北京", "上海", "dog"], "answer": "A", "language": "zh"},
+    {"question": "A fox is", "choices": ["quick", "a city {x}"], "answer": 1, "language": "en"},
+]
+
+
+def own_task(folder) -> str:
+    """A task of one's own, its questions beside it."""
+    write_jsonl(folder / "choice.jsonl", QUESTIONS)
+    text = SAMPLE_TASK.read_text(encoding="utf-8").replace('name = "sample_choice"', 'name = "toy"')
+    (folder / "toy.toml").write_text(text, encoding="utf-8")
+    return str(folder / "toy.toml")
+
 
 def test_an_interrupted_evaluation_ends_in_the_bytes_of_an_undisturbed_one(model, tmp_path, monkeypatch):
     export(model.config, model.params, model.tokenizer, tmp_path / "hf", "float32")
     store_of_text(tmp_path / "s", model.tokenizer)
-    first = write_task(tmp_path, QUESTIONS)
-    second = write_task(tmp_path, QUESTIONS, name="text", choice="{choice}")
+    toy = own_task(tmp_path)
     config = EvalConfig(
         model=str(tmp_path / "hf"),
         step=None,
         dtype=None,
         perplexity=PerplexityConfig(store=str(tmp_path / "s"), split="validation", rows=9, baseline_rows=9),
-        benchmarks=(),
+        benchmarks=(toy,),
         data="",
+        partly=False,
         unsafe_programs=False,
         limit=None,
-        tasks=(first, second),
         bos=True,
         prompts=("从前",),
         chat=False,
@@ -328,27 +210,23 @@ def test_an_interrupted_evaluation_ends_in_the_bytes_of_an_undisturbed_one(model
         batch_tokens=256,
     )
     whole = eval_verb.run(config, str(tmp_path / "undisturbed"))
-    assert sorted(whole["tasks"]) == ["text", "toy"]
+    assert sorted(whole["benchmarks"]) == ["toy"]
+    assert whole["benchmarks"]["toy"]["scores"]["sum"]["n"] == 3
 
-    work = eval_verb.evaluate_choice
+    def killed(*_):
+        raise KeyboardInterrupt
 
-    def only(name: str, otherwise: type[BaseException]):
-        """Lets one task through; any other raises."""
+    def unwanted(*_):
+        raise AssertionError("done again")
 
-        def evaluate(model, loaded, *rest):
-            if loaded.task.name != name:
-                raise otherwise
-            return work(model, loaded, *rest)
-
-        monkeypatch.setattr(eval_verb, "evaluate_choice", evaluate)
-
-    only("toy", KeyboardInterrupt)
+    monkeypatch.setattr(eval_verb, "evaluate_block", killed)
     with pytest.raises(KeyboardInterrupt):
         eval_verb.run(config, str(tmp_path / "cut"))
     assert not (tmp_path / "cut" / "manifest.json").exists()
-    only("text", AssertionError)  # the finished task is not done again
+    monkeypatch.undo()
+    monkeypatch.setattr(eval_verb, "perplexity", unwanted)  # the finished part is not done again
     assert eval_verb.run(config, str(tmp_path / "cut")) == whole
-    parts = [f"parts/task-{task}.{end}" for task in ("toy", "text") for end in ("json", "jsonl")]
-    for name in ("scores.json", "samples.jsonl", "parts/perplexity.json", *parts):
+    parts = ["parts/perplexity.json", "parts/toy/zh-0000.jsonl", "parts/toy/en-0000.jsonl"]
+    for name in ("scores.json", "samples.jsonl", *parts):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
     assert eval_verb.run(config, str(tmp_path / "cut")) == whole  # finished: returns at once

@@ -1,6 +1,5 @@
 """Questions and samples while a run trains: as `ctllm eval` and `ctllm generate` have them, and without a trace."""
 
-import json
 import pathlib
 import shutil
 
@@ -15,9 +14,9 @@ from ctllm_jax import train
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_jsonl
 from ctllm_jax.data.chat import own_template
-from ctllm_jax.evaluate.choice import evaluate_choice
+from ctllm_jax.evaluate.benchmark import evaluate_block, summary
+from ctllm_jax.evaluate.declarations import load_benchmark, load_task
 from ctllm_jax.evaluate.in_loop import InLoopConfig, Questions, Samples, SamplesLog, make_probes
-from ctllm_jax.evaluate.questions import load_task
 from ctllm_jax.loading import load_model
 from ctllm_jax.metrics import definitions, read_metrics
 from ctllm_jax.model import abstract_params, logical_axes
@@ -29,6 +28,24 @@ PROMPTS = ("从前有座山，", "The quick", "水")
 WORDS = ("庙", "山", "北京", "fox", "dog", "a city", "和尚", "0123")
 
 
+TASK = r"""
+source = "this test"
+kind = "lm_eval"
+split = "test"
+prepare = "choices"
+question = "{question}\n"
+options = ["{A}", "{B}", "{C}", "{D}"]
+labels = ["A", "B", "C", "D"]
+offered = "{offered}"
+gold = "{answer}"
+
+[files]
+folder = "./"
+about = "these questions"
+splits.test = ["NAME.jsonl"]
+"""
+
+
 def task(folder: pathlib.Path, name: str = "toy", choices: int = 2, count: int = 24) -> str:
     """A task of questions with so many choices at least."""
     folder.mkdir(exist_ok=True)
@@ -37,10 +54,8 @@ def task(folder: pathlib.Path, name: str = "toy", choices: int = 2, count: int =
         own = [WORDS[(number + place) % len(WORDS)] for place in range(choices + number % 2)]
         rows.append({"question": f"{WORDS[number % 5]}在哪里 {number}?", "choices": own, "answer": number % len(own)})
     write_jsonl(folder / f"{name}.jsonl", rows)
-    settings = {"name": name, "file": f"{name}.jsonl", "description": "", "prompt": "{question}\n", "delimiter": ""}
-    settings |= {"choice": "{choice}", "shots": 0, "shots_file": None}
-    (folder / f"{name}.json").write_text(json.dumps(settings), encoding="utf-8")
-    return str(folder / f"{name}.json")
+    (folder / f"{name}.toml").write_text(TASK.replace("NAME", name), encoding="utf-8")
+    return str(folder / f"{name}.toml")
 
 
 def in_loop(**changes) -> InLoopConfig:
@@ -79,11 +94,11 @@ def test_the_accuracy_is_that_of_ctllm_eval_and_chance_is_said_once(finished, ta
     assert [entry["step"] for entry in looks] == [0, 4, 8, 12]
     model = load_model(str(finished))
     for path, items in zip(tasks, (20, 5), strict=True):
-        loaded = load_task(path)
-        spread = [number * len(loaded.questions) // items for number in range(items)]
-        loaded.questions[:] = [loaded.questions[number] for number in spread]
-        result, _ = evaluate_choice(model, loaded, bos=True, batch_tokens=512)
-        assert looks[-1][f"accuracy/{loaded.task.name}"] == result["accuracy"]["sum"]["micro"]["mean"]
+        found = load_benchmark(load_task(path), "")
+        own = found.items[""]
+        spread = [own[number * len(own) // items] for number in range(items)]
+        result = summary(found, {"": evaluate_block(model, found, "", spread, True, 512)})
+        assert looks[-1][f"accuracy/{found.task.name}"] == result["scores"]["sum"]["micro"]["mean"]
     assert looks[0]["chance/toy"] == pytest.approx((12 / 2 + 8 / 3) / 20)
     assert looks[0]["chance/more"] == pytest.approx((3 / 3 + 2 / 4) / 5)
     assert not any(name.startswith("chance/") for entry in looks[1:] for name in entry)
@@ -173,7 +188,7 @@ def test_only_the_first_process_writes_samples(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"eval__tasks": ["nowhere.json"]}, "nowhere.json: no such file"),
+        ({"eval__tasks": ["nowhere.toml"]}, "task .nowhere.toml.: no such file"),
         ({"eval__tasks": ["toy", "toy"]}, "two tasks are called toy"),
         ({"eval__prompts": ["山" * 40]}, "eval.prompts: '山+' has .* tokens; the model takes 32, and nothing is left"),
         ({"eval__items": 0}, "items and sample_tokens must be at least 1"),
@@ -190,9 +205,16 @@ def test_what_cannot_be_asked_is_said_before_the_folder_is_claimed(store, tasks,
 
 def test_a_choice_longer_than_the_model_is_named(store, tmp_path):
     path = task(tmp_path, "long", count=1)
-    write_jsonl(tmp_path / "long.jsonl", [{"id": "q7", "question": "?", "choices": ["山" * 80, "庙"], "answer": 0}])
-    with pytest.raises(UserError, match="long, question q7: a choice of .* tokens; the model takes 32"):
+    write_jsonl(tmp_path / "long.jsonl", [{"question": "?", "choices": ["山" * 80, "庙"], "answer": 0}])
+    with pytest.raises(UserError, match="long, question 0: a choice of .* tokens; the model takes 32"):
         make_probes(in_loop(tasks=(path,)), store, 32)
+
+
+def test_tasks_that_cannot_be_asked_while_training_are_refused(store, tmp_path):
+    path = pathlib.Path(task(tmp_path))
+    path.write_text(path.read_text(encoding="utf-8").replace('"lm_eval"', '"ppl"'), encoding="utf-8")
+    with pytest.raises(UserError, match="toy is of kind ppl; while training only lm_eval can be asked"):
+        make_probes(in_loop(tasks=(str(path),)), store, 32)
 
 
 def test_a_context_that_is_too_long_loses_its_beginning(store, tmp_path):
@@ -207,5 +229,5 @@ def test_a_context_that_is_too_long_loses_its_beginning(store, tmp_path):
 
 def test_the_shipped_task_is_found_from_anywhere(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    probes = make_probes(in_loop(tasks=("sample/choice_task.json",), items=60), store, 64)
+    probes = make_probes(in_loop(tasks=("sample/choice.toml",), items=60), store, 64)
     assert len(probes.questions["sample_choice"]) == 60 and probes.chance == {"chance/sample_choice": 0.25}

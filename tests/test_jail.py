@@ -96,8 +96,8 @@ def solutions(name: str) -> tuple:
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
 def test_a_few_reference_solutions_pass(name):
     task, items, answers = solutions(name)
-    assert judged(task, items[:5], answers[:5], isolate=True) == [1.0] * 5
-    assert judged(task, items[:2], ["    return 'no'"] * 2, isolate=True) == [0.0] * 2
+    assert judged(task, "accuracy", items[:5], answers[:5], isolate=True) == [1.0] * 5
+    assert judged(task, "accuracy", items[:2], ["    return 'no'"] * 2, isolate=True) == [0.0] * 2
 
 
 @needs_isolation
@@ -106,7 +106,7 @@ def test_a_few_reference_solutions_pass(name):
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
 def test_every_reference_solution_passes(name):
     task, items, answers = solutions(name)
-    found = judged(task, items, answers, isolate=True)
+    found = judged(task, "accuracy", items, answers, isolate=True)
     assert [item.fields["task_id"] for item, right in zip(items, found, strict=True) if not right] == []
     assert len(found) == {"humaneval": 164, "mbpp": 500}[name]
 

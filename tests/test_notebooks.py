@@ -219,7 +219,7 @@ def test_checkpoints_are_evaluated_and_compared(folder):
     assert "A: small@15" in compared and "B: small@60" in compared
     texts = re.search(r"^conversations +200 +([\d.]+) +([\d.]+) +-[\d.]+ .*bootstrap, bits_per_byte$", compared, re.M)
     assert float(texts.group(2)) < float(texts.group(1)) - 0.1
-    assert re.search(r"^choice +60 .*McNemar", compared, re.M)
+    assert re.search(r"^sample_choice +60 .*McNemar", compared, re.M)
 
 
 @pytest.mark.slow

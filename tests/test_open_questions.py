@@ -18,13 +18,16 @@ needs_questions = pytest.mark.skipif(not JUDGED.exists(), reason=NO_REFERENCE)
 
 
 @needs_questions
-def test_mt_bench_and_align_bench_as_published():
+def test_mt_bench_align_bench_and_cvalues_as_published():
     for name in ("mt_bench_question", "mt_bench_zh_question"):
         questions = read_questions(str(JUDGED / f"{name}.jsonl"))
         assert len(questions) == 80 and all(len(question.turns) == 2 for question in questions)
         assert {question.temperature for question in questions} == {0.0, 0.1, 0.7}
     questions = read_questions(str(JUDGED / "alignbench_v1.1.jsonl.gz"))
     assert len(questions) == 683 and all(question.aspects and question.references for question in questions)
+    questions = read_questions(str(JUDGED.parent / "cvalues" / "responsibility_prompts.jsonl"))
+    assert len(questions) == 664 and all(len(question.turns) == 1 for question in questions)
+    assert questions[0].category == "environmental_science"
 
 
 def test_chc_bench_as_published(tmp_path):

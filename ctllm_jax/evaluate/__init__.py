@@ -1,1 +1,1 @@
-"""Measuring a model: held-out text, benchmarks, own questions. `run` is `ctllm eval`; judged sets are in `judged`."""
+"""Measuring a model: held-out text, benchmarks. `run` is `ctllm eval`; judged sets are in `judged`."""

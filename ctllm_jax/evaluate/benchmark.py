@@ -11,9 +11,10 @@ import numpy as np
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.evaluate.declarations import Benchmark, Item, Task, fill
+from ctllm_jax.evaluate.declarations import options as templates
 from ctllm_jax.evaluate.encoding import encode_open, encode_options
 from ctllm_jax.evaluate.engine import Score, score_groups
-from ctllm_jax.evaluate.extract import EXTRACTORS, agreement, failed
+from ctllm_jax.evaluate.extract import agreement, extracted, failed
 from ctllm_jax.evaluate.jail import Limits, run_programs
 from ctllm_jax.evaluate.scoring import rolling
 from ctllm_jax.evaluate.summary import item_score, mean, perplexity, summarise
@@ -33,7 +34,7 @@ NORMS: dict[str, Callable[[Score, str, Score | None], float]] = {
     "bytes": lambda score, text, alone: score.sum_logprob / max(1, len(text.encode())),
     "mutual": lambda score, text, alone: score.sum_logprob - alone.sum_logprob,
 }
-HEADLINE = {"ppl": "ppl", "ll": "sum", "lm_eval": "sum", "word": "greedy"}  # the protocol's own
+HEADLINE = {"ppl": "ppl", "ll": "sum", "lm_eval": "sum", "stance": "sum", "word": "greedy"}  # the protocol's own
 
 
 def blocks(benchmark: Benchmark, limit: int | None) -> Iterator[tuple[str, str, list[Item]]]:
@@ -55,11 +56,15 @@ def evaluate_block(
     isolate: bool = True,
 ) -> list[dict]:
     """The log entries of a block's items; `isolate` as in `jail.run_programs`."""
-    if benchmark.task.kind == "generate":
-        return _written(model, benchmark, subset, items, bos, isolate)
     if benchmark.task.kind == "rolling":
         return _documents(model, benchmark.task, items, batch_tokens)
-    return _chosen(model, benchmark, subset, items, bos, batch_tokens)
+    if benchmark.task.kind == "generate":
+        log = _written(model, benchmark, subset, items, bos, isolate)
+    else:
+        log = _chosen(model, benchmark, subset, items, bos, batch_tokens)
+    if benchmark.task.points:
+        log = [entry | {"points": item.points} for item, entry in zip(items, log, strict=True)]
+    return log
 
 
 def _chosen(
@@ -72,7 +77,7 @@ def _chosen(
     log = []
     for item, own, found in zip(items, encoded, scores, strict=True):
         options, alone = found[: len(own.requests)], found[len(own.requests) :] or [None] * len(own.requests)
-        texts = [fill(template, item.fields) for template in task.options]
+        texts = [fill(template, item.fields) for template in templates(task, item.fields)]
         names = [name for name in NORMS if name != "mutual" or task.mutual]
         values = {name: [NORMS[name](*part) for part in zip(options, texts, alone, strict=True)] for name in names}
         log.append(
@@ -91,7 +96,16 @@ def _chosen(
                 "cut": max(score.cut for score in options),
             }
         )
+        if task.kind == "stance":
+            log[-1]["stance"] = _stance(task, item, values["sum"])
     return log
+
+
+def _stance(task: Task, item: Item, logprobs: list[float]) -> dict[str, float]:
+    """What the options say, by their probabilities among themselves, towards each of the task's directions."""
+    weights = np.exp(np.array(logprobs) - max(logprobs))
+    said = float(np.average(task.values, weights=weights))
+    return {metric: said * float(fill(factor, item.fields)) for metric, factor in task.directions.items()}
 
 
 def _margin(values: list[float]) -> float | None:
@@ -131,7 +145,7 @@ def _written(
         text = model.tokenizer.decode([token for token in ids if token not in stops])
         for stop in task.stop:
             text = text.split(stop)[0]
-        answers = {metric: EXTRACTORS[name](text) for metric, name in task.extract.items()}
+        answers = {metric: extracted(name, text, item.answers) for metric, name in task.extract.items()}
         log.append(
             {
                 "id": item.id,
@@ -146,15 +160,16 @@ def _written(
         )
     for metric in task.extract:
         answers = [entry["extracted"][metric] for entry in log]
-        for entry, right in zip(log, judged(task, items, answers, isolate), strict=True):
+        for entry, right in zip(log, judged(task, metric, items, answers, isolate), strict=True):
             entry.setdefault("right", {})[metric] = right
     return log
 
 
-def judged(task: Task, items: list[Item], answers: list[str], isolate: bool) -> list[float]:
-    """How right the extracted answer of each item is, 0 to 1."""
-    if task.match != "program":
-        return [agreement(task.match, answer, item.answers) for item, answer in zip(items, answers, strict=True)]
+def judged(task: Task, metric: str, items: list[Item], answers: list[str], isolate: bool) -> list[float]:
+    """How right the extracted answer of each item is under a metric, 0 to 1."""
+    match = task.matches.get(metric, task.match)
+    if match != "program":
+        return [agreement(match, answer, item.answers) for item, answer in zip(items, answers, strict=True)]
     programs = [
         fill(task.program, {**item.fields, "answer": answer}) for item, answer in zip(items, answers, strict=True)
     ]
@@ -172,6 +187,7 @@ def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
     if not entries:
         raise UserError(f"{task.name}: no questions")
     result = {"source": task.source, "kind": task.kind, "protocol": benchmark.protocol, "questions": len(entries)}
+    result["missing"] = list(benchmark.missing)
     if task.kind == "rolling":
         return result | _rolling_figures(entries)
     count = task.shots.count if task.shots else 0
@@ -190,6 +206,9 @@ def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
         found = perplexity([entry["logprobs"][0] for entry in entries])
         scores = _scores(task, log, ["greedy"])
         return result | {"chance": None, "headline": "greedy", "scores": scores, "perplexity": found}
+    if task.kind == "stance":
+        leanings = _scores(task, log, task.directions)
+        return result | {"headline": next(iter(task.directions)), "leanings": leanings}
     return result | {
         "chance": mean([1 / len(entry["options"]) for entry in entries])["mean"],
         "headline": HEADLINE[task.kind],
@@ -200,9 +219,13 @@ def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
 
 
 def _scores(task: Task, log: dict[str, list[dict]], metrics: Iterable[str]) -> dict:
+    groups = {name: [subset for subset in own if subset in log] for name, own in task.groups.items()}
+    points = {subset: [entry["points"] for entry in own] for subset, own in log.items()} if task.points else None
     return {
         name: summarise(
-            {subset: [item_score(task.kind, name, entry) for entry in own] for subset, own in log.items()}, task.groups
+            {subset: [item_score(task.kind, name, entry) for entry in own] for subset, own in log.items()},
+            {name: own for name, own in groups.items() if own},
+            points,
         )
         for name in metrics
     }

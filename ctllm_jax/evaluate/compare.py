@@ -92,8 +92,8 @@ def compare(about: dict, logs: Sequence[Sequence[dict]], draws: int) -> dict:
         size = np.array([entry["bytes"] for entry in logs[0]], np.float64)
     else:
         metric = about["headline"]
-        a, b = (np.array([item_score(kind, metric, entry) for entry in log]) for log in logs)
-        size = np.ones(len(a))
+        size = np.array([entry.get("points", 1.0) for entry in logs[0]])
+        a, b = (size * [item_score(kind, metric, entry) for entry in log] for log in logs)
     random = np.random.default_rng(0)
     drawn = np.empty(draws)
     for i in range(draws):  # one at a time: a benchmark may have tens of thousands of items

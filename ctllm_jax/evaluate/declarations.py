@@ -21,8 +21,8 @@ from typing import Any
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.manifest import fingerprint
-from ctllm_jax.evaluate.extract import EXTRACTORS, MATCHES
-from ctllm_jax.evaluate.published import Files, read_published
+from ctllm_jax.evaluate.extract import COUNTED, EXTRACTORS, MATCHES
+from ctllm_jax.evaluate.published import Files, MissingFiles, read_published
 from ctllm_jax.evaluate.rows import PREPARE
 
 TASKS = pathlib.Path(__file__).parent / "tasks"
@@ -32,10 +32,11 @@ PROTOCOL_VERSION = 1  # of what the code does with a declaration; part of every 
 # - ppl: the whole text's negative log-likelihood over its tokens, the smallest wins (OpenCompass)
 # - ll: the continuation's log-likelihood, its context tokenised alone (OpenCompass)
 # - lm_eval: the continuation's log-likelihood, in several normalisations (lm-eval-harness)
+# - stance: as lm_eval, and no option is right: what the options say is averaged by their probabilities
 # - word: a single continuation, right if greedy decoding gives it (lm-eval-harness)
 # - rolling: whole documents, every token once (lm-eval-harness)
 # - generate: text goes on from the prompt; an answer is extracted
-KINDS = ("ppl", "ll", "lm_eval", "word", "rolling", "generate")
+KINDS = ("ppl", "ll", "lm_eval", "stance", "word", "rolling", "generate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,39 +68,53 @@ class Task:
     continuation: str = "{option}"
     options: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()  # of the options; 0, 1, ... if none are named
+    offered: str = ""  # template of how many of the options a row has, from the first on; all of them if not given
     gold: str = ""  # template of the right label; of generate: field or template of the accepted answers
+    values: tuple[float, ...] = ()  # of stance: what each option says, from -1 to 1
+    directions: dict[str, str] = dataclasses.field(default_factory=dict)  # of stance: metric: template of a factor
     strays: bool = False  # rows whose gold is no label count as wrong; otherwise they are an error
     prefix: str = ""
     shots: Shots | None = None
     prepare: str | None = None  # of rows.PREPARE
-    where: dict[str, str] = dataclasses.field(default_factory=dict)  # only rows whose field is this
+    where: dict[str, str] = dataclasses.field(default_factory=dict)  # only rows whose field is this; may name {subset}
     rows: tuple[int, ...] = ()  # only these of the file: first, and the one after the last
     rename: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)  # other values for a field's
     subsets: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # category: "name title", ...
     averages: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # further groups of subsets
+    points: str = ""  # template of what a row counts for in averages; all rows alike if not given
     mutual: bool = False  # also by log-likelihood less that without the question (lm_eval)
     max_tokens: int = 0  # of generate
     stop: tuple[str, ...] = ()  # texts that end an answer
     extract: dict[str, str] = dataclasses.field(default_factory=dict)  # metric: extractor
     match: str = "equal"  # how an extracted answer is held to the accepted ones: of extract.MATCHES, or "program"
+    matches: dict[str, str] = dataclasses.field(default_factory=dict)  # metric: match, where it has its own
     program: str = ""  # what is run to judge a "program"; `{answer}` is the extracted one
     seconds: int = 0  # of CPU time that it may take
+    home: str = ""  # the declaration's own folder, which `load_task` fills in; no part of the protocol
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} is unknown; there are: {', '.join(KINDS)}")
         if self.prepare is not None and self.prepare not in PREPARE:
             raise ValueError(f"prepare {self.prepare!r} is unknown; there are: {', '.join(PREPARE)}")
-        if self.kind in ("ppl", "ll", "lm_eval") and len(self.options) < 2:
+        if self.kind in ("ppl", "ll", "lm_eval", "stance") and len(self.options) < 2:
             raise ValueError(f"a task of kind {self.kind} needs two options at least")
         if self.labels and len(self.labels) != len(self.options):
             raise ValueError(f"{len(self.labels)} labels for {len(self.options)} options")
+        if {bool(self.values), bool(self.directions)} != {self.kind == "stance"}:
+            raise ValueError("values and directions belong to tasks of kind stance, which need both")
+        if self.values and len(self.values) != len(self.options):
+            raise ValueError(f"{len(self.values)} values for {len(self.options)} options")
         if self.kind == "generate" and not (self.max_tokens and self.extract):
             raise ValueError("a task of kind generate needs max_tokens and extract")
-        if unknown := set(self.extract.values()) - set(EXTRACTORS):
-            raise ValueError(f"extractor {min(unknown)!r} is unknown; there are: {', '.join(sorted(EXTRACTORS))}")
-        if self.match not in (*MATCHES, "program"):
-            raise ValueError(f"match {self.match!r} is unknown; there are: {', '.join(MATCHES)}, program")
+        if unknown := set(self.extract.values()) - {*EXTRACTORS, *COUNTED}:
+            known = ", ".join(sorted({*EXTRACTORS, *COUNTED}))
+            raise ValueError(f"extractor {min(unknown)!r} is unknown; there are: {known}")
+        for match in (self.match, *self.matches.values()):
+            if match not in (*MATCHES, "program"):
+                raise ValueError(f"match {match!r} is unknown; there are: {', '.join(MATCHES)}, program")
+        if surplus := set(self.matches) - set(self.extract):
+            raise ValueError(f"matches: {min(surplus)!r} is no metric of extract")
         if (self.match == "program") != bool(self.program and self.seconds):
             raise ValueError("match, program and seconds go together: a program is run, or none of them is given")
         for split in (self.split, self.shots.split if self.shots else None):
@@ -133,6 +148,7 @@ class Item:
       fields: what templates may name.
       gold: index of the right option; None for a stray, or where the task has no options.
       answers: accepted answers of a generate task.
+      points: what it counts for in averages.
     """
 
     id: str
@@ -140,16 +156,22 @@ class Item:
     fields: dict[str, Any]
     gold: int | None
     answers: tuple[str, ...]
+    points: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A declaration with its rows; `protocol` hashes everything that decides the requests."""
+    """A declaration with its rows; `protocol` hashes everything that decides the requests.
+
+    Attributes:
+      missing: subsets whose files are not there, if that is allowed; they are in neither `items` nor `examples`.
+    """
 
     task: Task
     items: dict[str, list[Item]]
     examples: dict[str, list[Item]]
     protocol: str
+    missing: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return sum(map(len, self.items.values()))
@@ -171,7 +193,7 @@ def load_task(name: str) -> Task:
     path = pathlib.Path(name) if name.endswith(".toml") else TASKS / f"{name}.toml"
     if not path.is_file():
         raise UserError(f"task {name!r}: no such file; shipped tasks: {', '.join(shipped())}")
-    return build(Task, {"name": path.stem, **_read(path)}, str(path))
+    return build(Task, {"name": path.stem, **_read(path), "home": str(path.parent)}, str(path))
 
 
 def _read(path: pathlib.Path) -> dict:
@@ -187,13 +209,20 @@ def _read(path: pathlib.Path) -> dict:
     }
 
 
-def load_benchmark(task: Task, data: str) -> Benchmark:
+def load_benchmark(task: Task, data: str, partly: bool = False) -> Benchmark:
     """Reads a task's files from the user's folder of benchmarks.
 
+    Args:
+      task: which.
+      data: the folder; each benchmark has its own in it.
+      partly: whether subsets may be missing, as long as one is there.
+
     Raises:
-      UserError: files are missing (the message says what belongs where) or a row does not fit the declaration.
+      MissingFiles: the message says what belongs where.
+      UserError: a row does not fit the declaration.
     """
-    folder = pathlib.Path(data) / task.files.folder
+    beside = task.files.folder.startswith("./")
+    folder = pathlib.Path(task.home if beside else data) / task.files.folder
     digests: list[str] = []
 
     @functools.cache
@@ -204,16 +233,25 @@ def load_benchmark(task: Task, data: str) -> Benchmark:
 
     def items(split: str, subset: str, title: str, keep: slice) -> list[Item]:
         names = tuple(name.format(subset=subset) for name in task.files.splits[split])
-        rows = [row for row in read(names) if all(str(row.get(key)) == value for key, value in task.where.items())]
+        wanted = {key: value.format(subset=subset) for key, value in task.where.items()}
+        rows = [row for row in read(names) if all(str(row.get(key)) == value for key, value in wanted.items())]
         return [_item(task, row, subset, title, number) for number, row in enumerate(rows[keep])]
 
-    found, examples = {}, {}
+    found, examples, missing = {}, {}, {}
     for subset, title in task.titles.items():
-        found[subset] = items(task.split, subset, title, slice(*task.rows) if task.rows else slice(None))
-        if not found[subset]:
+        try:
+            own = items(task.split, subset, title, slice(*task.rows) if task.rows else slice(None))
+            examples[subset] = _examples(task, subset, title, items)
+        except MissingFiles as error:
+            missing[subset] = error
+            continue
+        if not own:
             raise UserError(f"{task.name}: no questions in {folder}{subset and f' of {subset}'}")
-        examples[subset] = _examples(task, subset, title, items)
-    return Benchmark(task, found, examples, fingerprint([PROTOCOL_VERSION, dataclasses.asdict(task), digests]))
+        found[subset] = own
+    if missing and not (partly and found):
+        raise next(iter(missing.values()))
+    protocol = fingerprint([PROTOCOL_VERSION, dataclasses.asdict(task) | {"home": ""}, digests])
+    return Benchmark(task, found, examples, protocol, tuple(missing))
 
 
 def _examples(task: Task, subset: str, title: str, items) -> list[Item]:
@@ -245,17 +283,31 @@ def _prepared(task: Task, row: dict, folder: pathlib.Path) -> list[dict]:
 def _item(task: Task, row: Mapping[str, Any], subset: str, title: str, number: int) -> Item:
     fields = {**row, "subset": subset, "title": title}
     name = f"{subset}/{number}" if subset else str(number)
+    points = _number(task.points, fields) if task.points else 1.0
     if task.kind == "generate":
         answers = fields.get(task.gold, None)
         answers = [fill(task.gold, fields)] if answers is None else answers
         answers = answers if isinstance(answers, list) else [answers]
-        return Item(name, subset, fields, None, tuple(str(answer) for answer in answers))
+        return Item(name, subset, fields, None, tuple(str(answer) for answer in answers), points)
     if not task.gold:
-        return Item(name, subset, fields, None, ())
-    label = fill(task.gold, fields)
-    if label not in task.names and not task.strays:
-        raise UserError(f"{task.name}, {name}: answer {label!r} is none of {', '.join(task.names)}")
-    return Item(name, subset, fields, task.names.index(label) if label in task.names else None, ())
+        return Item(name, subset, fields, None, (), points)
+    label, names = fill(task.gold, fields), task.names[: len(options(task, fields))]
+    if label not in names and not task.strays:
+        raise UserError(f"{task.name}, {name}: answer {label!r} is none of {', '.join(names)}")
+    return Item(name, subset, fields, names.index(label) if label in names else None, (), points)
+
+
+def options(task: Task, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Templates of the options that a row has."""
+    return task.options[: int(_number(task.offered, fields))] if task.offered else task.options
+
+
+def _number(template: str, fields: Mapping[str, Any]) -> float:
+    text = fill(template, fields)
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"template {template!r}: {text!r} is no number") from None
 
 
 class _Formatter(string.Formatter):

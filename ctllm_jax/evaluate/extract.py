@@ -10,7 +10,8 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from ctllm_jax.evaluate.math_answers import equivalent_v2, final_answer, final_answer_v2
+from ctllm_jax.evaluate import exams
+from ctllm_jax.evaluate.math_answers import equivalent_plain, equivalent_v2, final_answer, final_answer_v2
 
 _CODE = re.compile(r"```(.*?)```", re.DOTALL)
 
@@ -266,9 +267,17 @@ EXTRACTORS: dict[str, Callable[[str], str]] = {
             *(first_capital, last_capital, first_capitals, first_option, last_option, cleaned, triviaqa, squad2),
             *(lambada, tydiqa, theoremqa, gsm8k, gsm8k_strict, gsm8k_flexible, humaneval, humaneval_first),
             *(humaneval_block, humaneval_last_block, humaneval_indented, mbpp, mbpp_2026),
+            *(exams.several_options, exams.five_of_seven, exams.agieval_math, exams.cmrc, exams.cmath),
         )
     },
 }
+# Rules that go by the number of letters in the key.
+COUNTED: dict[str, Callable[[str, int], str]] = {"answer_sheet": exams.answer_sheet}
+
+
+def extracted(name: str, text: str, accepted: Sequence[str]) -> str:
+    """The answer in a text, by the rule of this name."""
+    return COUNTED[name](text, len(accepted[0])) if name in COUNTED else EXTRACTORS[name](text)
 
 
 # ---- Agreement
@@ -306,7 +315,11 @@ MATCHES: dict[str, Callable[[str, str], float]] = {
     "both_cleaned": lambda answer, accepted: cleaned(answer) == cleaned(accepted),
     "number": _number,
     "lm_eval_number": _lm_eval_number,
+    "math": equivalent_plain,
     "math_v2": equivalent_v2,
+    "places": exams.places,
+    "partial_credit": exams.partial_credit,
+    "near_number": exams.near_number,
     "overlap": overlap,
 }
 

@@ -26,8 +26,10 @@ from ctllm_jax.data.chat import own_template
 from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import TokenStore
 from ctllm_jax.data.tokenizer import Tokenizer
-from ctllm_jax.evaluate.questions import LoadedTask, load_task, render
-from ctllm_jax.evaluate.scoring import encode_pair
+from ctllm_jax.evaluate.declarations import Benchmark, load_benchmark, load_task
+from ctllm_jax.evaluate.prompts import head as opening
+from ctllm_jax.evaluate.prompts import option_prompts
+from ctllm_jax.evaluate.scoring import encode_pairs
 from ctllm_jax.generate import bucket, decodable, encode_prompt
 from ctllm_jax.model import ModelConfig, head, head_logits, hidden_states
 from ctllm_jax.objectives import Batch, Objective
@@ -41,8 +43,8 @@ class InLoopConfig:
 
     every: int  # steps between looks; there is one before the first step and one after the last
     batches: int  # most batches of held-out data of each source at a look
-    tasks: tuple[str, ...]  # declarations of multiple-choice tasks, looked for here, then in the repository
-    items: int  # most questions of each task: spread evenly over its file, the same ones at every look
+    tasks: tuple[str, ...]  # declared tasks of kind lm_eval: TOML files, looked for here, then in the repository
+    items: int  # most questions of each task: spread evenly over its rows, the same ones at every look
     prompts: tuple[str, ...]  # continued in samples.jsonl; a user's messages where the store holds conversations
     sample_tokens: int  # most tokens of a continuation
 
@@ -102,10 +104,12 @@ def make_probes(config: InLoopConfig, store: TokenStore, max_length: int) -> Pro
     """
     tokenizer, questions = store.tokenizer, {}
     for path in config.tasks:
-        loaded = load_task(here_or_shipped(path))
-        if loaded.task.name in questions:
-            raise UserError(f"eval.tasks: two tasks are called {loaded.task.name}")
-        questions[loaded.task.name] = _questions(loaded, config.items, tokenizer, max_length)
+        task = load_task(str(here_or_shipped(path)))
+        if task.name in questions:
+            raise UserError(f"eval.tasks: two tasks are called {task.name}")
+        if task.kind != "lm_eval" or not task.gold:
+            raise UserError(f"eval.tasks: {task.name} is of kind {task.kind}; while training only lm_eval can be asked")
+        questions[task.name] = _questions(load_benchmark(task, ""), config.items, tokenizer, max_length)
     template, prompts = own_template(tokenizer) if config.prompts and store.kind != "pretrain" else None, []
     for text in config.prompts:
         ids = encode_prompt(tokenizer, text, template)
@@ -120,23 +124,25 @@ def make_probes(config: InLoopConfig, store: TokenStore, max_length: int) -> Pro
     return Probes(tokenizer, questions, prompts, frozenset(stops))
 
 
-def _questions(loaded: LoadedTask, most: int, tokenizer: Tokenizer, max_length: int) -> list[Question]:
+def _questions(benchmark: Benchmark, most: int, tokenizer: Tokenizer, max_length: int) -> list[Question]:
     """Evenly spread questions of a task. A context that does not fit loses its beginning, as in `ctllm eval`."""
-    count, found = min(most, len(loaded.questions)), []
+    task, items = benchmark.task, [item for own in benchmark.items.values() for item in own if item.gold is not None]
+    count, found = min(most, len(items)), []
     for number in range(count):
-        question, rows = loaded.questions[number * len(loaded.questions) // count], []
-        prompt, choices = render(loaded, question)
-        for choice in choices:
-            context, own = encode_pair(tokenizer, prompt, loaded.task.delimiter + choice, bos=True)
+        item, rows = items[number * len(items) // count], []
+        before = opening(benchmark, item.subset, task.shots.count if task.shots else 0)
+        prompts = option_prompts(task, item, before)
+        pairs = [(prompt.context, prompt.delimiter + prompt.continuation) for prompt in prompts]
+        for context, own in encode_pairs(tokenizer, pairs, bos=True):
             if len(own) > max_length:
                 raise UserError(
-                    f"eval.tasks: {loaded.task.name}, question {question.id}: a choice of {len(own)} tokens; "
-                    f"the model takes {max_length}"
+                    f"eval.tasks: {task.name}, question {item.id}: a choice of {len(own)} tokens; the model takes "
+                    f"{max_length}"
                 )
             context = context[max(0, len(context) + len(own) - 1 - max_length) :]
             mask = np.array([0] * len(context) + [1] * len(own), np.uint8)
             rows.append(Row(np.array([*context, *own], np.int32), [len(mask)], [], mask, 0))
-        found.append(Question(rows, question.answer))
+        found.append(Question(rows, item.gold))
     return found
 
 

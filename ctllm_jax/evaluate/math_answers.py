@@ -93,6 +93,17 @@ def equivalent(one: str | None, other: str | None) -> bool:
     return _equivalent(one, other, _plain)
 
 
+def equivalent_plain(one: str | None, other: str | None) -> bool:
+    """The same by the MATH data set's own rule, which AGIEval keeps: equal in plain form, or letter by letter where one
+    has none."""
+    if one is None or other is None:
+        return one is other
+    try:
+        return _plain(one, strict=False) == _plain(other, strict=False)
+    except (ValueError, IndexError):
+        return one == other
+
+
 def equivalent_v2(one: str | None, other: str | None) -> bool:
     """The same by its second version, which forgives more: units, text, decimals that are whole numbers."""
     return _equivalent(one, other, _plain_v2)
@@ -118,7 +129,8 @@ def _without(text: str, *parts: str) -> str:
     return text
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, strict: bool = True) -> str:
+    """The MATH data set's form; a quotient whose sides are no whole numbers stays as it is, or has none if `strict`."""
     text = _without(text, "\n", "\\!").replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
     text = _without(text, "\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
     if "\\text{ " in text:  # a unit, on the right
@@ -128,7 +140,13 @@ def _plain(text: str) -> str:
         return text
     text = _roots(_value(text))
     text = _fractions(text.replace(" ", ""))
-    return _quotient("\\frac{1}{2}" if text == "0.5" else text)
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    try:
+        return _quotient(text)
+    except ValueError:
+        if strict:
+            raise
+        return text
 
 
 def _plain_v2(text: str) -> str:
@@ -164,11 +182,15 @@ def _roots(text: str) -> str:
 
 
 def _fractions(text: str) -> str:
-    """\\frac12 as \\frac{1}{2}, \\frac1{72} as \\frac{1}{72}; the text as it was where one is cut short."""
+    """\\frac12 as \\frac{1}{2}, \\frac1{72} as \\frac{1}{72}; the text as it was where one is cut short.
+
+    Raises:
+      IndexError: nothing follows one.
+    """
     first, *rest = text.split("\\frac")
     found = first
     for part in rest:
-        if part.startswith("{"):
+        if part[0] == "{":
             found += "\\frac" + part
         elif len(part) < 2:
             return text

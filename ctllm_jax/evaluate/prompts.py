@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ctllm_jax.evaluate.declarations import Benchmark, Item, Task, fill
+from ctllm_jax.evaluate.declarations import Benchmark, Item, Task, fill, options
 
 
 class Prompt(NamedTuple):
@@ -38,7 +38,7 @@ def _solved(task: Task, example: Item) -> str:
 def option_prompts(task: Task, item: Item, opening: str) -> list[Prompt]:
     """A prompt for each option, after `head`'s opening."""
     prompts = []
-    for template in task.options:
+    for template in options(task, item.fields):
         fields = {**item.fields, "option": fill(template, item.fields)}
         prompts.append(Prompt(opening + fill(task.question, fields), task.delimiter, fill(task.continuation, fields)))
     return prompts

@@ -17,11 +17,15 @@ from collections.abc import Sequence
 from ctllm_jax.common.errors import UserError
 
 
+class MissingFiles(UserError):
+    """None of the names under which a benchmark's file circulates is there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Files:
     """Where a benchmark's rows are."""
 
-    folder: str  # in the user's folder of benchmarks
+    folder: str  # in the user's folder of benchmarks; beside the declaration if it begins with "./"
     about: str  # what belongs there, for the message where it is missing
     splits: dict[str, tuple[str, ...]]  # candidates of each split, see `read_published`
     columns: tuple[str, ...] = ()  # names of a CSV's or TSV's columns, where it has no header
@@ -41,7 +45,8 @@ def read_published(folder: pathlib.Path, names: Sequence[str], files: Files) -> 
       files: how they are written.
 
     Raises:
-      UserError: no candidate is there, or it cannot be read as what its suffix says.
+      MissingFiles: no candidate is there.
+      UserError: it cannot be read as what its suffix says.
     """
     for name in names:
         main, _, labels = (part.strip() for part in name.partition("+"))
@@ -57,7 +62,7 @@ def read_published(folder: pathlib.Path, names: Sequence[str], files: Files) -> 
         except (ValueError, csv.Error) as error:
             raise UserError(f"{folder / main}: cannot be read ({error})") from None
         return rows, hashlib.sha256(content + extra).hexdigest()[:16]
-    raise UserError(f"{folder}: found none of {', '.join(names)}. It should hold {files.about}")
+    raise MissingFiles(f"{folder}: found none of {', '.join(names)}. It should hold {files.about}")
 
 
 def _content(folder: pathlib.Path, name: str) -> bytes | None:

@@ -133,6 +133,69 @@ def cluewsc(row: dict) -> Rows:
     return [{**row, **spans, "label": int(row["label"] == "true")}]
 
 
+def gaokao(row: dict) -> Rows:
+    """A file of GAOKAO-Bench: `letters`, the keys of a question's parts, and `points`, what they are worth."""
+    return [
+        {**entry, "letters": "".join(entry["answer"]), "points": entry["score"] * len(entry["answer"])}
+        for entry in row["example"]
+    ]
+
+
+def agieval(row: dict) -> Rows:
+    """`question` with the passage before it, `options` a line each, `offered` (their number), `label`.
+
+    For lm-eval-harness also `passage`, `asked`, the options `listed` and as A, B, ..., and the `last` letter.
+    """
+    options = row["options"] or []
+    label = row["label"] or row["answer"]
+    return [
+        _lettered(
+            {
+                "question": (row["passage"] or "") + row["question"],
+                "passage": row["passage"] or "",
+                "asked": row["question"],
+                "options": "\n".join(options),
+                "listed": " ".join(options),
+                "offered": len(options),
+                "last": LETTERS[len(options) - 1],
+                "label": "".join(label) if isinstance(label, list) else str(label),
+            },
+            options,
+        )
+    ]
+
+
+def cvalues(row: dict) -> Rows:
+    """The two replies called A and B, as OpenCompass calls them."""
+    names = {"回复1": "A", "回复2": "B"}
+    prompt = row["prompt"].replace("回复1", "回复A").replace("回复2", "回复B")
+    return [{**row, "prompt": prompt, "label": names[row["label"]]}]
+
+
+def statements(row: dict) -> Rows:
+    """A proposition four times: worded for either pole (`toward` 1, -1), its `scale` "up" or "down" (`order` 1, -1)."""
+    return [
+        {**row, "statement": row[wording], "toward": toward * order, "scale": scale, "order": order}
+        for wording, toward in (("statement", 1), ("opposite", -1))
+        for scale, order in (("up", 1), ("down", -1))
+    ]
+
+
+def choices(row: dict) -> Rows:
+    """Questions with `choices` of one's own: A, B, ..., `listed` (a line each), `offered` (their number), `answer`, a
+    letter."""
+    texts, answer = row["choices"], row["answer"]
+    if not isinstance(texts, list) or not 2 <= len(texts) <= len(LETTERS):
+        raise ValueError(f"choices must be a list of 2 to {len(LETTERS)} texts")
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("a choice is no text, or empty")
+    if isinstance(answer, bool) or answer not in (*range(len(texts)), *LETTERS[: len(texts)]):
+        raise ValueError(f"answer {answer!r} names none of its choices")
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+    letter = answer if isinstance(answer, str) else LETTERS[answer]
+    return [_lettered({**row, "listed": listed, "offered": len(texts), "answer": letter}, texts)]
+
+
 def squad(row: dict) -> Rows:
     """SQuAD files: one row a question with `answers`; for unanswerable ones the plausible answers and
     "impossible to answer" (OpenCompass)."""
@@ -145,6 +208,16 @@ def squad(row: dict) -> Rows:
             texts += ["impossible to answer"] if impossible else []
             found.append({"context": paragraph["context"], "question": question["question"], "answers": texts})
     return found
+
+
+def tydiqa(row: dict) -> Rows:
+    """`passage_text`, `question_text`, `answers`: of OpenCompass's JSON lines, or of a file in SQuAD's form."""
+    if "data" in row:
+        return [
+            {"passage_text": found["context"], "question_text": found["question"], "answers": found["answers"]}
+            for found in squad(row)
+        ]
+    return [{**row, "answers": list(dict.fromkeys(answer["text"] for answer in row["answers"]))}]
 
 
 def open_questions(row: dict) -> Rows:
@@ -186,6 +259,7 @@ PREPARE: dict[str, Callable[[dict], Rows]] = {
     function.__name__: function
     for function in (
         *(hellaswag, c3, arc, openbookqa, siqa, boolq, superglue, multirc, winogrande, nli, csl, chid, cluewsc, squad),
-        *(open_questions, gsm8k, math, mbpp, lambada, xcopa),
+        *(open_questions, gsm8k, math, mbpp, lambada, xcopa, gaokao, agieval, cvalues, tydiqa),
+        *(statements, choices),
     )
 }

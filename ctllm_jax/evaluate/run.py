@@ -1,13 +1,13 @@
-"""`ctllm eval`: a model against held-out data, published benchmarks, own questions and prompts.
+"""`ctllm eval`: a model against held-out data, benchmarks and prompts.
 
-Writes {workdir}/scores.json, samples.jsonl, and for each part parts/<part>.json (its result, keyed by a
-fingerprint) with, for question files, parts/<part>.jsonl (one line per question). Benchmarks are logged in
-blocks, parts/<benchmark>/<subset>-<number>.jsonl, one line per item. What an interrupted run finished is not done
-again.
+Writes {workdir}/scores.json, samples.jsonl and parts/perplexity.json (a part's result, keyed by a fingerprint).
+Benchmarks are logged in blocks, parts/<benchmark>/<subset>-<number>.jsonl, one line per item. What an interrupted run
+finished is not done again.
 """
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from ctllm_jax.common.errors import UserError
@@ -16,13 +16,11 @@ from ctllm_jax.common.manifest import Stage, fingerprint, open_stage
 from ctllm_jax.compiled import keep_compiled
 from ctllm_jax.data.store import open_store
 from ctllm_jax.evaluate.benchmark import blocks, evaluate_block, summary
-from ctllm_jax.evaluate.choice import evaluate_choice
-from ctllm_jax.evaluate.declarations import Benchmark, Item, load_benchmark
-from ctllm_jax.evaluate.declarations import load_task as load_declaration
+from ctllm_jax.evaluate.declarations import Benchmark, Item, load_benchmark, load_task
 from ctllm_jax.evaluate.devices import on_each_device, spread
 from ctllm_jax.evaluate.jail import isolated
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
-from ctllm_jax.evaluate.questions import LoadedTask, load_task
+from ctllm_jax.evaluate.published import MissingFiles
 from ctllm_jax.evaluate.table import table
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.samples import sample
@@ -39,10 +37,10 @@ class EvalConfig:
     perplexity: PerplexityConfig  # skipped where its store is empty
     benchmarks: tuple[str, ...]  # declared tasks: names of shipped ones (ceval_ppl) or paths of TOML files
     data: str  # folder of the benchmarks' published files, a folder in it for each
+    partly: bool  # go on without the files that are missing; the scores name what was left out
     unsafe_programs: bool  # run programs that the model writes even where they cannot be isolated
     limit: int | None  # most items of each of a benchmark's subsets, for a trial; None takes all
-    tasks: tuple[str, ...]  # own multiple-choice questions (JSON files, see `questions`)
-    bos: bool  # open task prompts with the beginning-of-document id
+    bos: bool  # open benchmarks' prompts with the beginning-of-document id
     prompts: tuple[str, ...]  # continued in samples.jsonl
     chat: bool  # wrap the prompts as a user's message in the chat template
     sampling: SamplingConfig
@@ -51,36 +49,32 @@ class EvalConfig:
 
 def run(config: EvalConfig, workdir: str) -> dict:
     """Evaluates, or takes up an evaluation that was cut short. Returns the scores."""
-    tasks = [load_task(path) for path in config.tasks]
-    benchmarks = [load_benchmark(load_declaration(name), config.data) for name in config.benchmarks]
-    for kind, names in (("tasks", [own.task.name for own in tasks]), ("benchmarks", [b.task.name for b in benchmarks])):
-        if len(set(names)) < len(names):
-            raise UserError(f"two {kind} have the same name: {sorted(names)}")
+    benchmarks, missing = _benchmarks(config)
+    names = [benchmark.task.name for benchmark in benchmarks]
+    if len(set(names)) < len(names):
+        raise UserError(f"two benchmarks have the same name: {sorted(names)}")
     isolate = _isolation(benchmarks, config.unsafe_programs)
     store = open_store(config.perplexity.store) if config.perplexity.store else None
-    if not (benchmarks or tasks or store or config.prompts):
-        raise UserError(
-            "eval: nothing to do; give config.benchmarks, config.tasks, config.perplexity.store or config.prompts"
-        )
+    if not (benchmarks or store or config.prompts):
+        raise UserError("eval: nothing to do; give config.benchmarks, config.perplexity.store or config.prompts")
     keep_compiled()
     model = load_model(config.model, config.step, config.dtype)
     settings = {**dataclasses.asdict(config), "model": None, "step": None}
-    settings |= {"tasks": None, "benchmarks": None, "data": None, "unsafe_programs": None}
+    settings |= {"benchmarks": None, "data": None, "partly": None, "unsafe_programs": None}
     settings["perplexity"]["store"] = None
     inputs = {
         "model": model.digest,
         "store": store.fingerprint if store else None,
-        "tasks": {loaded.task.name: loaded.protocol for loaded in tasks},
         "benchmarks": {benchmark.task.name: benchmark.protocol for benchmark in benchmarks},
     }
-    stage = open_stage("eval", 3, workdir, settings, inputs)
+    stage = open_stage("eval", 5, workdir, settings, inputs)
     if stage.done:
         print(table(stage.result))
         return stage.result
 
     models = on_each_device(model)
     result: dict = {"model": model.name, "digest": model.digest, "step": model.step, "tokens": model.tokens}
-    result |= {"limit": config.limit, "perplexity": None, "benchmarks": {}, "tasks": {}}
+    result |= {"limit": config.limit, "perplexity": None, "benchmarks": {}, "missing": missing}
     if store:
         result["perplexity"] = _part(
             stage, "perplexity", lambda: perplexity(models, store, config.perplexity, config.batch_tokens)
@@ -88,16 +82,27 @@ def run(config: EvalConfig, workdir: str) -> dict:
     _run_blocks(stage, models, benchmarks, config, isolate)
     for benchmark in benchmarks:
         result["benchmarks"][benchmark.task.name] = summary(benchmark, _log(stage, benchmark, config.limit))
-    for loaded in tasks:
-        result["tasks"][loaded.task.name] = _part(
-            stage, f"task-{loaded.task.name}", lambda loaded=loaded: _run_task(stage, model, loaded, config)
-        )
     if config.prompts:
         samples = sample(model, config.prompts, config.chat, config.sampling)
         write_jsonl(stage.folder / "samples.jsonl", samples)
     write_json(stage.folder / "scores.json", result)
     print(table(result))
     return stage.finish(result)
+
+
+def _benchmarks(config: EvalConfig) -> tuple[list[Benchmark], list[str]]:
+    """What the config names, and the names of those of which no file is there, if that is allowed."""
+    found, missing = [], []
+    for name in config.benchmarks:
+        task = load_task(name)
+        try:
+            found.append(load_benchmark(task, config.data, config.partly))
+        except MissingFiles as error:
+            if not config.partly:
+                raise
+            print(f"{task.name}: left out ({error})", file=sys.stderr)
+            missing.append(task.name)
+    return found, missing
 
 
 def _part(stage: Stage, name: str, work: Callable[[], dict]) -> dict:
@@ -153,9 +158,3 @@ def _log(stage: Stage, benchmark: Benchmark, limit: int | None) -> dict[str, lis
 
 def _block_path(stage: Stage, benchmark: Benchmark, name: str) -> pathlib.Path:
     return stage.folder / "parts" / benchmark.task.name / f"{name}.jsonl"
-
-
-def _run_task(stage: Stage, model, loaded: LoadedTask, config: EvalConfig) -> dict:
-    result, log = evaluate_choice(model, loaded, config.bos, config.batch_tokens)
-    write_jsonl(stage.folder / "parts" / f"task-{loaded.task.name}.jsonl", log)
-    return result

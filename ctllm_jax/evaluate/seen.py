@@ -41,14 +41,17 @@ def scores_apart(evaluation: str | os.PathLike, seen: Mapping[str, set[str]]) ->
                 f"{evaluation}: {name} has no item {min(strangers)!r}, which the training data holds; was it "
                 "looked for in other files?"
             )
-        scores = [(entry["id"] in seen[name], item_score(about["kind"], about["headline"], entry)) for entry in entries]
-        held_out, held = ([score for seen_it, score in scores if seen_it == wanted] for wanted in (False, True))
-        parts[name] = {"all": _mean([*held_out, *held]), "clean": _mean(held_out), "seen": _mean(held)}
+        kind, metric = about["kind"], about["headline"]
+        parts[name] = {
+            part: _mean(kind, metric, [entry for entry in entries if (entry["id"] in seen[name]) in wanted])
+            for part, wanted in (("all", (False, True)), ("clean", (False,)), ("seen", (True,)))
+        }
     return parts
 
 
-def _mean(values: Sequence[float]) -> dict | None:
-    return mean(values) if values else None
+def _mean(kind: str, metric: str, entries: Sequence[dict]) -> dict | None:
+    points = [entry["points"] for entry in entries] if entries and "points" in entries[0] else None
+    return mean([item_score(kind, metric, entry) for entry in entries], points) if entries else None
 
 
 def markdown(models: Sequence[tuple[str, Mapping[str, dict]]]) -> str:

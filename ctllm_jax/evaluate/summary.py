@@ -14,7 +14,12 @@ _CHUNK = 1_000  # draws of one seed
 
 
 def item_score(kind: str, metric: str, entry: Mapping) -> float:
-    """How right an item is, 0 to 1, by its log entry (see `benchmark`), under one of its task's metrics."""
+    """How right an item is, 0 to 1, by its log entry (see `benchmark`), under one of its task's metrics.
+
+    Of a stance: what it says, -1 to 1.
+    """
+    if kind == "stance":
+        return float(entry["stance"][metric])
     if kind == "generate":
         return float(entry["right"][metric])
     if kind == "word":
@@ -22,39 +27,59 @@ def item_score(kind: str, metric: str, entry: Mapping) -> float:
     return float(entry["gold"] is not None and entry["picked"][metric] == entry["gold"])
 
 
-def mean(values: Sequence[float]) -> dict:
-    """{mean, stderr: the sample deviation over the root of n, None for a single value, n}."""
+def mean(values: Sequence[float], points: Sequence[float] | None = None) -> dict:
+    """{mean, stderr: the sample deviation over the root of n, None for a single value, n}.
+
+    With `points`, what each value counts for, also {points: their sum}; the error is that of a weighted mean, the same
+    where all count alike.
+    """
     array = np.asarray(values, np.float64)
-    stderr = float(array.std(ddof=1) / math.sqrt(len(array))) if len(array) > 1 else None
-    return {"mean": float(array.mean()), "stderr": stderr, "n": len(array)}
+    n = len(array)
+    if points is None:
+        stderr = float(array.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+        return {"mean": float(array.mean()), "stderr": stderr, "n": n}
+    weights = np.asarray(points, np.float64)
+    middle = float(np.average(array, weights=weights))
+    off = np.square(weights * (array - middle)).sum()
+    stderr = float(math.sqrt(off * n / (n - 1)) / weights.sum()) if n > 1 else None
+    return {"mean": middle, "stderr": stderr, "n": n, "points": float(weights.sum())}
 
 
 def average(subsets: Sequence[dict]) -> dict:
-    """{macro, micro: {mean, stderr}} of subsets' `mean`s."""
-    sizes = np.array([entry["n"] for entry in subsets], np.float64)
+    """{macro, micro: {mean, stderr}, n} of subsets' `mean`s."""
+    weighted = "points" in subsets[0]
+    sizes = np.array([entry["points" if weighted else "n"] for entry in subsets], np.float64)
     means = np.array([entry["mean"] for entry in subsets])
     errors = [entry["stderr"] for entry in subsets]
     macro_error = micro_error = None
     if None not in errors:
         squares = np.square(errors)
         macro_error = float(np.sqrt(squares.sum()) / len(errors))
-        pooled = float(np.sum((sizes - 1) * squares * sizes) / (sizes.sum() - len(sizes)))
-        micro_error = math.sqrt(pooled / sizes.sum())
+        if weighted:
+            micro_error = float(np.sqrt((np.square(sizes) * squares).sum()) / sizes.sum())
+        else:
+            pooled = float(np.sum((sizes - 1) * squares * sizes) / (sizes.sum() - len(sizes)))
+            micro_error = math.sqrt(pooled / sizes.sum())
     return {
         "macro": {"mean": float(means.mean()), "stderr": macro_error},
         "micro": {"mean": float((means * sizes).sum() / sizes.sum()), "stderr": micro_error},
-        "n": int(sizes.sum()),
+        "n": sum(entry["n"] for entry in subsets),
     }
 
 
-def summarise(values: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[str]]) -> dict:
+def summarise(
+    values: Mapping[str, Sequence[float]],
+    groups: Mapping[str, Sequence[str]],
+    points: Mapping[str, Sequence[float]] | None = None,
+) -> dict:
     """`average` over all subsets, of each group, and each subset's `mean`.
 
     Args:
       values: of each subset's questions.
       groups: subsets of each group.
+      points: what each question counts for; None where all count alike.
     """
-    subsets = {name: mean(own) for name, own in values.items()}
+    subsets = {name: mean(own, points and points[name]) for name, own in values.items()}
     return {
         **average(list(subsets.values())),
         "groups": {name: average([subsets[subset] for subset in own]) for name, own in groups.items()},

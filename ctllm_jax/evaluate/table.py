@@ -2,14 +2,14 @@
 
 
 def table(result: dict) -> str:
-    """The scores of `ctllm eval`: held-out text, declared benchmarks with their chance levels, question files."""
+    """The scores of `ctllm eval`: held-out text, benchmarks with their chance levels."""
     lines = [f"model {result['model']} ({result['digest']})"]
     if result["perplexity"]:
         lines += ["", *_perplexity(result["perplexity"])]
     if result["benchmarks"]:
         lines += ["", *_benchmarks(result["benchmarks"])]
-    if result["tasks"]:
-        lines += ["", *_tasks(result["tasks"])]
+    if result["missing"]:
+        lines += ["", f"left out, for want of files: {', '.join(result['missing'])}"]
     return "\n".join(lines)
 
 
@@ -28,6 +28,11 @@ def _benchmarks(benchmarks: dict) -> list[str]:
             bits = f"  {found['bits_per_byte']:.4f} bits per byte"
             lines.append(_row(name, [_number(found["questions"]), bits]))
             continue
+        if found["kind"] == "stance":
+            lines += _leanings(name, found)
+            continue
+        if found["missing"]:
+            lines.append(f"{name}: without {', '.join(found['missing'])}, for want of files")
         score, failed = found["scores"][found["headline"]], found.get("failed", {}).get(found["headline"])
         counts = [_number(value) for value in (failed, found["cut"], found["fewer_shots"])]
         lines.append(_row(name, [_number(score["n"]), found["headline"], *_averages(score, found["chance"]), *counts]))
@@ -36,20 +41,21 @@ def _benchmarks(benchmarks: dict) -> list[str]:
     return lines
 
 
+def _leanings(name: str, found: dict) -> list[str]:
+    """What a questionnaire found, from -1 to 1: a line for each metric, and the headline's for each subset."""
+
+    def line(label: str, own: dict, about: str) -> str:
+        error = "-" if own["stderr"] is None else f"{own['stderr']:.3f}"
+        return _row(label, [_number(own.get("n", found["questions"])), about, f"{own['mean']:+.3f}", error])
+
+    lines = [line(name, own["macro"], metric) for metric, own in found["leanings"].items()]
+    headline = found["leanings"][found["headline"]]
+    return lines + [line(f"  {subset}", own, found["headline"]) for subset, own in headline["subsets"].items()]
+
+
 def _averages(score: dict, chance: float | None) -> list[str]:
     parts = (score["macro"]["mean"], score["macro"]["stderr"], score["micro"]["mean"], chance)
     return ["-" if part is None else f"{100 * part:.2f}" for part in parts]
-
-
-def _tasks(tasks: dict) -> list[str]:
-    lines = [_row("question file", ["questions", "sum", "+-", "characters", "bytes", "tokens", "macro (sum)", "cut"])]
-    for name, task in tasks.items():
-        micro = {norm: entry["micro"] for norm, entry in task["accuracy"].items()}
-        shown = [task["questions"], micro["sum"]["mean"], micro["sum"]["stderr"]]
-        shown += [micro[norm]["mean"] for norm in ("characters", "bytes", "tokens")]
-        shown += [task["accuracy"]["sum"]["macro"]["mean"], task["cut"]]
-        lines.append(_row(name, [_number(value) for value in shown]))
-    return lines
 
 
 def _row(name: str, cells: list[str]) -> str:

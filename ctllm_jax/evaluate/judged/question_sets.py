@@ -68,6 +68,10 @@ def _chc_bench(row: dict, place: str) -> Question:
     return Question(place, row["category"], (row["query"],))
 
 
+def _cvalues(row: dict, place: str) -> Question:
+    return Question(str(row["id_"]), row["domain_en"], (row["prompt"],))
+
+
 FILES = Files(folder="", about="open questions", splits={})
 
 # Fields by which a form is known, most telling first.
@@ -76,6 +80,7 @@ FORMS: tuple[tuple[set[str], Callable[[dict, str], Question]], ...] = (
     ({"question_id", "category", "turns"}, _mt_bench),
     ({"question_id", "category", "question"}, _align_bench),
     ({"category", "query"}, _chc_bench),
+    ({"id_", "prompt", "domain_en"}, _cvalues),
 )
 
 
@@ -86,7 +91,8 @@ def read_questions(name: str) -> list[Question]:
       name: of a set that ships with the project, or files (JSON lines, JSON, Parquet, gzipped or not), a path or a
         pattern. A row is one question in our form (`id`, `category`, `turns`, and perhaps `references`, `notes`),
         MT-bench's (`question_id`, `category`, `turns`), AlignBench's (`question_id`, `category`, `question`,
-        `reference`) or CHC-Bench's (`category`, `query`; it has no ids, so the file's name and the row's number serve).
+        `reference`), CHC-Bench's (`category`, `query`; it has no ids, so the file's name and the row's number serve) or
+        that of CValues' responsibility prompts (`id_`, `prompt`, `domain_en`).
 
     Raises:
       UserError: no such set; a line that is no question, named with its file; an id that is there twice.
