@@ -21,7 +21,7 @@ class ConvertConfig:
     """What `ctllm convert` reads."""
 
     source: str  # run directory or Hugging Face folder
-    step: int | None  # checkpoint of a run; None is the newest
+    step: int | None  # [steps] checkpoint of a run; None is the newest
     to: str  # "huggingface" or "run"
     dtype: str  # of the written parameters
 

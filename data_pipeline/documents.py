@@ -26,10 +26,10 @@ SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others", "en", "cod
 class Fields:
     """Names of the record's keys that hold a document's parts; all other keys go to `meta`."""
 
-    id: str
-    url: str
-    source: str
-    text: str
+    id: str  # of the document; without one it is FILE:LINE
+    url: str  # where the text was found
+    source: str  # the subset: one of SUBSETS
+    text: str  # the text itself
 
 
 _PAGE = Fields(id="id", url="url", source="source", text="text")  # of a web archive

@@ -14,7 +14,7 @@ class ReportConfig:
     """What `ctllm report` shows."""
 
     runs: tuple[str, ...]  # run directories
-    smooth: float  # share of a training curve that the mean around a point reaches over to both sides (0: none)
+    smooth: float  # [share] of a training curve that the mean around a point reaches over to both sides (0: none)
 
     def __post_init__(self):
         if not self.runs:

@@ -16,14 +16,14 @@ class BenchmarkConfig:
 
     data: folder of the benchmarks' files as published; tasks: declared tasks that are read from it, as in `ctllm eval`.
     items: globs of JSON lines, each with `field` (a text, or several) and, if it has one, `id`.
-    ngram: units (Chinese characters, or words of scripts that part them) that an item and a text must share in a row.
-    min_coverage: share of an item's units in shared n-grams from which on it was seen; 0: one n-gram is enough.
+    ngram: [units] that an item and a text must share in a row: Chinese characters, or words of scripts that part them.
+    min_coverage: [share] of an item's units in shared n-grams from which on it was seen; 0: one n-gram is enough.
     """
 
     data: str
     tasks: tuple[str, ...]
     items: tuple[str, ...]
-    field: str
+    field: str  # key of an item's text in these lines
     ngram: int
     min_coverage: float
 

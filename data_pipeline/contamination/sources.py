@@ -45,14 +45,13 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Exactly one of: globs of documents (JSON lines), globs of records (conversations or preference pairs, see
-    records.py), a folder of `ctllm corpus`, a folder of `ctllm tokenize`. fields: the documents' keys."""
+    """Exactly one of documents, records, corpus and store."""
 
-    documents: tuple[str, ...]
-    records: tuple[str, ...]
-    corpus: str
-    store: str
-    fields: Fields
+    documents: tuple[str, ...]  # globs of documents, as `ctllm corpus` reads them
+    records: tuple[str, ...]  # globs of conversations or preference pairs, as `ctllm tokenize` reads them
+    corpus: str  # folder of `ctllm corpus`
+    store: str  # folder of `ctllm tokenize`
+    fields: Fields  # names of the documents' keys
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.documents, self.records, self.corpus, self.store))) != 1:
