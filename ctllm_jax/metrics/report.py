@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from ctllm_jax.common.files import write_atomic
+from ctllm_jax.metrics.card import cards
 from ctllm_jax.metrics.report_page import page
 from ctllm_jax.metrics.run_record import read_run
 
@@ -15,24 +16,34 @@ class ReportConfig:
 
     runs: tuple[str, ...]  # run directories
     smooth: float  # [share] of a training curve that the mean around a point reaches over to both sides (0: none)
+    card: bool  # MODEL_CARD.md and DATA_CARD.md as well, of one run
+    scores: tuple[str, ...]  # finished folders of `ctllm eval` for the model card
 
     def __post_init__(self):
         if not self.runs:
             raise ValueError("give at least one run directory: ctllm report RUN [RUN ...]")
         if not 0 <= self.smooth <= 1:
             raise ValueError(f"smooth {self.smooth} is no share of a curve, from 0 to 1")
+        if self.card and len(self.runs) > 1:
+            raise ValueError("a card is of one run: ctllm report RUN --card")
+        if self.scores and not self.card:
+            raise ValueError("scores are for a card: add --card")
 
 
 def run(config: ReportConfig, workdir: str | None) -> dict:
-    """Writes report.html into `workdir`, or into the first run's folder; returns {"report": its path}.
+    """Writes report.html, and cards if asked for, into `workdir` or the first run's folder; returns {"report": path}.
 
     Raises:
-      UserError: a folder is no run.
+      UserError: a folder is no run, or an evaluation is not finished.
     """
     runs = [read_run(folder, name) for folder, name in zip(config.runs, _names(config.runs), strict=True)]
     path = pathlib.Path(workdir or config.runs[0]) / "report.html"
-    write_atomic(path, page(runs, config.smooth))
-    print(f"report: {path}")
+    written = {path: page(runs, config.smooth)}
+    if config.card:
+        written |= {path.with_name(name): text for name, text in cards(config.runs[0], config.scores).items()}
+    for file, text in written.items():
+        write_atomic(file, text)
+        print(f"report: {file}")
     return {"report": str(path)}
 
 

@@ -7,7 +7,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import expand, identity, read_jsonl
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
 from ctllm_jax.evaluate.texts import item_texts
-from data_pipeline.documents import InputFile, input_files
+from data_pipeline.documents import InputFile, single_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_items(config: BenchmarkConfig) -> tuple[list[Item], list[str]]:
         benchmark = load_benchmark(load_task(name), config.data)
         marks.append(benchmark.protocol)
         found += [Item(benchmark.task.name, identifier, text) for identifier, text in item_texts(benchmark)]
-    for file in input_files(expand(config.items)):
+    for file in single_files(expand(config.items)):
         marks += [file.name, identity(file.path)]
         found += _own(file, config.field)
     if not found:

@@ -11,7 +11,7 @@ from typing import Any
 from ctllm_jax.common.files import expand, identity
 from ctllm_jax.common.manifest import stage_fingerprint
 from ctllm_jax.data.store import open_store
-from data_pipeline.documents import SUBSETS, DocumentReader, Fields, InputFile, Malformed, input_files
+from data_pipeline.documents import SUBSETS, DocumentReader, Fields, InputFile, Malformed, input_files, single_files
 from data_pipeline.formats import Unusable, normalise
 from data_pipeline.records import entries
 
@@ -66,7 +66,8 @@ def shards_of(config: SourceConfig) -> tuple[list[Shard], list[str]]:
     """
     if config.documents or config.records:
         kind = "documents" if config.documents else "records"
-        files = input_files(expand(config.documents or config.records))
+        numbered = input_files if config.documents else single_files
+        files = numbered(expand(config.documents or config.records))
         marks = [" ".join([file.name, *map(identity, file.paths)]) for file in files]
         return [Shard(file.index, kind, file.path, file.name, rest=file.rest) for file in files], marks
     if config.corpus:
