@@ -82,6 +82,14 @@ def restore_newest(run_dir: str | os.PathLike, params: Any, optimizer: Any) -> R
     return None
 
 
+def checkpoint_steps(run_dir: str | os.PathLike) -> list[int]:
+    """The steps of a run's committed checkpoints, in order; UserError where it has no folder of them."""
+    folder = checkpoints_folder(run_dir)
+    if not folder.is_dir():
+        raise UserError(f"{run_dir}: holds no checkpoints")
+    return sorted(ocp.utils.checkpoint_steps(folder))
+
+
 def load_params(run_dir: str | os.PathLike, abstract: Any, step: int | None = None) -> tuple[dict, int, str]:
     """Reads the parameters of a run.
 
@@ -96,10 +104,7 @@ def load_params(run_dir: str | os.PathLike, abstract: Any, step: int | None = No
     Raises:
       UserError: no such checkpoint, or it is damaged or holds other parameters.
     """
-    folder = checkpoints_folder(run_dir)
-    if not folder.is_dir():
-        raise UserError(f"{run_dir}: holds no checkpoints")
-    steps = sorted(ocp.utils.checkpoint_steps(folder))  # committed ones only
+    folder, steps = checkpoints_folder(run_dir), checkpoint_steps(run_dir)
     if not steps or (step is not None and step not in steps):
         raise UserError(f"{run_dir}: no checkpoint of step {step}; there are: {steps or 'none'}")
     step = steps[-1] if step is None else step

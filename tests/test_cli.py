@@ -54,7 +54,9 @@ def test_config_values_and_the_folder_reach_the_verb(capsys, ran):
         capsys, "convert", "--config.source=runs/dpo", "--config.step=7", "--config.dtype=float32", "--workdir=out"
     )
     assert (status, out, err) == (0, "", "")
-    assert ran == [(convert.ConvertConfig(source="runs/dpo", step=7, to="huggingface", dtype="float32"), "out")]
+    assert ran == [
+        (convert.ConvertConfig(source="runs/dpo", step=7, to="huggingface", dtype="float32", all_steps=False), "out")
+    ]
 
 
 def test_a_config_file_is_found_here_and_in_the_repository(capsys, ran, tmp_path, monkeypatch):

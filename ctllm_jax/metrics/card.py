@@ -17,7 +17,7 @@ from ctllm_jax.metrics.definitions import find
 from ctllm_jax.metrics.run_record import RunRecord, read_run
 
 BY_HAND = "**TO BE FILLED IN BY HAND**"
-_MADE = "Filled by `ctllm report RUN --card` from the files of the run; writing it again overwrites it."
+_MADE = "Filled by `ctllm report RUN --card` from the files of the run, and by hand where it says so."
 
 
 def cards(folder: str | os.PathLike, evaluations: Sequence[str]) -> dict[str, str]:
@@ -40,6 +40,12 @@ def cards(folder: str | os.PathLike, evaluations: Sequence[str]) -> dict[str, st
         "MODEL_CARD.md": _text(_model_card(run, scores)),
         "DATA_CARD.md": _text(_data_card(run, stage["inputs"]["store"])),
     }
+
+
+def keep_what_was_filled_in(path: pathlib.Path, text: str) -> None:
+    """UserError where the file has fewer places left to fill in than the text that would replace it."""
+    if path.exists() and path.read_text(encoding="utf-8").count(BY_HAND) < text.count(BY_HAND):
+        raise UserError(f"{path} has been filled in by hand; move it away, or write elsewhere with --workdir=DIR")
 
 
 def _text(lines: Iterable[str]) -> str:
@@ -141,8 +147,11 @@ def _corpus(folder: str, fingerprint: str) -> Iterator[str]:
         yield f"unknown: {found}"
         return
     stage = read_json(pathlib.Path(folder) / "stage.json")
-    yield from ("Input files, by the fingerprint of their content:", "")
-    files = ((name, subset or "as its records say", BY_HAND) for name, subset, *_ in _files(stage["inputs"]))
+    yield from ("Input files:", "")
+    files = (
+        (name if len(rest) == 1 else f"{name} and {len(rest) - 1:,} more", subset or "as its records say", BY_HAND)
+        for name, subset, *rest in _files(stage["inputs"])
+    )
     yield from _table(("file", "subset", "origin and licence"), files)
     yield from ("Documents left after each step, and the bytes of what is kept:", "")
     funnel = [step for step, _ in found["totals"]["funnel"]]

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 
 from ctllm_jax.common.files import write_atomic
-from ctllm_jax.metrics.card import cards
+from ctllm_jax.metrics.card import cards, keep_what_was_filled_in
 from ctllm_jax.metrics.report_page import page
 from ctllm_jax.metrics.run_record import read_run
 
@@ -40,7 +40,9 @@ def run(config: ReportConfig, workdir: str | None) -> dict:
     path = pathlib.Path(workdir or config.runs[0]) / "report.html"
     written = {path: page(runs, config.smooth)}
     if config.card:
-        written |= {path.with_name(name): text for name, text in cards(config.runs[0], config.scores).items()}
+        for name, text in cards(config.runs[0], config.scores).items():
+            keep_what_was_filled_in(path.with_name(name), text)
+            written[path.with_name(name)] = text
     for file, text in written.items():
         write_atomic(file, text)
         print(f"report: {file}")
