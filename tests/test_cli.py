@@ -197,7 +197,10 @@ def test_help_of_a_verb_names_its_flags_and_default_config(capsys, name):
             ["train", "--config=configs/pretrain.py:tiny", "--config.data.rates.zh=1"],
             "config has no key 'zh' there",
         ),
-        (["train", "--config=configs/convert.py", "--workdir=out"], "config: unknown key 'dtype'; known keys: batch"),
+        (
+            ["train", "--config=configs/convert.py", "--workdir=out"],
+            "config: unknown key 'all_steps'; known keys: batch",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_on_standard_error_and_status_2(capsys, tmp_path, monkeypatch, arguments, message):
