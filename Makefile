@@ -1,10 +1,10 @@
-# make quickstart | test | test-slow | lint | lock | clean
+# make install | quickstart | test | test-slow | lint | lock | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= $(if $(INPUT),runs/quickstart-input,runs/quickstart)
 
-.PHONY: quickstart test test-slow lint lock clean
+.PHONY: install quickstart test test-slow lint lock clean
 
 # Versions come from the lock, which holds for every supported Python and every extra.
 $(VENV)/installed: setup.py requirements.lock
@@ -12,6 +12,8 @@ $(VENV)/installed: setup.py requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[data,dev]'
 	touch $@
+
+install: $(VENV)/installed
 
 quickstart: $(VENV)/installed
 	$(BIN)/ctllm quickstart --workdir=$(WORKDIR) $(if $(INPUT),--config.input="('$(INPUT)',)")

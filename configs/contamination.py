@@ -2,9 +2,9 @@
 
     ctllm contamination --config.corpus=runs/corpus --config.benchmarks.items="('sets/*.jsonl',)" --workdir=runs/seen
 
-What is looked through is one of: documents (globs of JSON lines, before any filter), records (conversations and
-preference pairs in any format that `ctllm tokenize` reads), corpus (a folder of `ctllm corpus`), store (a folder of
-`ctllm tokenize`, whose tokens are decoded).
+What is looked through is one of: documents (globs of what `ctllm corpus` reads, before any filter), records
+(conversations and preference pairs in any format that `ctllm tokenize` reads), corpus (a folder of `ctllm corpus`),
+store (a folder of `ctllm tokenize`, whose tokens are decoded).
 
 What is looked for: benchmarks.items, JSON lines of the user's own (of sets of open questions, with `field=turns`), and
 declared tasks, read as `ctllm eval` reads them:

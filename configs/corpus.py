@@ -3,7 +3,8 @@
     ctllm corpus --config=configs/corpus.py --config.input="('raw/*.jsonl.gz',)" --workdir=runs/corpus
 
 Input: globs, local or gs://, of JSON lines, Parquet, WARC or WET, plain, gzip or zstd, told by content; NAME.part00,
-NAME.part01 ... (the released MAP-CC) are one file. `--config.input="('zh_books=books/*.part*', 'en=wet/*.gz')"` says of
+NAME.part01 ... (the released MAP-CC) are one file. A file called .txt is one document in UTF-8, whose id is
+its path. `--config.input="('zh_books=books/*.part*', 'en=wet/*.gz')"` says of
 which subset an input's records are; else their `source` does, or `default_source`. A file, or all parts of one, is read
 by one worker; many can share what was cut at lines first:
 

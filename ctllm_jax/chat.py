@@ -24,11 +24,11 @@ class ChatConfig:
     """What `ctllm chat` reads."""
 
     model: str  # run directory or Hugging Face folder
-    step: int | None  # checkpoint of a run; None is the newest
+    step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
-    context: int | None  # most tokens of a conversation; None is the model's
+    context: int | None  # [tokens] most tokens of a conversation; None is the model's
     system: str | None  # the message that opens the conversation
-    sampling: SamplingConfig
+    sampling: SamplingConfig  # how answers are drawn
 
 
 class Conversation:

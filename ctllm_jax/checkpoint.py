@@ -35,11 +35,11 @@ TIMEOUT = 600  # seconds that a save may take
 class CheckpointConfig:
     """When a run is saved and which checkpoints stay: the newest, and those that the two last settings say."""
 
-    every: int  # steps between checkpoints; the last step is always saved
-    minutes: float  # one is also due when the last is so many minutes old (0: never for that reason)
-    kept: int  # newest checkpoints that stay
-    keep_every: int  # checkpoints of the multiples of so many steps stay for ever (0: none)
-    keep_best: int  # so many with the lowest held-out loss stay (0: none), of the steps that were evaluated
+    every: int  # [steps] between checkpoints; the last step is always saved
+    minutes: float  # [minutes] one is also due when the last is so many minutes old (0: never for that reason)
+    kept: int  # [checkpoints] newest checkpoints that stay
+    keep_every: int  # [steps] checkpoints of the multiples of so many steps stay for ever (0: none)
+    keep_best: int  # [checkpoints] those with the lowest held-out loss stay (0: none), of the steps evaluated
 
     def __post_init__(self):
         if self.every < 1 or self.kept < 1:

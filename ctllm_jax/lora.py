@@ -26,8 +26,8 @@ NO_ADAPTERS: Mapping[str, int] = types.MappingProxyType({})
 class LoraConfig:
     """Which matrices get adapters, and how large."""
 
-    rank: int  # 0: no adapters, all parameters are trained
-    alpha: float  # what an adapter adds counts alpha / rank times
+    rank: int  # [1] 0: no adapters, all parameters are trained
+    alpha: float  # [1] what an adapter adds counts alpha / rank times
     targets: tuple[str, ...]  # of TARGETS
 
     def __post_init__(self):

@@ -46,23 +46,23 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 class ModelConfig:
     """Architecture and numerics. The values of CT-LLM-2B stand in configs/models.py."""
 
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    vocab_size: int  # ids the tokenizer can give; logits of the padding beyond are masked
-    padded_vocab_size: int  # rows of the embedding tables
-    max_length: int  # context, tokens
-    norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    tie_embeddings: bool
+    num_layers: int  # [layers] blocks of attention and feed-forward
+    d_model: int  # [features] width of the residual stream
+    num_heads: int  # [heads] of queries
+    num_kv_heads: int  # [heads] of keys and values; fewer than num_heads is GQA
+    head_dim: int  # [features] of a head
+    d_ff: int  # [features] width inside the SwiGLU
+    vocab_size: int  # [ids] the tokenizer can give; logits of the padding beyond are masked
+    padded_vocab_size: int  # [rows] of the embedding tables
+    max_length: int  # [tokens] of a context
+    norm_eps: float  # [1] added to the mean square in RMSNorm
+    rope_theta: float  # [1] base of the rotary frequencies
+    rope_scaling: RopeScaling | None  # for contexts longer than trained; None: none
+    tie_embeddings: bool  # the output head is the input embedding
     qk_norm: bool  # RMSNorm over the head size on queries and keys
-    init_std: float
+    init_std: float  # [1] standard deviation of initial weights
     dtype: str  # activations and matmuls: "bfloat16" or "float32"
-    param_dtype: str
+    param_dtype: str  # of the parameters: "float32" or "bfloat16"
     remat: str  # what the backward pass keeps of a layer: a key of REMAT_POLICIES
     attention: str  # backend: a key of ctllm_jax.attention.BACKENDS
 

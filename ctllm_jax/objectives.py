@@ -37,7 +37,7 @@ class ObjectiveConfig:
     """Which loss, and its constants."""
 
     name: str  # one of OBJECTIVES: "lm" (pretraining, SFT on chat stores), "dft" (SFT), "dpo" (preference stores)
-    z_loss: float  # for "lm", else 0
+    z_loss: float  # [1] weight of the square of the log-partition; for "lm", else 0
     cross_entropy: str  # "dense", "chunked" (without the logits), or by memory: see cross_entropy.choose_form
     logit_metrics: bool  # log entropy, token accuracy and mean logit as well; takes the dense form
     preference: PreferenceConfig | None  # for "dpo", else None

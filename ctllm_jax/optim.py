@@ -18,18 +18,18 @@ SCHEDULES = ("constant", "cosine", "linear", "wsd")
 class OptimizerConfig:
     """AdamW, its learning-rate schedule, and which gradients are not used."""
 
-    learning_rate: float  # peak
-    final_learning_rate: float
+    learning_rate: float  # [1] peak
+    final_learning_rate: float  # [1] at the end of the run
     schedule: str  # one of SCHEDULES
     warmup: str  # duration of the rise from 0 to the peak
     decay: str  # wsd: duration of the fall at the end; the others: "", cosine and linear fall from warm-up to end
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
-    clip_norm: float
-    spike_window: int  # gradient norms that a new one is compared with
-    spike_deviations: float  # so many above their mean and it is a spike, whose step is skipped (0: no norm is)
+    beta1: float  # [1] decay of the mean of gradients
+    beta2: float  # [1] decay of the mean of their squares
+    epsilon: float  # [1] added to the root of that mean
+    weight_decay: float  # [1] times the learning rate, of matrices
+    clip_norm: float  # [norm] gradients of a larger global norm are scaled down to it
+    spike_window: int  # [steps] gradient norms that a new one is compared with
+    spike_deviations: float  # [deviations] from so many above their mean on, a step is skipped (0: none is)
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:

@@ -39,20 +39,20 @@ class PairsConfig:
     """What `ctllm pairs` reads."""
 
     model: str  # run directory or Hugging Face folder with a chat template: the policy
-    step: int | None  # checkpoint of a run; None is the newest
+    step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
     input: tuple[str, ...]  # conversations or preference records, for their prompts
-    answers: int  # sampled for each prompt
-    slots: int  # answers decoded together; speed and memory only
-    sampling: SamplingConfig
+    answers: int  # [answers] sampled for each prompt
+    slots: int  # [answers] decoded together; speed and memory only
+    sampling: SamplingConfig  # how answers are drawn
     earlier: str | None  # folder of an earlier `ctllm pairs`, whose answers are taken instead of model and input
     judges: dict[str, JudgeConfig]  # by name; those without a model are not asked
-    samples: int  # judgements of each answer by each judge; the mark is their mean
+    samples: int  # [judgements] of each answer by each judge; the mark is their mean
     references: bool  # show judges the record's own answer, where there is one
-    calls: CallConfig
-    budget: BudgetConfig
+    calls: CallConfig  # how endpoints are asked
+    budget: BudgetConfig  # what may be spent
     reward: str | None  # FILE.py:FUNCTION, called as `Reward` says, instead of judges
-    margin: float  # least difference between the marks of a pair
+    margin: float  # [marks] least difference between the marks of a pair
 
     def __post_init__(self):
         if bool(self.earlier) == bool(self.model or self.input):

@@ -24,11 +24,11 @@ class PreferenceConfig:
     """A preference loss and its constants. What a loss would not read must be left at its neutral value."""
 
     loss: str  # one of LOSSES
-    beta: float  # strength of the pull towards the reference
-    label_smoothing: float  # share of pairs that are taken to be the wrong way round; for SMOOTHED losses, else 0
+    beta: float  # [1] strength of the pull towards the reference
+    label_smoothing: float  # [share] pairs that are taken to be the wrong way round; for SMOOTHED losses, else 0
     divergence: str  # from the reference, one of DIVERGENCES
-    sft_weight: float  # of the chosen answers' mean negative log-likelihood per token, added to the loss; or 0
-    tail_weight: float  # of an answer's tokens beyond the length of the shorter answer (LD-DPO); 1 is plain
+    sft_weight: float  # [1] of the chosen answers' mean negative log-likelihood per token, added to the loss; or 0
+    tail_weight: float  # [1] of an answer's tokens beyond the length of the shorter answer (LD-DPO); 1 is plain
     policy_weighted: bool  # weigh pairs by how likely the policy makes them (WPO, arXiv 2406.11827, eq. 2)
     reference: str  # one of REFERENCES: computed once and kept with the run, with every step, or none (0)
 

@@ -29,19 +29,19 @@ class QuickstartConfig:
     chats: tuple[str, ...]  # conversations for SFT
     preferences: tuple[str, ...]  # preference pairs for DPO
     tasks: tuple[str, ...]  # declared tasks
-    vocab_size: int
-    character_coverage: float
-    sample_bytes: int
-    sequence_length: int
-    validation_share: float
-    alignment_validation_share: float
-    pretrain_steps: int
-    sft_steps: int
-    dpo_steps: int
-    evaluation_rows: int
+    vocab_size: int  # [pieces] of the tokenizer
+    character_coverage: float  # [share] of characters that get a piece
+    sample_bytes: int  # [bytes] of text that the tokenizer is trained on
+    sequence_length: int  # [tokens] of a row
+    validation_share: float  # [share] of documents held out
+    alignment_validation_share: float  # [share] of conversations and pairs held out
+    pretrain_steps: int  # [steps] of pretraining
+    sft_steps: int  # [steps] of fine-tuning
+    dpo_steps: int  # [steps] of preference optimisation
+    evaluation_rows: int  # [rows] most held-out rows of a source that each evaluation reads
     prompts: tuple[str, ...]  # continued by the base model
     questions: tuple[str, ...]  # asked before and after alignment, in the chat template
-    max_tokens: int
+    max_tokens: int  # [tokens] most of a sample
     last: str | None  # stage to stop after, as "store/pretrain"; None: all of them, then the report
 
 

@@ -90,6 +90,19 @@ def _newest_whole(folder: epath.Path, params: Any, optimizer: Any) -> Restored |
     return None
 
 
+def checkpoint_steps(run_dir: str | os.PathLike) -> list[int]:
+    """The steps of a run's committed checkpoints, in order.
+
+    Raises:
+      UserError: it has no folder of them; the storage does not answer.
+    """
+    folder = checkpoints_folder(run_dir)
+    with _answering(folder):
+        if not folder.exists():
+            raise UserError(f"{remote_of(run_dir) or run_dir}: holds no checkpoints")
+        return sorted(ocp.utils.checkpoint_steps(folder))
+
+
 def load_params(run_dir: str | os.PathLike, abstract: Any, step: int | None = None) -> tuple[dict, int, str]:
     """Reads the parameters of a run.
 
@@ -105,10 +118,7 @@ def load_params(run_dir: str | os.PathLike, abstract: Any, step: int | None = No
       UserError: no such checkpoint, or it is damaged or holds other parameters; the storage does not answer.
     """
     folder, place = checkpoints_folder(run_dir), remote_of(run_dir) or run_dir
-    with _answering(folder):
-        if not folder.exists():
-            raise UserError(f"{place}: holds no checkpoints")
-        steps = sorted(ocp.utils.checkpoint_steps(folder))  # committed ones only
+    steps = checkpoint_steps(run_dir)
     if not steps or (step is not None and step not in steps):
         raise UserError(f"{place}: no checkpoint of step {step}; there are: {steps or 'none'}")
     step = steps[-1] if step is None else step

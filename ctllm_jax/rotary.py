@@ -25,10 +25,10 @@ class RopeScaling:
     """
 
     kind: str  # one of KINDS
-    factor: float
-    low_frequency_factor: float = 1.0  # llama3 only, as the two below
-    high_frequency_factor: float = 4.0
-    original_length: int = 8192
+    factor: float  # [times] by which frequencies are lowered
+    low_frequency_factor: float = 1.0  # [turns] llama3 only, as the two below
+    high_frequency_factor: float = 4.0  # [turns] in the original context, from which on a frequency stays
+    original_length: int = 8192  # [tokens] of the context that the model was first trained with
 
     def __post_init__(self):
         if self.kind not in KINDS:

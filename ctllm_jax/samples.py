@@ -27,13 +27,13 @@ class GenerateConfig:
     """What `ctllm generate` reads."""
 
     model: str  # run directory or Hugging Face folder
-    step: int | None  # checkpoint of a run; None is the newest
+    step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...]  # texts that are continued
     input: str | None  # JSON lines with "prompt" (text) or "messages" (a conversation), after `prompts`
     chat: bool  # wrap plain prompts as a user's message in the chat template
-    slots: int  # prompts decoded together; speed and memory only
-    sampling: SamplingConfig
+    slots: int  # [prompts] decoded together; speed and memory only
+    sampling: SamplingConfig  # how texts are continued
 
     def __post_init__(self):
         if self.slots < 1:

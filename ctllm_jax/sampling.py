@@ -17,13 +17,13 @@ import numpy as np
 class SamplingConfig:
     """How the next token is chosen, and where a text ends."""
 
-    max_tokens: int  # most new tokens of a sample
-    temperature: float  # 0 takes the most probable token
-    top_k: int  # only the k most probable tokens; 0 is all
-    top_p: float  # only the most probable tokens that together reach this probability; 1 is all
-    seed: int
-    min_p: float = 0.0  # only tokens at least this times as probable as the most probable one; 0 is all
-    repetition_penalty: float = 1.0  # logits of tokens that were there before: divided by it, or times it below 0
+    max_tokens: int  # [tokens] most new tokens of a sample
+    temperature: float  # [1] 0 takes the most probable token
+    top_k: int  # [tokens] only the k most probable tokens; 0 is all
+    top_p: float  # [probability] only the most probable tokens that together reach this probability; 1 is all
+    seed: int  # [1] of the random numbers
+    min_p: float = 0.0  # [share] only tokens at least this times as probable as the most probable one; 0 is all
+    repetition_penalty: float = 1.0  # [times] logits of earlier tokens are divided by it, or times it below 0
     stop: tuple[str, ...] = ()  # the text ends before the first of these
 
     def __post_init__(self):

@@ -39,8 +39,8 @@ VALUES = ("perplexity", "ifd")
 class Limits:
     """The least and the most that a value may be; None is no bound."""
 
-    least: float | None
-    most: float | None
+    least: float | None  # [the value's] smaller ones are rejected; None: no bound
+    most: float | None  # [the value's] larger ones are rejected; None: no bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,14 @@ class SelectConfig:
 
     input: tuple[str, ...]  # conversations, as `ctllm tokenize` reads them; or none, with `scores`
     model: str  # run directory or Hugging Face folder that scores them
-    step: int | None  # checkpoint of a run; None is the newest
+    step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
     template: str | None  # "plain" (a line a message), or as `ctllm tokenize` has them; None is the model's own
-    batch_tokens: int  # most tokens of a batch; decides speed and memory
+    batch_tokens: int  # [tokens] most tokens of a batch; decides speed and memory
     scores: str | None  # folder of an earlier `ctllm select`, whose values are taken instead
-    perplexity: Limits
-    ifd: Limits
-    hardest: float  # share of the conversations within the limits that is kept: those of the highest ifd
+    perplexity: Limits  # limits of the answers' perplexity, given their questions
+    ifd: Limits  # limits of perplexity with the question over perplexity without it
+    hardest: float  # [share] of the conversations within the limits that is kept: those of the highest ifd
 
     def __post_init__(self):
         if bool(self.scores) == bool(self.input or self.model):

@@ -32,11 +32,11 @@ RULES: dict[str, tuple[str, ...]] = {
 class MeshConfig:
     """Devices along each mesh axis; exactly one may be -1, which takes what is left."""
 
-    data: int
-    fsdp: int
-    tensor: int
-    context: int
-    slice: int = 1
+    data: int  # [devices] that hold the same parameters
+    fsdp: int  # [devices] over which parameters and batch are split
+    tensor: int  # [devices] over which heads and widths are split
+    context: int  # [devices] over which a sequence is split
+    slice: int = 1  # [slices] or hosts joined by a slower network, as replicas
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:

@@ -42,12 +42,12 @@ Lookup = Callable[[str, str], dict]  # (source, document id) -> {"url", "meta", 
 class TraceConfig:
     """What `ctllm trace` is asked: exactly one of step, spike and document."""
 
-    step: int | None  # what this step saw
-    spike: int | None  # what this many steps saw whose loss jumped most
+    step: int | None  # [steps] what this step saw
+    spike: int | None  # [steps] what this many steps saw whose loss jumped most
     document: str | None  # which steps saw the document of this id
     store: str | None  # the run's token store; None: where the run read it
     corpus: str | None  # folder of `ctllm corpus`; None: where the store was made from
-    text_chars: int  # most characters shown of a document's text
+    text_chars: int  # [characters] most characters shown of a document's text
     json: bool  # a JSON object a line instead of a table
 
     def __post_init__(self):

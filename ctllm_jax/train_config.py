@@ -28,22 +28,22 @@ _FREE = ("mesh", "distributed", "microbatches", "log", "eval", "checkpoints", "w
 class TrainConfig:
     """Everything that decides a run."""
 
-    objective: ObjectiveConfig
+    objective: ObjectiveConfig  # what is minimised
     model: ModelConfig | None  # None: as in init_from
     init_from: str | None  # run or Hugging Face folder whose parameters start the run (and are DPO's reference)
-    lora: LoraConfig
-    data: DataConfig
-    optimizer: OptimizerConfig
-    mesh: MeshConfig
+    lora: LoraConfig  # adapters, where they alone are trained
+    data: DataConfig  # what is read
+    optimizer: OptimizerConfig  # AdamW and its schedule
+    mesh: MeshConfig  # how the devices are laid out
     distributed: bool  # this process is one of a job of several (see ctllm_jax.processes)
-    batch_size: int  # sequences (pairs for DPO) of a step, over all devices
-    microbatches: int  # parts that a step's batch is gone through in
+    batch_size: int  # [rows] sequences (pairs for DPO) of a step, over all devices
+    microbatches: int  # [parts] that a step's batch is gone through in
     duration: str  # such as "1254.68e9 tokens": see ctllm_jax.duration
-    seed: int
-    log: LogConfig
-    eval: InLoopConfig
-    checkpoints: CheckpointConfig
-    watch: WatchConfig
+    seed: int  # [1] of parameters and of the order of examples
+    log: LogConfig  # what is written down
+    eval: InLoopConfig  # looks at held-out data
+    checkpoints: CheckpointConfig  # what is saved
+    watch: WatchConfig  # what is done where nothing moves
     xla_options: dict[str, str]  # options of the step's compiler, by the names that XLA gives them
 
     def __post_init__(self):

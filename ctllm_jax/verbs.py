@@ -201,7 +201,10 @@ VERBS = {
         "configs/report.py",
         "training runs, finished or not -> one page with their curves and where they differ",
         workdir="folder for report.html; without it the first run's",
-        short={"smooth": Short("--smooth=SHARE", "of a training curve, for the mean around each of its points (0.02)")},
+        short={
+            "smooth": Short("--smooth=SHARE", "of a training curve, for the mean around each of its points (0.02)"),
+            "card": Short("--card", "a model card and a data card as well, of one run", bare="True"),
+        },
         writes=False,
         bare=("runs", "RUN [RUN ...]"),
     ),

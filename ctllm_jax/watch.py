@@ -36,9 +36,9 @@ _BOARD = "loop"  # where the processes post what they are at
 class WatchConfig:
     """What is done about a run that does not move, and who is asked for notices."""
 
-    stall_minutes: float  # no step for so long: stacks are written; for twice as long: the run ends (0: never)
-    slow_minutes: float  # the same for the start with its first steps, an evaluation, a save (0: never)
-    stop_minutes: float  # a run that was asked to stop ends after so long, saved or not (0: no bound)
+    stall_minutes: float  # [minutes] no step for so long: stacks are written; twice as long: the run ends (0: never)
+    slow_minutes: float  # [minutes] the same for the start with its first steps, an evaluation, a save (0: never)
+    stop_minutes: float  # [minutes] a run that was asked to stop ends after so long, saved or not (0: no bound)
     notices: str  # metadata server asked for maintenance and preemption, http://metadata.google.internal; "": none
 
     def __post_init__(self):

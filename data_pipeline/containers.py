@@ -1,11 +1,12 @@
-"""Records of input files, one at a time and under a size limit: JSON lines, Parquet, web archives.
+"""Records of input files, one at a time and under a size limit: JSON lines, Parquet, web archives, plain texts.
 
-What a file holds is told by its first bytes. A record that cannot be read comes out as `Malformed`; where nothing more
-can be read, `streams.Damaged` is raised.
+What a file holds is told by its first bytes, but for texts, which are named so (.txt): each is one record. A record
+that cannot be read comes out as `Malformed`; where nothing more can be read, `streams.Damaged` is raised.
 """
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ from data_pipeline.streams import Damaged, open_file, open_stream, refuse_bomb
 
 UNKNOWN = "unknown"  # where a record is counted whose source cannot be told
 EXCERPT = 120  # characters of a text shown in lists and reports
+TEXT = re.compile(r"\.txt(\.gz|\.zst)?$")  # how a file ends that is one document
 _PARQUET, _ARCHIVE = b"PAR1", b"WARC/"
 _SKIP = 1 << 20  # bytes read at a time while skipping an over-long record
 _NESTED = 200  # brackets from which on a line may be too deep to be written
@@ -28,12 +30,13 @@ _ROWS, _DECODED = 64, 1 << 28  # of a Parquet file: decoded together at most, an
 class Record:
     """What a record holds by key, and its place in the file: a line, or its number, from 1.
 
-    is_page: it is of a web archive; its keys are id, url, text, date and language.
+    has_own_keys: they are id, url, text, date and language, whatever the user calls those of others: it is of a web
+    archive, or a text.
     """
 
     line: int
     values: dict[str, Any]
-    is_page: bool = False
+    has_own_keys: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +56,10 @@ def read_records(paths: Sequence[str], limit: int) -> Iterator[Record | Malforme
     Raises:
       Damaged: at the place from which nothing more can be read.
     """
+    if TEXT.search(paths[0]):
+        for number, path in enumerate(paths, 1):
+            yield _text(path, number, limit)
+        return
     with open_stream(paths) as stream:
         head = stream.peek(len(_ARCHIVE))
         if head.startswith(_ARCHIVE):
@@ -72,6 +79,28 @@ def read_records(paths: Sequence[str], limit: int) -> Iterator[Record | Malforme
 def excerpt(raw: bytes) -> str:
     """The beginning of a record, for a person to see."""
     return raw[: 4 * EXCERPT].decode("utf-8", "replace").strip()[:EXCERPT]
+
+
+# ---- Texts
+
+
+def _text(path: str, number: int, limit: int) -> Record | Malformed:
+    """A file as one record, whose id is its path; line ends are those of Unix."""
+    try:
+        with open_stream([path]) as stream:
+            raw = stream.read(limit + 1)
+            size = len(raw) + sum(map(len, iter(lambda: stream.read(_SKIP), b""))) if len(raw) > limit else len(raw)
+    except Damaged as damage:
+        return Malformed(number, "damaged_file", f"{path}: {damage}", "")
+    if size > limit:
+        return _too_long(number, size, limit, raw, f"{path}: ")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        what = f"{path}: {error}; if it is in GB 18030: iconv -f gb18030 -t utf-8 FILE > NEW.txt"
+        return Malformed(number, "invalid_utf8", what, excerpt(raw))
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return Record(number, {"id": path, "text": text}, has_own_keys=True)
 
 
 # ---- JSON lines
@@ -125,8 +154,9 @@ def _skip_line(stream: BinaryIO) -> int:
     return skipped
 
 
-def _too_long(line: int, size: int, limit: int, raw: bytes) -> Malformed:
-    return Malformed(line, "record_too_long", f"{size:,} bytes, the limit is {limit:,}", excerpt(raw[: 4 * EXCERPT]))
+def _too_long(line: int, size: int, limit: int, raw: bytes, where: str = "") -> Malformed:
+    what = f"{where}{size:,} bytes, the limit is {limit:,}"
+    return Malformed(line, "record_too_long", what, excerpt(raw[: 4 * EXCERPT]))
 
 
 # ---- Parquet
@@ -202,6 +232,6 @@ def _pages(stream: BinaryIO, limit: int) -> Iterator[Record | Malformed]:
             yield _too_long(number, entry.size, limit, entry.url.encode())
             continue
         try:
-            yield Record(number, archives.page(entry, limit), is_page=True)
+            yield Record(number, archives.page(entry, limit), has_own_keys=True)
         except archives.Unusable as error:
             yield Malformed(number, error.reason, str(error), entry.url[:EXCERPT])

@@ -43,17 +43,16 @@ VERSION = 3
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    """input: see `documents.find_inputs`; default_source: the subset of records without one (None: rejected);
-    benchmarks: whose items no document may hold (none are looked for unless they are named)."""
+    """What `ctllm corpus` reads."""
 
-    input: tuple[str, ...]
-    fields: Fields
-    default_source: str | None
-    max_record_bytes: int
-    filters: FilterConfig
-    dedup: DedupConfig
-    benchmarks: BenchmarkConfig
-    beam: BeamConfig
+    input: tuple[str, ...]  # globs or paths, PATTERN or SUBSET=PATTERN: see `documents.find_inputs`
+    fields: Fields  # names of the records' keys
+    default_source: str | None  # subset of records without one; None: they are rejected
+    max_record_bytes: int  # [bytes] longer records are rejected unread
+    filters: FilterConfig  # what is done to a document
+    dedup: DedupConfig  # which documents count as the same
+    benchmarks: BenchmarkConfig  # whose items no document may hold; none are looked for unless they are named
+    beam: BeamConfig  # where it runs
 
     def __post_init__(self) -> None:
         if self.default_source is not None and self.default_source not in SUBSETS:

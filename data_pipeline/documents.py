@@ -1,4 +1,4 @@
-"""Raw documents, one record at a time: JSON lines, Parquet, web archives; plain, gzip or zstd; whole or in parts.
+"""Raw documents, one at a time: JSON lines, Parquet, web archives, texts; plain, gzip or zstd; whole or in parts.
 
 A record that cannot become a document is never dropped in silence: it comes out as a `Malformed` with file,
 line and reason. A record longer than the limit is skipped piece by piece and never held whole.
@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -16,9 +16,10 @@ import orjson
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import expand
 from data_pipeline.containers import EXCERPT as EXCERPT
-from data_pipeline.containers import UNKNOWN, Malformed, Record, excerpt, read_records
+from data_pipeline.containers import TEXT, UNKNOWN, Malformed, Record, excerpt, read_records
 from data_pipeline.streams import PART, Damaged
 
+_TEXTS = 256  # text files that are one input
 SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others", "en", "code")
 
 
@@ -26,20 +27,21 @@ SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others", "en", "cod
 class Fields:
     """Names of the record's keys that hold a document's parts; all other keys go to `meta`."""
 
-    id: str
-    url: str
-    source: str
-    text: str
+    id: str  # of the document; without one it is FILE:LINE
+    url: str  # where the text was found
+    source: str  # the subset: one of SUBSETS
+    text: str  # the text itself
 
 
-_PAGE = Fields(id="id", url="url", source="source", text="text")  # of a web archive
+_PAGE = Fields(id="id", url="url", source="source", text="text")  # of a web archive, and of a text
 
 
 @dataclasses.dataclass(frozen=True)
 class InputFile:
     """One input file: the pointer that Beam carries. `name` starts the ids of records that have none.
 
-    source: the subset of all its records, where the user names it; rest: the other parts of a file that was cut.
+    source: the subset of all its records, where the user names it; rest: the other parts of a file that was cut, or
+    further texts, each a document, that one worker reads.
     """
 
     index: int
@@ -52,6 +54,11 @@ class InputFile:
     def paths(self) -> tuple[str, ...]:
         """What to read, in order."""
         return (self.path, *self.rest)
+
+    @property
+    def label(self) -> str:
+        """What it is called in reports; its records' lines count in there."""
+        return f"{self.path} to {self.rest[-1]}" if self.rest and TEXT.search(self.path) else self.path
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,23 +86,36 @@ def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
         for path in expand([pattern]):
             if sources.setdefault(path, own) != own:
                 raise UserError(f"input: {path} is named twice, for {own} and for {sources[path]}")
-    return [dataclasses.replace(file, source=sources[file.path]) for file in input_files(sorted(sources))]
+    files = input_files(sorted(sources), sources)
+    return [dataclasses.replace(file, source=sources[file.path]) for file in files]
 
 
-def input_files(paths: Sequence[str]) -> list[InputFile]:
-    """Numbers the inputs. NAME.part00, NAME.part01 ... are one file that was cut by bytes, as the released MAP-CC is.
+def input_files(paths: Sequence[str], sources: Mapping[str, str | None] | None = None) -> list[InputFile]:
+    """Numbers the inputs. NAME.part00, NAME.part01 ... are one file that was cut by bytes, as the released MAP-CC is;
+    texts are small and many: hundreds of them are one input, if `sources` has the same for all.
 
     Raises:
       UserError: a part is missing before another, or a file is there both whole and in parts.
     """
     whole: dict[str, list[str]] = {}
+    first_texts: dict[str | None, str] = {}
     for path in paths:
-        whole.setdefault(PART.sub("", path), []).append(path)
+        name, own = PART.sub("", path), (sources or {}).get(path)
+        if TEXT.search(path):
+            if len(whole.get(first_texts.get(own), ())) % _TEXTS == 0:
+                first_texts[own] = path
+            name = first_texts[own]
+        whole.setdefault(name, []).append(path)
     files = []
     for (path, pieces), name in zip(whole.items(), file_names(list(whole)), strict=True):
-        first, *rest = _in_order(path, pieces)
+        first, *rest = pieces if TEXT.search(path) else _in_order(path, pieces)
         files.append(InputFile(len(files), first, name, rest=tuple(rest)))
     return files
+
+
+def single_files(paths: Sequence[str]) -> list[InputFile]:
+    """Numbers the inputs, each file by itself."""
+    return [InputFile(i, path, name) for i, (path, name) in enumerate(zip(paths, file_names(paths), strict=True))]
 
 
 def file_names(paths: Sequence[str]) -> list[str]:
@@ -151,7 +171,7 @@ class DocumentReader:
             self.damage = f"{damage} (after {self.records:,} records)"
 
     def _document(self, record: Record) -> Document | Malformed:
-        values, names = record.values, _PAGE if record.is_page else self._fields
+        values, names = record.values, _PAGE if record.has_own_keys else self._fields
         text, identity, url = (values.get(name) for name in (names.text, names.id, names.url))
         taken = {names.text, names.id, names.url}
         source = self._file.source

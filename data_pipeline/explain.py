@@ -30,7 +30,7 @@ BY_FILTERS, BY_DEDUP, BY_BENCHMARKS, KEPT = "rejected", "duplicate", "contaminat
 
 @dataclasses.dataclass(frozen=True)
 class ExplainConfig:
-    """documents: ids; text_chars: most characters shown of a text; json: a JSON object a line."""
+    """documents: ids; text_chars: [characters] most characters shown of a text; json: a JSON object a line."""
 
     documents: tuple[str, ...]
     text_chars: int

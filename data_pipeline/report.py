@@ -63,9 +63,9 @@ def collect(
     for file in files:
         counts = read_json(layout.counts(file.index))
         if counts["damage"]:
-            damaged.append({"file": file.path, "damage": counts["damage"], "records": counts["records"]})
+            damaged.append({"file": file.label, "damage": counts["damage"], "records": counts["records"]})
         elif not counts["records"]:
-            empty.append(file.path)
+            empty.append(file.label)
         later = [layout.outcome(file.index), *([layout.cleaned(file.index)] if looked else [])]
         for part in (counts, *map(read_json, later)):
             for subset, values in part["subsets"].items():

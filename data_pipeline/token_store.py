@@ -47,14 +47,14 @@ class TokenizeConfig:
     tokenizer: str  # folder of `ctllm tokenizer`, or a model file
     template: str  # of chats: "ctllm" (ours), "tokenizer" (that came with it), "chatml", "llama2", or a Jinja file
     learn: str  # of a conversation, kind chat: "assistant" (every answer), "last" (the final one) or "all"
-    ratio: dict[str, float]  # kinds chat and preference: records by language, exactly; empty takes all
-    sequence_length: int
+    ratio: dict[str, float]  # [share] kinds chat and preference: records by language, exactly; empty takes all
+    sequence_length: int  # [tokens] of a row
     keep: str  # kinds chat and preference: of an example longer than a row the "start" or the "end" (the last answer)
     packing: str  # of documents: "best_fit", or "wrapped" (end to end and cut at row ends, as the released models saw)
-    validation_share: float  # part of the documents held out, by the hash of their id
-    shards: int  # of each source and split; 0: as many as the source has files
-    seed: int
-    beam: BeamConfig
+    validation_share: float  # [share] part of the documents held out, by the hash of their id
+    shards: int  # [shards] of each source and split; 0: as many as the source has files
+    seed: int  # [1] of the order in which documents are packed
+    beam: BeamConfig  # where it runs
 
     def __post_init__(self):
         if self.kind not in KINDS:

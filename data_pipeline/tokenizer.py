@@ -46,13 +46,13 @@ class TokenizerConfig:
 
     corpus: str  # folder of `ctllm corpus`
     model: str | None  # a SentencePiece .model, a tokenizer.json, or the folder of one
-    report_bytes: int  # UTF-8 bytes of each subset that are measured, about
-    vocab_size: int | None
-    sample_bytes: int | None  # UTF-8 bytes of text to train on, over all subsets
-    character_coverage: float | None  # share of all characters that get a piece; the others are spelt in bytes
-    weights: dict[str, float] | None  # share of each subset in the sample (any scale); empty: by size
-    seed: int | None
-    threads: int | None  # SentencePiece's; the result does not depend on it
+    report_bytes: int  # [bytes] of each subset, as UTF-8, that are measured, about
+    vocab_size: int | None  # [pieces] of the model
+    sample_bytes: int | None  # [bytes] of text, as UTF-8, to train on, over all subsets
+    character_coverage: float | None  # [share] of all characters that get a piece; the others are spelt in bytes
+    weights: dict[str, float] | None  # [share] of each subset in the sample (any scale); empty: by size
+    seed: int | None  # [1] of the sample
+    threads: int | None  # [threads] SentencePiece's; the result does not depend on it
 
     def __post_init__(self):
         given = [name for name in _TRAINING if getattr(self, name) is not None]

@@ -287,3 +287,39 @@ def test_a_decompression_bomb_takes_little_memory_and_is_named(tmp_path, monkeyp
         assert "decompression bomb" in reader.damage
     assert (not items and kind == "parquet page") or items[0].text == "good"
     assert peak < 40_000_000
+
+
+# ---- Texts
+
+
+def test_a_text_is_a_document_whose_id_is_its_path(tmp_path):
+    paths = [
+        written(tmp_path / "a.txt", "\ufeff第一行\r\n第二行\n".encode()),
+        written(tmp_path / "b.txt.gz", gzip.compress(b'{"text": 1}')),
+        written(tmp_path / "c.txt", b" \n"),
+        written(tmp_path / "d.txt", "国".encode("gb18030") * 40),
+        written(tmp_path / "e.txt.gz", gzip.compress(b"x" * 5000)[:30]),
+        written(tmp_path / "f.txt", b"x" * 1001),
+        written(tmp_path / "g.txt", b"y" * 1000),
+    ]
+    # The user's names of keys are those of JSON lines
+    items, reader = read(*paths, limit=1000, fields=Fields(id="key", url="u", source="kind", text="body"))
+    texts = {item.id: item.text for item in items if isinstance(item, Document)}
+    assert texts == {str(paths[0]): "第一行\n第二行\n", str(paths[1]): '{"text": 1}', str(paths[6]): "y" * 1000}
+    refused = {item.line: (item.reason, item.detail) for item in items if isinstance(item, Malformed)}
+    reasons = {3: "empty_text", 4: "invalid_utf8", 5: "damaged_file", 6: "record_too_long"}
+    assert {line: reason for line, (reason, _) in refused.items()} == reasons
+    assert all(str(paths[line - 1]) in refused[line][1] for line in (4, 5, 6))
+    assert "gb18030" in refused[4][1] and reader.records == 7 and reader.damage is None
+
+
+def test_texts_of_one_subset_are_read_by_hundreds(tmp_path):
+    for number in range(300):
+        written(tmp_path / f"{number:03}.txt", b"t")
+    written(tmp_path / "000.jsonl", b'{"text": "t"}\n')
+    found = find_inputs([f"zh_books={tmp_path}/0*", f"{tmp_path}/[12]*.txt"])
+    sizes = [(os.path.basename(file.path), file.source, len(file.paths)) for file in found]
+    assert sizes == [("000.jsonl", "zh_books", 1), ("000.txt", "zh_books", 100), ("100.txt", None, 200)]
+    assert len({file.name for file in found}) == 3
+    assert found[1].label == f"{tmp_path}/000.txt to {tmp_path}/099.txt" and found[0].label == found[0].path
+    assert [len(file.paths) for file in find_inputs([f"{tmp_path}/*.txt"])] == [256, 44]

@@ -26,13 +26,14 @@ def test_progress_shows_total_rate_time_left_and_a_remark(clock):
     assert last == "train: 1,001/2,000 steps  50/s  20.0 s  loss 2.5"
 
 
-def test_the_rate_leaves_out_what_was_done_before(clock):
+def test_the_rate_leaves_out_what_was_done_before_and_the_time_until_the_first_report(clock):
     stream = io.StringIO()
     with progress.Progress("train", None, "steps", stream) as shown:
+        clock[0] += 60
         shown.at(5000)
         clock[0] += 10
         shown.at(5020)
-    assert stream.getvalue().splitlines()[-1] == "train: 5,020 steps  2/s  10.0 s"
+    assert stream.getvalue().splitlines()[-1] == "train: 5,020 steps  2/s  70.0 s"
 
 
 def test_amounts_are_added_up_and_a_log_gets_a_line_now_and_then(clock):

@@ -3,14 +3,21 @@
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pytest
+import tiny_stages
 from command import ctllm
+from tiny_stores import train_values
 
+from ctllm_jax import convert, train
+from ctllm_jax.common.config import build
 from ctllm_jax.common.files import write_json
 from ctllm_jax.metrics import goodput, report_page
+from ctllm_jax.metrics.card import BY_HAND, cards
 from ctllm_jax.metrics.run_record import read_run
+from ctllm_jax.train_config import TrainConfig
 
 STEPS = 40
 
@@ -174,3 +181,80 @@ def test_a_run_record_is_what_the_files_say(tmp_path):
     assert record.settings == {
         "optimizer.learning_rate": 1e-3, "batch_size": 8, "seed": 1, "model.num_layers": 2
     }  # fmt: skip
+
+
+# ---- Cards
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(run directory, folder of the stages it was made from): two steps on the sample's corpus."""
+    stages = tiny_stages.stages()
+    values = train_values(stages / "pretrain")
+    model = values["model"] | {"vocab_size": 1500, "padded_vocab_size": 1536, "max_length": tiny_stages.LENGTH}
+    values |= {"model": model, "duration": "2 steps"}
+    values["data"] |= {"rates": {}}
+    values["checkpoints"] |= {"every": 1, "kept": 2}
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train.run(build(TrainConfig, values), str(folder))
+    return folder, stages
+
+
+def test_cards_say_what_the_stages_have_left_and_what_nobody_told(tmp_path, trained, capsys):
+    run, stages = trained
+    assert ctllm(capsys, "report", str(run), "--card", f"--workdir={tmp_path}")[0] == 0
+    model, data = ((tmp_path / f"{name}_CARD.md").read_text() for name in ("MODEL", "DATA"))
+    about = json.loads((run / "run.json").read_text())
+    last = read_run(run, "run").entries["eval"][-1]
+    assert f"| parameters | {about['parameters']:,} |" in model and "| steps | 2 |" in model
+    assert f"| tokens gone through, padding included | {2 * about['tokens_per_step']:,} |" in model
+    assert f"| bits_per_byte | {last['bits_per_byte']:.6g} | bits per byte |" in model
+    assert "unknown: no evaluation was named" in model
+    store, corpus = (json.loads((stages / name / "manifest.json").read_text()) for name in ("pretrain", "corpus"))
+    entry = store["result"]["splits"]["train"]["zh_cc"]
+    assert f"| train | zh_cc | {entry['documents']:,} | {entry['rows']:,} | {entry['tokens']:,} |" in data
+    left = [count for _, count in corpus["result"]["totals"]["funnel"]]
+    assert "| all | " + " | ".join(f"{count:,}" for count in left) in data
+    assert "| chinese | characters | min 50.0, max 10,000,000.0 |" in data
+    assert data.count(BY_HAND) == 3 + len(tiny_stages.SUBSETS) and model.count(BY_HAND) == 3
+
+
+def test_a_card_that_was_filled_in_is_not_overwritten(tmp_path, trained, capsys):
+    arguments = ("report", str(trained[0]), "--card", f"--workdir={tmp_path}")
+    assert ctllm(capsys, *arguments)[0] == ctllm(capsys, *arguments)[0] == 0
+    file = tmp_path / "DATA_CARD.md"
+    file.write_text(file.read_text().replace(BY_HAND, "CC BY 4.0", 1))
+    status, _, err = ctllm(capsys, *arguments)
+    assert status == 2 and "DATA_CARD.md has been filled in by hand" in err and "CC BY 4.0" in file.read_text()
+
+
+def test_a_card_takes_scores_of_finished_evaluations_and_no_other_store(tmp_path, trained, capsys):
+    run, stages = trained
+    scores = f"--config.scores=('{tmp_path}',)"
+    assert "not a finished folder" in ctllm(capsys, "report", str(run), "--card", scores)[2]
+    found = {"model": "run@2", "digest": "d", "perplexity": None, "benchmarks": {}, "tasks": {}}
+    write_json(tmp_path / "manifest.json", {"stage": "eval", "fingerprint": "f", "result": found})
+    assert "model run@2 (d)" in cards(run, [str(tmp_path)])["MODEL_CARD.md"]
+    shutil.copytree(run, tmp_path / "copy")
+    stage = json.loads((run / "stage.json").read_text())
+    write_json(tmp_path / "copy" / "stage.json", stage | {"inputs": {"store": "another"}})
+    assert "unknown: " in (card := cards(tmp_path / "copy", [])["DATA_CARD.md"]) and "made anew" in card
+    for refused in ((str(run), str(run), "--card"), (str(run), scores)):
+        assert ctllm(capsys, "report", *refused)[0] == 2
+
+
+def test_all_checkpoints_become_a_series_named_by_tokens(tmp_path, trained):
+    run, _ = trained
+    config = convert.ConvertConfig(str(run), None, "huggingface", "float32", all_steps=True)
+    models = convert.run(config, str(tmp_path))["models"]
+    tokens = json.loads((run / "run.json").read_text())["tokens_per_step"]
+    assert list(models) == [str(tokens), f"{2 * tokens / 1000:.2f}K"]
+    for step, name in enumerate(models, 1):
+        assert models[name]["source"] == f"run@{step}" and (tmp_path / name / "model" / "config.json").is_file()
+    assert models == convert.run(config, str(tmp_path))["models"]
+
+
+def test_series_names_are_those_of_the_released_checkpoints():
+    step = 512 * 4096
+    assert convert.series_names([6_356 * step, 381_422 * step, 0]) == ["13.33B", "799.90B", "0"]
+    assert convert.series_names([1_000_000, 1_000_001]) == ["1000000", "1000001"]

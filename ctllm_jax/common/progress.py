@@ -17,6 +17,7 @@ class Progress:
         self._interval = 0.2 if self._terminal else 10.0
         self._start = self._last = time.monotonic()
         self._first = None  # done at the first report, so that resumed work does not inflate the rate
+        self._first_at = self._start  # nor does what came before it, as a compilation, lower it
         self._done = 0
         self._note = ""
 
@@ -29,7 +30,7 @@ class Progress:
     def at(self, done: int, note: str = "") -> None:
         """Reports the total amount done so far, with an optional remark (a loss, a file name)."""
         if self._first is None:
-            self._first = done
+            self._first, self._first_at = done, time.monotonic()
         self._done, self._note = done, note
         if time.monotonic() - self._last >= self._interval:
             self._draw()
@@ -43,7 +44,7 @@ class Progress:
     def _draw(self, final: bool = False) -> None:
         self._last = time.monotonic()
         seconds = max(self._last - self._start, 1e-9)
-        rate = (self._done - (self._first or 0)) / seconds
+        rate = (self._done - (self._first or 0)) / max(self._last - self._first_at, 1e-9)
         parts = [f"{self._label}: {self._done:,}" + (f"/{self._total:,}" if self._total else "") + f" {self._unit}"]
         parts.append(f"{rate:,.4g}/s")
         if final:

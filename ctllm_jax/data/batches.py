@@ -26,8 +26,8 @@ _AHEAD = 2  # batches that are read while one is used
 class RateChange:
     """Other rates from a step on (steps count from 1)."""
 
-    step: int
-    rates: dict[str, float]
+    step: int  # [steps] the first at these rates
+    rates: dict[str, float]  # [share] of each source (any scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class DataConfig:
     """What is read and in which proportion."""
 
     store: str  # folder of `ctllm tokenize`, local or gs://
-    rates: dict[str, float]  # share of each source (any scale); empty: by rows
+    rates: dict[str, float]  # [share] of each source (any scale); empty: by rows
     rate_changes: tuple[RateChange, ...]  # a run that goes on may add some after the step it has reached
     mask_documents: bool  # False lets tokens see earlier documents of their row, as the released model did
 

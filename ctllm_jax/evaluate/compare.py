@@ -24,7 +24,7 @@ class CompareConfig:
     """What `ctllm compare` reads."""
 
     evaluations: tuple[str, ...]  # two finished folders of `ctllm eval`
-    draws: int  # of the bootstrap
+    draws: int  # [draws] of the bootstrap
 
     def __post_init__(self):
         if len(self.evaluations) != 2:

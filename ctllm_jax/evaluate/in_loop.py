@@ -41,12 +41,12 @@ from ctllm_jax.step import batch_sharding
 class InLoopConfig:
     """How often a run looks at itself, and at what."""
 
-    every: int  # steps between looks; there is one before the first step and one after the last
-    batches: int  # most batches of held-out data of each source at a look
+    every: int  # [steps] between looks; there is one before the first step and one after the last
+    batches: int  # [batches] most batches of held-out data of each source at a look
     tasks: tuple[str, ...]  # declared tasks of kind lm_eval: TOML files, looked for here, then in the repository
-    items: int  # most questions of each task: spread evenly over its rows, the same ones at every look
+    items: int  # [questions] most questions of each task: spread evenly over its rows, the same ones at every look
     prompts: tuple[str, ...]  # continued in samples.jsonl; a user's messages where the store holds conversations
-    sample_tokens: int  # most tokens of a continuation
+    sample_tokens: int  # [tokens] most tokens of a continuation
 
     def __post_init__(self):
         if self.items < 1 or self.sample_tokens < 1:

@@ -27,9 +27,9 @@ class PerplexityConfig:
     """Which rows are read."""
 
     store: str  # folder of `ctllm tokenize`
-    split: str
-    rows: int  # most held-out rows of each source
-    baseline_rows: int  # most train rows of each source that the unigram baseline counts
+    split: str  # of the store: "validation" or "train"
+    rows: int  # [rows] most held-out rows of each source
+    baseline_rows: int  # [rows] most train rows of each source that the unigram baseline counts
 
 
 def perplexity(models: Sequence[LoadedModel], store: TokenStore, config: PerplexityConfig, batch_tokens: int) -> dict:

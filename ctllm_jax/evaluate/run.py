@@ -32,19 +32,19 @@ class EvalConfig:
     """What `ctllm eval` reads."""
 
     model: str  # run directory or Hugging Face folder
-    step: int | None  # checkpoint of a run; None is the newest
+    step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
     perplexity: PerplexityConfig  # skipped where its store is empty
     benchmarks: tuple[str, ...]  # declared tasks: names of shipped ones (ceval_ppl) or paths of TOML files
     data: str  # folder of the benchmarks' published files, a folder in it for each
     partly: bool  # go on without the files that are missing; the scores name what was left out
     unsafe_programs: bool  # run programs that the model writes even where they cannot be isolated
-    limit: int | None  # most items of each of a benchmark's subsets, for a trial; None takes all
+    limit: int | None  # [items] most items of each of a benchmark's subsets, for a trial; None takes all
     bos: bool  # open benchmarks' prompts with the beginning-of-document id
     prompts: tuple[str, ...]  # continued in samples.jsonl
     chat: bool  # wrap the prompts as a user's message in the chat template
-    sampling: SamplingConfig
-    batch_tokens: int  # most tokens of a scoring batch; speed and memory only
+    sampling: SamplingConfig  # of generated answers and samples
+    batch_tokens: int  # [tokens] most tokens of a scoring batch; speed and memory only
 
 
 def run(config: EvalConfig, workdir: str) -> dict:

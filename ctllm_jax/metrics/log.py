@@ -25,10 +25,10 @@ from ctllm_jax.metrics.trackers import TensorBoard, Tracker, WeightsAndBiases
 class LogConfig:
     """What is written down while a run goes on."""
 
-    every: int  # steps between lines of metrics.jsonl
+    every: int  # [steps] between lines of metrics.jsonl
     tensorboard: bool  # the same as TensorBoard's event files, in RUN/tensorboard
     wandb: str | None  # and to Weights & Biases, as a run of this project
-    profile: tuple[int, ...]  # (first, last) step of a profile, in RUN/profile; empty: none but on SIGUSR1
+    profile: tuple[int, ...]  # [steps] (first, last) step of a profile, in RUN/profile; empty: none but on SIGUSR1
 
     def __post_init__(self):
         if self.every < 1:

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from ctllm_jax.common.files import as_path, write_atomic
+from ctllm_jax.metrics.card import cards, keep_what_was_filled_in
 from ctllm_jax.metrics.report_page import page
 from ctllm_jax.metrics.run_record import RunRecord, read_run
 
@@ -15,25 +16,37 @@ class ReportConfig:
     """What `ctllm report` shows."""
 
     runs: tuple[str, ...]  # run directories
-    smooth: float  # share of a training curve that the mean around a point reaches over to both sides (0: none)
+    smooth: float  # [share] of a training curve that the mean around a point reaches over to both sides (0: none)
+    card: bool  # MODEL_CARD.md and DATA_CARD.md as well, of one run
+    scores: tuple[str, ...]  # finished folders of `ctllm eval` for the model card
 
     def __post_init__(self):
         if not self.runs:
             raise ValueError("give at least one run directory: ctllm report RUN [RUN ...]")
         if not 0 <= self.smooth <= 1:
             raise ValueError(f"smooth {self.smooth} is no share of a curve, from 0 to 1")
+        if self.card and len(self.runs) > 1:
+            raise ValueError("a card is of one run: ctllm report RUN --card")
+        if self.scores and not self.card:
+            raise ValueError("scores are for a card: add --card")
 
 
 def run(config: ReportConfig, workdir: str | None) -> dict:
-    """Writes report.html into `workdir`, or into the first run's folder; returns {"report": its path}.
+    """Writes report.html, and cards if asked for, into `workdir` or the first run's folder; returns {"report": path}.
 
     Raises:
-      UserError: a folder is no run.
+      UserError: a folder is no run, or an evaluation is not finished.
     """
     runs = read_runs(config.runs)
     path = as_path(workdir or config.runs[0]) / "report.html"
-    write_atomic(path, page(runs, config.smooth))
-    print(f"report: {path}")
+    written = {path: page(runs, config.smooth)}
+    if config.card:
+        for name, text in cards(config.runs[0], config.scores).items():
+            keep_what_was_filled_in(path.with_name(name), text)
+            written[path.with_name(name)] = text
+    for file, text in written.items():
+        write_atomic(file, text)
+        print(f"report: {file}")
     return {"report": str(path)}
 
 

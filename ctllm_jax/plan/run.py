@@ -19,12 +19,12 @@ from ctllm_jax.train_config import TrainConfig
 class PlanConfig:
     """What `ctllm plan` reads."""
 
-    train: TrainConfig
+    train: TrainConfig  # the config of the run that is planned
     slice: str  # one or several, with commas
-    tokens: float  # billions to train on; 0 takes the config's own steps
+    tokens: float  # [billions of tokens] to train on; 0 takes the config's own steps
     compile: bool  # False leaves it at arithmetic
     search: bool  # rank meshes, remat policies and microbatches
-    json: bool
+    json: bool  # a JSON object a line instead of text
 
     def __post_init__(self):
         if not self.slice:

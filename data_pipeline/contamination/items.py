@@ -7,7 +7,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import expand, identity, read_jsonl
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
 from ctllm_jax.evaluate.texts import item_texts
-from data_pipeline.documents import InputFile, input_files
+from data_pipeline.documents import InputFile, single_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,14 +16,14 @@ class BenchmarkConfig:
 
     data: folder of the benchmarks' files as published; tasks: declared tasks that are read from it, as in `ctllm eval`.
     items: globs of JSON lines, each with `field` (a text, or several) and, if it has one, `id`.
-    ngram: units (Chinese characters, or words of scripts that part them) that an item and a text must share in a row.
-    min_coverage: share of an item's units in shared n-grams from which on it was seen; 0: one n-gram is enough.
+    ngram: [units] that an item and a text must share in a row: Chinese characters, or words of scripts that part them.
+    min_coverage: [share] of an item's units in shared n-grams from which on it was seen; 0: one n-gram is enough.
     """
 
     data: str
     tasks: tuple[str, ...]
     items: tuple[str, ...]
-    field: str
+    field: str  # key of an item's text in these lines
     ngram: int
     min_coverage: float
 
@@ -61,7 +61,7 @@ def read_items(config: BenchmarkConfig) -> tuple[list[Item], list[str]]:
         benchmark = load_benchmark(load_task(name), config.data)
         marks.append(benchmark.protocol)
         found += [Item(benchmark.task.name, identifier, text) for identifier, text in item_texts(benchmark)]
-    for file in input_files(expand(config.items)):
+    for file in single_files(expand(config.items)):
         marks += [file.name, identity(file.path)]
         found += _own(file, config.field)
     if not found:

@@ -36,8 +36,8 @@ _TEXTS, _CHARACTERS = 512, 1 << 19  # a batch is closed when it holds this many 
 class ContaminationConfig(SourceConfig):
     """What is looked for, in what (see SourceConfig), and where it runs."""
 
-    benchmarks: BenchmarkConfig
-    beam: BeamConfig
+    benchmarks: BenchmarkConfig  # what is looked for, and from what on it counts as seen
+    beam: BeamConfig  # where it runs
 
 
 def run(config: ContaminationConfig, workdir: str) -> dict:

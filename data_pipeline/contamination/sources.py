@@ -11,7 +11,7 @@ from typing import Any
 from ctllm_jax.common.files import expand, identity
 from ctllm_jax.common.manifest import stage_fingerprint
 from ctllm_jax.data.store import open_store
-from data_pipeline.documents import SUBSETS, DocumentReader, Fields, InputFile, Malformed, input_files
+from data_pipeline.documents import SUBSETS, DocumentReader, Fields, InputFile, Malformed, input_files, single_files
 from data_pipeline.formats import Unusable, normalise
 from data_pipeline.records import entries
 
@@ -45,14 +45,13 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Exactly one of: globs of documents (JSON lines), globs of records (conversations or preference pairs, see
-    records.py), a folder of `ctllm corpus`, a folder of `ctllm tokenize`. fields: the documents' keys."""
+    """Exactly one of documents, records, corpus and store."""
 
-    documents: tuple[str, ...]
-    records: tuple[str, ...]
-    corpus: str
-    store: str
-    fields: Fields
+    documents: tuple[str, ...]  # globs of documents, as `ctllm corpus` reads them
+    records: tuple[str, ...]  # globs of conversations or preference pairs, as `ctllm tokenize` reads them
+    corpus: str  # folder of `ctllm corpus`
+    store: str  # folder of `ctllm tokenize`
+    fields: Fields  # names of the documents' keys
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.documents, self.records, self.corpus, self.store))) != 1:
@@ -67,7 +66,8 @@ def shards_of(config: SourceConfig) -> tuple[list[Shard], list[str]]:
     """
     if config.documents or config.records:
         kind = "documents" if config.documents else "records"
-        files = input_files(expand(config.documents or config.records))
+        numbered = input_files if config.documents else single_files
+        files = numbered(expand(config.documents or config.records))
         marks = [" ".join([file.name, *map(identity, file.paths)]) for file in files]
         return [Shard(file.index, kind, file.path, file.name, rest=file.rest) for file in files], marks
     if config.corpus:

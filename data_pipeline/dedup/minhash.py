@@ -20,18 +20,18 @@ from data_pipeline.documents import Document
 class DedupConfig:
     """MinHash over `shingle` characters; a pair that agrees in all rows of a band is compared in full.
 
-    min_similarity: share of equal signature values from which on two documents count as one; 0: a band is enough.
-    key_ranges: parts into which each band (and the exact hashes) are split, the unit of parallel work: a worker holds
+    min_similarity: [share] of equal signature values from which on two documents count as one; 0: a band is enough.
+    key_ranges: [parts] into which each band (and the exact hashes) are split, the unit of parallel work: a worker holds
       16 bytes * documents / key_ranges, and about six times that while it sorts.
-    most_edges: pairs of duplicates that one process joins to clusters; more are joined in rounds, by all workers.
+    most_edges: [pairs] of duplicates that one process joins to clusters; more are joined in rounds, by all workers.
     similar_lines: 'paper' or 'released': sentences that repeat an earlier one of their document are dropped by that
       rule (similar_lines.py); '': none is.
     earlier: folders of finished corpora with which this one is compared; what they hold is not kept again.
     """
 
-    shingle: int
-    bands: int
-    rows: int
+    shingle: int  # [characters] of the pieces that two documents are compared by
+    bands: int  # [bands] of the signature; a pair that agrees in all rows of one is a candidate
+    rows: int  # [hashes] of a band
     min_similarity: float
     key_ranges: int
     most_edges: int

@@ -25,7 +25,7 @@ class MeasureConfig:
 
     read_more: endings of lines that only ask to read on, as they are written.
     segmenter: 'jieba', or 'rjieba', which is twenty times faster and cuts one document in twenty a little otherwise.
-    segmented_characters: so many characters of a text are cut into words; None: all.
+    segmented_characters: [characters] so many of a text are cut into words; None: all.
     """
 
     read_more: tuple[str, ...]

@@ -13,7 +13,10 @@ from data_pipeline.filters.batch import utf8
 
 @dataclasses.dataclass(frozen=True)
 class LanguageConfig:
-    """sample_characters: how much of a text the model reads (None: all); line_break: what it reads for a line's end."""
+    """What the model of languages reads.
+
+    sample_characters: [characters] of a text (None: all); line_break: what it reads for a line's end.
+    """
 
     sample_characters: int | None
     line_break: str

@@ -17,7 +17,7 @@ class LineConfig:
     """A line stays if all hold; a neutral value switches a rule off.
 
     ends: it ends in one of these characters ('': any).
-    min_words: it has so many words (0: any).
+    min_words: [words] it has at least so many (0: any).
     phrases: it holds none of these, in whatever case.
     word_lists: it has no word of the .txt files in this folder, an entry a line ('': no lists).
     """

@@ -40,7 +40,7 @@ class MaskConfig:
     bank_card: 15 to 19 digits, in fours or together, as issued to persons, with the right check digit (Luhn).
     """
 
-    email: str
+    email: str  # what stands in place of an address; '': it stays
     phone: str
     id_card: str
     bank_card: str

@@ -17,8 +17,8 @@ RULE = "quality_score"
 class QualityConfig:
     """model: path of a supervised model ('': none is asked).
 
-    subsets: those that are judged; label: what the model calls good, without `__label__`; min_score: its least
-    probability; segment: the text is cut into words by rjieba first, for models that were trained so.
+    subsets: those that are judged; label: what the model calls good, without `__label__`; min_score: [probability] its
+    least; segment: the text is cut into words by rjieba first, for models that were trained so.
     """
 
     model: str

@@ -21,22 +21,22 @@ _KANA_HANGUL = 0.02  # share up to which a name or a quotation explains them
 class Limits:
     """A document passes if min <= value <= max and above < value; None means no bound."""
 
-    min: float | None = None
-    above: float | None = None
-    max: float | None = None
+    min: float | None = None  # [the measure's] least value that passes; None: no bound
+    above: float | None = None  # [the measure's] values up to this one do not pass; None: no bound
+    max: float | None = None  # [the measure's] largest value that passes; None: no bound
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
     """Labels of fastText's lid.176 that a subset accepts (empty: any), and the least score.
 
-    min_han: from this share of Han characters on, with next to no kana and hangul, a text is Chinese and the model is
-    not asked (there is no score then): it takes classical and technical Chinese for Japanese or Serbo-Croatian now and
-    then. None: it always is.
+    min_han: [share] of Han characters from which on, with next to no kana and hangul, a text is Chinese and the model
+    is not asked (there is no score then): it takes classical and technical Chinese for Japanese or Serbo-Croatian now
+    and then. None: it always is.
     """
 
-    labels: tuple[str, ...]
-    min_score: float
+    labels: tuple[str, ...]  # of fastText's lid.176 that the subset accepts; empty: any
+    min_score: float  # [probability] least score of the label
     min_han: float | None = None
 
     def shown_by_script(self, signals: Mapping[str, float]) -> bool:
@@ -47,20 +47,17 @@ class Language:
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
     """What is done to a document, in this order: its text is rewritten, lines are dropped, what tells of a person is
-    masked, the rest is judged.
+    masked, the rest is judged."""
 
-    rules: family -> measure -> limits; languages: subset -> language, subsets not named are unchecked.
-    """
-
-    rewrite: rewrite.RewriteConfig
-    lines: lines.LineConfig
-    mask: mask.MaskConfig
-    urls: urls.UrlConfig
-    measures: MeasureConfig
-    rules: dict[str, dict[str, Limits]]
-    language: LanguageConfig
-    languages: dict[str, Language]
-    quality: quality.QualityConfig
+    rewrite: rewrite.RewriteConfig  # what is changed in a text
+    lines: lines.LineConfig  # which lines are dropped
+    mask: mask.MaskConfig  # what tells of a person, and what stands in its place
+    urls: urls.UrlConfig  # addresses that are not wanted
+    measures: MeasureConfig  # what measures need to know
+    rules: dict[str, dict[str, Limits]]  # family -> measure -> limits
+    language: LanguageConfig  # how the language is told
+    languages: dict[str, Language]  # subset -> its language; subsets not named are unchecked
+    quality: quality.QualityConfig  # a model of quality, if one is wanted
 
     def __post_init__(self) -> None:
         for family, limits in self.rules.items():

@@ -40,7 +40,7 @@ def filter_file(file: InputFile, settings: FilterSettings, layout: Layout) -> In
     filters = Filters(settings.filters)
     with contextlib.ExitStack() as stack:
         writer = _Writer(file, layout, stack)
-        signals = SignalWriter(file.path, file.index, layout, stack)
+        signals = SignalWriter(file.label, file.index, layout, stack)
         hashes = stack.enter_context(HashWriter(layout.all_hashes(file.index)))
         for batch, malformed in _batches(reader):
             for item in malformed:
@@ -88,14 +88,14 @@ class _Writer:
         self._kept: dict[str, Any] = {}
         self._rejected = stack.enter_context(gzip_writer(layout.rejected(file.index, "filter")))
         self._row = 0
-        self.counts: dict[str, Any] = {"file": file.path, "subsets": {}, "examples": {}}
+        self.counts: dict[str, Any] = {"file": file.label, "subsets": {}, "examples": {}}
 
     def malformed(self, item: Malformed) -> None:
         """Rejects a record that is no document."""
         count = self._subset(item.source)
         count["read"] += 1
         count["malformed"][item.reason] = count["malformed"].get(item.reason, 0) + 1
-        place = {"file": self._file.path, "line": item.line}
+        place = {"file": self._file.label, "line": item.line}
         reason = {"rule": item.reason, "value": item.detail}
         self._rejected.write(json_line({**place, "source": item.source, "reasons": [reason], "excerpt": item.excerpt}))
         self._example(f"{self._file.name}:{item.line}", item.excerpt, reason)
@@ -112,7 +112,7 @@ class _Writer:
         if not verdict.reasons:
             meta = document.meta | verdict.aside
             document = dataclasses.replace(document, text=verdict.text, meta=meta)
-        place = {"file": self._file.path, "line": document.line}
+        place = {"file": self._file.label, "line": document.line}
         record = {name: getattr(document, name) for name in ("id", "url", "source", "text", "meta")}
         record |= {"signals": verdict.signals, **place}
         if not verdict.reasons:

@@ -25,7 +25,7 @@ class AnswerConfig:
     """What `ctllm answer` reads."""
 
     model: str  # run directory or Hugging Face folder, of a model with a chat template
-    step: int | None  # checkpoint of a run; None is the newest
+    step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
     questions: str  # a shipped set (bafang), or files: see `question_sets.read_questions`
     system: str  # system message before each conversation; empty is none

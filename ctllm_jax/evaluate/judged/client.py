@@ -28,10 +28,10 @@ class JudgeConfig:
     """A judge: a model at an endpoint."""
 
     url: str  # up to and without /chat/completions
-    model: str
+    model: str  # its name at the endpoint
     key: str  # environment variable that holds the key; empty where none is needed
-    temperature: float | None  # None is the endpoint's own
-    max_tokens: int  # of a judgement
+    temperature: float | None  # [1] None is the endpoint's own
+    max_tokens: int  # [tokens] of a judgement
     limit_name: str  # what the endpoint calls that: max_tokens, or max_completion_tokens
 
     def __post_init__(self):

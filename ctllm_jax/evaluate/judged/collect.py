@@ -22,11 +22,11 @@ from ctllm_jax.evaluate.judged.client import Again, Endpoint, Refused
 class CallConfig:
     """How endpoints are asked; decides no result."""
 
-    at_once: int  # most requests under way
-    timeout_seconds: float  # of a request
-    attempts: int  # of a request, before it is left for the next run of the command
-    first_wait_seconds: float  # before the second attempt; doubles with each
-    longest_wait_seconds: float  # between attempts; an endpoint that asks for more ends the run
+    at_once: int  # [requests] most requests under way
+    timeout_seconds: float  # [s] of a request
+    attempts: int  # [attempts] of a request, before it is left for the next run of the command
+    first_wait_seconds: float  # [s] before the second attempt; doubles with each
+    longest_wait_seconds: float  # [s] between attempts; an endpoint that asks for more ends the run
     keep_refused: bool  # count requests that an endpoint refuses as without a mark, instead of ending in an error
 
     def __post_init__(self):
@@ -38,8 +38,8 @@ class CallConfig:
 class BudgetConfig:
     """What may be spent on one folder; None is no bound. Earlier runs' attempts in vain are not known."""
 
-    requests: int | None  # each attempt is one
-    tokens: int | None  # prompts and judgements, as the endpoint counts them; where it does not, the most it can be
+    requests: int | None  # [requests] each attempt is one
+    tokens: int | None  # [tokens] prompts and judgements, as the endpoint counts; where it does not, at most so many
 
 
 @dataclasses.dataclass(frozen=True)

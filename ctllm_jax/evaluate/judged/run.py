@@ -24,10 +24,10 @@ class JudgingConfig:
 
     answers: tuple[str, ...]  # folder of `ctllm answer`, or JSON lines; two of them are compared
     judges: dict[str, JudgeConfig]  # by the names that the scores have them under
-    samples: int  # judgements of each answer by each judge
-    draws: int  # of the bootstrap
-    calls: CallConfig
-    budget: BudgetConfig
+    samples: int  # [judgements] of each answer by each judge
+    draws: int  # [draws] of the bootstrap
+    calls: CallConfig  # how endpoints are asked
+    budget: BudgetConfig  # what may be spent
 
     def __post_init__(self):
         if self.samples < 1 or self.draws < 1:
