@@ -28,8 +28,8 @@ Chinese measure is); a measure without a limit is recorded all the same. Lists o
 `--config.filters.urls.folder=blacklists --config.filters.urls.categories="('adult','phishing')"`.
 
 Off until one asks for them: masks for what tells of a person (`--config.filters.mask.email="<EMAIL>"`, likewise phone,
-id_card, bank_card; what filters reject stays in rejected/ as it came), traditional to simplified characters
-(`--config.filters.rewrite.simplify=true`), and a fastText model of quality
+id_card, bank_card, in texts kept or rejected; `meta` and web addresses stay as they came), traditional to simplified
+characters (`--config.filters.rewrite.simplify=true`), and a fastText model of quality
 (`--config.filters.quality.model=MODEL.bin --config.filters.quality.label=good`).
 """
 

@@ -38,7 +38,7 @@ from data_pipeline.report_page import page
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 from data_pipeline.shards import Layout
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
