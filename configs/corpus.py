@@ -15,6 +15,9 @@ measured value, in Parquet: `ctllm sweep` and `ctllm explain` read it), hashes/ 
 one: `--config.dedup.earlier="('runs/corpus',)"`) and, where benchmarks are named (configs/contamination.py says how),
 hits.jsonl.
 
+`--config.pilot=0.01` builds one document in a hundred, says what time, disk and documents all of them will take, and
+leaves nothing behind. docs/beam.md says how to run on Prism, Flink and other clusters.
+
 Filters and deduplication of three kinds; `--config=configs/corpus.py:released` takes the third:
 
 default   what we would train on: the rules below, text left as it is but for web addresses and licence headers
@@ -54,6 +57,7 @@ def get_config(filters: str = "default") -> ConfigDict:
     config.benchmarks = benchmarks()  # documents that hold their items are left out
 
     config.beam = ConfigDict({"runner": "local", "options": ()})
+    config.pilot = 0.0
     return config
 
 

@@ -6,7 +6,7 @@ processes of a pool. BEAM_RUNNER and BEAM_OPTIONS are what the command gives to 
 
 service  Beam's Python job service; nothing to install
 prism    built from Beam's Go module by `go install`, which checks it against Go's checksum database
-flink    Flink from PyPI (its jars and scripts), Beam's job server for it from Maven Central (MAVEN_REPOSITORY names
+flink    Flink from PyPI (its jars), Beam's job server for it from Maven Central (MAVEN_REPOSITORY names
          another repository), checked against the SHA-1 beside it; both need Java
 """
 
@@ -32,6 +32,9 @@ FLINK = "1.20.5"  # of a line that Beam's job server is published for
 FLINK_SHA256 = "e6aee62ea1a1fe7b32e28894ad079f3f1a50a372a4caac3df52405267f4228c8"
 MAVEN = "https://repo.maven.apache.org/maven2"
 TASK_MANAGERS = 2
+JOB_MANAGER = "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"
+TASK_MANAGER = "org.apache.flink.runtime.taskexecutor.TaskManagerRunner"
+OPENED = ("java.lang", "java.net", "java.io", "java.nio", "java.text", "java.time", "java.util", "java.util.concurrent")
 
 
 class Unavailable(Exception):
@@ -93,24 +96,33 @@ def flink_cluster(folder: pathlib.Path, stack: contextlib.ExitStack) -> int:
     settings = {
         "jobmanager.rpc.address": "localhost",
         "jobmanager.rpc.port": free_port(),
-        "jobmanager.memory.process.size": "1024m",
-        "jobmanager.execution.failover-strategy": "region",
         "rest.address": "localhost",
         "rest.port": rest,
         "taskmanager.host": "localhost",
-        "taskmanager.memory.process.size": "1280m",
         "taskmanager.numberOfTaskSlots": 1,
-        "io.tmp.dirs": folder / "tmp",
-        "blob.server.port": 0,
+        "io.tmp.dirs": folder,
+        # Flink's scripts, which PyPI's package lacks, work these out from the size of a process.
+        "taskmanager.cpu.cores": 1.0,
+        "taskmanager.memory.task.heap.size": "384m",
+        "taskmanager.memory.task.off-heap.size": "0m",
+        "taskmanager.memory.managed.size": "128m",
+        "taskmanager.memory.network.min": "64m",
+        "taskmanager.memory.network.max": "64m",
+        "taskmanager.memory.framework.heap.size": "128m",
+        "taskmanager.memory.framework.off-heap.size": "128m",
+        "taskmanager.memory.jvm-metaspace.size": "256m",
+        "taskmanager.memory.jvm-overhead.min": "192m",
+        "taskmanager.memory.jvm-overhead.max": "192m",
     }
     (folder / "conf" / "config.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
     console = "rootLogger.level=INFO\nrootLogger.appenderRef.c.ref=C\nappender.c.type=CONSOLE\nappender.c.name=C\n"
     console += "appender.c.layout.type=PatternLayout\nappender.c.layout.pattern=%d %p %c{1} %m%n\n"
-    (folder / "conf" / "log4j-console.properties").write_text(console)
-    environment = {"FLINK_HOME": str(home), "FLINK_CONF_DIR": str(folder / "conf"), "FLINK_LOG_DIR": str(folder)}
-    for name in ["jobmanager"] + ["taskmanager"] * TASK_MANAGERS:
-        log = folder / f"{name}{len(list(folder.glob('*.log')))}.log"
-        _start(["bash", str(home / "bin" / f"{name}.sh"), "start-foreground"], log, stack, environment)
+    (folder / "conf" / "log4j.properties").write_text(console)
+    java = ["java", "-Xmx640m", f"-Dlog4j.configurationFile={folder / 'conf' / 'log4j.properties'}"]
+    java += [f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENED] + ["-cp", f"{home / 'lib'}/*"]
+    for number, program in enumerate([JOB_MANAGER] + [TASK_MANAGER] * TASK_MANAGERS):
+        log = folder / f"{program.rpartition('.')[2]}{number}.log"
+        _start([*java, program, "--configDir", folder / "conf"], log, stack)
     for _ in range(120):
         with contextlib.suppress(OSError, ValueError):
             with urllib.request.urlopen(f"http://localhost:{rest}/overview", timeout=5) as answer:
@@ -120,7 +132,7 @@ def flink_cluster(folder: pathlib.Path, stack: contextlib.ExitStack) -> int:
     raise AssertionError("Flink did not come up\n" + "\n".join(p.read_text()[-2000:] for p in folder.glob("*.log")))
 
 
-def _start(command: list, log: pathlib.Path, stack: contextlib.ExitStack, variables: dict | None = None) -> None:
+def _start(command: list, log: pathlib.Path, stack: contextlib.ExitStack) -> None:
     """Starts a program of its own session, which is ended with all its children."""
     # Workers of a pool are started as `python`, which must be this one, and import this checkout.
     environment = {
@@ -129,7 +141,7 @@ def _start(command: list, log: pathlib.Path, stack: contextlib.ExitStack, variab
     }
     file = stack.enter_context(log.open("w"))
     program = subprocess.Popen(
-        command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **environment, **(variables or {})},
+        command, stdout=file, stderr=file, cwd=ROOT, env={**os.environ, **environment},
         start_new_session=True,
     )  # fmt: skip
     stack.callback(_end, program)
@@ -163,7 +175,7 @@ def install_prism() -> pathlib.Path:
 
 
 def install_flink() -> pathlib.Path:
-    """Flink's folder, with bin and lib."""
+    """Flink's folder, with lib."""
     folder = cache() / f"flink-{FLINK}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=cache()) as place:
