@@ -39,19 +39,22 @@ def estimate(
     parent = pathlib.Path(workdir).absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f"{pathlib.Path(workdir).name}.pilot-") as place:
-        seconds = []
+        seconds, written = [], []
         for number, part in enumerate((0.5, 0.5, 1)):  # the first one loads models and compiles
             started = time.monotonic()
             some = [dataclasses.replace(file, share=within * part) for file in chosen]
-            result = make(some, f"{place}/{number}")
+            try:
+                result = make(some, f"{place}/{number}")
+            except UserError as error:
+                raise UserError(f"pilot: {error} (of a sample, which is gone; take a larger share)") from None
             seconds.append(time.monotonic() - started)
-        written = _sizes(pathlib.Path(place, "2"))
+            written.append(_sizes(pathlib.Path(place, str(number))))
     real = within * _bytes(chosen) / _bytes(files)
-    growing = min(max(2 * (seconds[2] - seconds[1]), 0), seconds[2]) or seconds[2]
+    _, half, all_of_it = written
     found = {
         "share": real,
-        "seconds": round(seconds[2] - growing + growing / real),
-        "bytes": {name: round(size / real) for name, size in written.items()},
+        "seconds": round(_whole(seconds[1], seconds[2], 1, real)),
+        "bytes": {name: round(_whole(half[name], all_of_it[name], len(chosen) / len(files), real)) for name in half},
         "funnel": [[stage, round(count / real)] for stage, count in result["totals"]["funnel"]],
     }
     _tell(found, result["totals"]["read"])
@@ -61,7 +64,9 @@ def estimate(
 def sample(files: list[InputFile], share: float) -> tuple[list[InputFile], float]:
     """(Files, numbered anew; the share of their records that is `share` of the bytes of all).
 
-    Raises UserError if the share is not between 0 and 1."""
+    Raises UserError if the share is not between 0 and 1, or if the files are empty."""
+    if not _bytes(files):
+        raise UserError("pilot: the input files are empty")
     if not 0 < share < 1:
         raise UserError(f"pilot: {share} is not a share between 0 and 1; 0.01 is one document in a hundred")
     number = min(len(files), max(_LEAST, math.ceil(share * len(files))))
@@ -69,6 +74,13 @@ def sample(files: list[InputFile], share: float) -> tuple[list[InputFile], float
     chosen = sorted(by_hash[:number], key=lambda file: file.index)
     within = min(1.0, share * _bytes(files) / max(_bytes(chosen), 1))
     return [dataclasses.replace(file, index=i) for i, file in enumerate(chosen)], within
+
+
+def _whole(half: float, full: float, fixed_share: float, share: float) -> float:
+    """What the whole takes, where half of a sample took `half` and all of it `full`: a part that each of the files or
+    runs has, of which the sample has `fixed_share`, and a part that grows with the records, of which it has `share`."""
+    growing = min(max(2 * (full - half), 0), full) or full
+    return (full - growing) / fixed_share + growing / share
 
 
 def _bytes(files: list[InputFile]) -> int:

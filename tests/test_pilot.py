@@ -40,6 +40,7 @@ def test_of_many_files_some_are_taken_whole(tmp_path):
             sample(files, share)
 
 
+@pytest.mark.slow
 def test_a_pilot_comes_near_the_whole_and_leaves_nothing_behind(tmp_path, capsys):
     random = np.random.default_rng(5)
     records = [{"text": prose(random) if i % 4 else "太短。"} for i in range(1200)]
