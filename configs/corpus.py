@@ -16,6 +16,9 @@ measured value, in Parquet: `ctllm sweep` and `ctllm explain` read it), hashes/ 
 one: `--config.dedup.earlier="('runs/corpus',)"`) and, where benchmarks are named (configs/contamination.py says how),
 hits.jsonl.
 
+`--config.pilot=0.01` builds one document in a hundred, says what time, disk and documents all of them will take, and
+leaves nothing behind. docs/beam.md says how to run on Prism, Flink and other clusters.
+
 Filters and deduplication of three kinds; `--config=configs/corpus.py:released` takes the third:
 
 default   what we would train on: the rules below, text left as it is but for web addresses and licence headers
@@ -29,8 +32,8 @@ Chinese measure is); a measure without a limit is recorded all the same. Lists o
 `--config.filters.urls.folder=blacklists --config.filters.urls.categories="('adult','phishing')"`.
 
 Off until one asks for them: masks for what tells of a person (`--config.filters.mask.email="<EMAIL>"`, likewise phone,
-id_card, bank_card; what filters reject stays in rejected/ as it came), traditional to simplified characters
-(`--config.filters.rewrite.simplify=true`), and a fastText model of quality
+id_card, bank_card, in texts kept or rejected; `meta` and web addresses stay as they came), traditional to simplified
+characters (`--config.filters.rewrite.simplify=true`), and a fastText model of quality
 (`--config.filters.quality.model=MODEL.bin --config.filters.quality.label=good`).
 """
 
@@ -55,6 +58,7 @@ def get_config(filters: str = "default") -> ConfigDict:
     config.benchmarks = benchmarks()  # documents that hold their items are left out
 
     config.beam = ConfigDict({"runner": "local", "options": ()})
+    config.pilot = 0.0
     return config
 
 

@@ -24,7 +24,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import identity, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
-from data_pipeline import report
+from data_pipeline import pilot, report
 from data_pipeline.contamination.clean import clean
 from data_pipeline.contamination.items import BenchmarkConfig, read_items
 from data_pipeline.contamination.run import settings_of
@@ -38,7 +38,7 @@ from data_pipeline.report_page import page
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 from data_pipeline.shards import Layout
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,7 @@ class CorpusConfig:
     dedup: DedupConfig  # which documents count as the same
     benchmarks: BenchmarkConfig  # whose items no document may hold; none are looked for unless they are named
     beam: BeamConfig  # where it runs
+    pilot: float  # [share] of the input to estimate the whole from; 0 builds it
 
     def __post_init__(self) -> None:
         if self.default_source is not None and self.default_source not in SUBSETS:
@@ -62,7 +63,7 @@ class CorpusConfig:
 
 
 def run(config: CorpusConfig, workdir: str) -> dict:
-    """Builds MAP-CC in `workdir`; returns the manifest's result (see `report.summary`).
+    """Builds MAP-CC in `workdir`; returns the manifest's result (see `report.summary`), of a pilot `pilot.estimate`.
 
     Raises:
       UserError: no input file, another run's folder, an unknown runner, or no document that survives.
@@ -71,7 +72,13 @@ def run(config: CorpusConfig, workdir: str) -> dict:
         raise UserError("input: no files named; give --config.input=PATTERN")
     make_runner(config.beam)  # a wrong name is said before anything is written
     files = find_inputs(config.input)
-    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("input", "beam")}
+    if config.pilot:
+        return pilot.estimate(files, config.pilot, workdir, lambda some, folder: _build(some, config, folder))
+    return _build(files, config, workdir)
+
+
+def _build(files: list[InputFile], config: CorpusConfig, workdir: str) -> dict:
+    settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("input", "beam", "pilot")}
     items, asked = read_items(config.benchmarks) if config.benchmarks.wanted else ([], [])
     settings["benchmarks"] = settings_of(config.benchmarks)
     settings["dedup"] = {name: v for name, v in settings["dedup"].items() if name != "earlier"}

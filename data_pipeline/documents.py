@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
+import xxhash
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import expand
@@ -41,7 +42,8 @@ class InputFile:
     """One input file: the pointer that Beam carries. `name` starts the ids of records that have none.
 
     source: the subset of all its records, where the user names it; rest: the other parts of a file that was cut, or
-    further texts, each a document, that one worker reads.
+    further texts, each a document, that one worker reads; share: of its records that are read, the others are skipped
+    as if they were not there.
     """
 
     index: int
@@ -49,6 +51,7 @@ class InputFile:
     name: str
     source: str | None = None
     rest: tuple[str, ...] = ()
+    share: float = 1.0
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -162,6 +165,8 @@ class DocumentReader:
     def __iter__(self) -> Iterator[Document | Malformed]:
         try:
             for item in read_records(self._file.paths, self._limit):
+                if self._file.share < 1 and _place(self._file.path, item.line) >= self._file.share:
+                    continue
                 self.records += 1
                 if isinstance(item, Malformed):
                     yield dataclasses.replace(item, source=self._file.source or UNKNOWN)
@@ -194,6 +199,11 @@ class DocumentReader:
         inner = values.get("meta")
         meta = {**inner, **rest} if isinstance(inner, dict) else rest if inner is None else {**rest, "meta": inner}
         return Document(identity, url or "", source, text, meta, record.line)
+
+
+def _place(path: str, line: int) -> float:
+    """A number in [0, 1) that a record's place decides."""
+    return xxhash.xxh3_64_intdigest(f"{path}:{line}".encode()) / 2**64
 
 
 def _malformed(record: Record, reason: str, detail: str, source: str = UNKNOWN) -> Malformed:

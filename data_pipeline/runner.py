@@ -2,17 +2,23 @@
 
 `local` is FnApiRunner, named explicitly: Beam's default DirectRunner first tries to download Prism. It works
 in memory unless the options say otherwise (`--direct_running_mode=multi_processing --direct_num_workers=N`).
+docs/beam.md has the options of every runner that was tried.
 """
 
 import dataclasses
 import sys
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+import grpc
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, PrismRunnerOptions
+from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 from apache_beam.runners.portability import fn_api_runner
+from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.utils import interactive_utils
 
 from ctllm_jax.common.errors import UserError
+
+_SECONDS_TO_ANSWER = 10
 
 # In a notebook Beam looks for the pipelines of its cells, to name their steps after them, and needs libraries of its
 # `interactive` extra for that. Ours are no cell's.
@@ -29,15 +35,47 @@ class BeamConfig:
 
 
 def make_runner(config: BeamConfig) -> beam.runners.PipelineRunner:
-    """The runner; UserError if Beam does not know it, or if it is known to lose data."""
+    """The runner; UserError if Beam does not know it, if it is known to lose data, or if no job service answers."""
     if config.runner == "local":
         return fn_api_runner.FnApiRunner()
     if config.runner.lower().startswith("dask"):
         raise UserError("beam.runner: Beam's DaskRunner silently loses outputs; choose another")
     try:
-        return beam.runners.create_runner(config.runner)
+        runner = beam.runners.create_runner(config.runner)
     except (ValueError, ImportError) as error:
         raise UserError(f"beam.runner: {config.runner!r} is no Beam runner here ({error})") from None
+    if isinstance(runner, PortableRunner):
+        _check_service(config)
+    return runner
+
+
+def _check_service(config: BeamConfig) -> None:
+    """Asks the job service that the options name, if they do; Beam itself waits five minutes for one."""
+    options = make_options(config).view_as(PortableOptions)
+    endpoint, kind = options.job_endpoint, config.runner.rpartition(".")[2]
+    if kind == "PortableRunner" and not (endpoint and options.environment_type):
+        raise UserError(
+            "beam.options: PortableRunner needs --job_endpoint=HOST:PORT of a job service and --environment_type "
+            "(EXTERNAL, LOOPBACK, PROCESS, or DOCKER with an image that has ctllm-jax); docs/beam.md has examples"
+        )
+    if kind == "PrismRunner" and not (endpoint or options.view_as(PrismRunnerOptions).prism_location):
+        raise UserError(
+            "beam.options: PrismRunner needs --prism_location=FILE or --job_endpoint=HOST:PORT; Beam would download a "
+            "program without checking it. docs/beam.md says how to build it"
+        )
+    if not endpoint or endpoint == "embed":
+        return
+    with grpc.insecure_channel(endpoint) as channel:
+        service = beam_job_api_pb2_grpc.JobServiceStub(channel)
+        try:
+            service.DescribePipelineOptions(
+                beam_job_api_pb2.DescribePipelineOptionsRequest(), timeout=_SECONDS_TO_ANSWER
+            )
+        except grpc.RpcError as error:
+            raise UserError(
+                f"beam.options: no Beam job service answers at --job_endpoint={endpoint} "
+                f"({error.code().name.lower()}: {error.details()}); start it first"
+            ) from None
 
 
 def make_options(config: BeamConfig) -> PipelineOptions:

@@ -42,12 +42,14 @@ def good(folder) -> dict[str, int]:
     for i in range(3):
         cut = slice(i * len(packed) // 3, (i + 1) * len(packed) // 3)
         (folder / f"zh_books.jsonl.gz.part{i:02d}").write_bytes(packed[cut])
-    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines(*texts(4), f"{texts(1)[0]}请联系a@b.cn。")))
+    (folder / "a.jsonl.zst").write_bytes(
+        zstandard.compress(lines(*texts(4), f"{texts(1)[0]}请联系a@b.cn。", "太短：c@d.cn"))
+    )
     (folder / "crawl.warc.wet.gz").write_bytes(wet)
     return {
         str(folder / "rows.parquet"): 4,
         f"zh_books={folder}/zh_books.*": 20,
-        str(folder / "a.jsonl.zst"): 5,
+        str(folder / "a.jsonl.zst"): 6,
         f"zh_others={folder}/crawl.warc.wet.gz": 3,
     }
 
@@ -58,7 +60,7 @@ def harm(folder, size: int) -> None:
     (folder / "empty.jsonl").write_bytes(b"")
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(long)[:-5000])
     (folder / "cut.jsonl.zst").write_bytes(zstandard.compress(long)[:-5000])
-    (folder / "bad.jsonl").write_bytes(b'{"text": "\xff\xfe"}\n{"id": "no text"}\n{"text": ""}\nno JSON\n')
+    (folder / "bad.jsonl").write_bytes(b'{"text": "\xff\xfe"}\n{"id": "no text"}\n{"text": ""}\nno JSON: e@f.cn\n')
     (folder / "long.jsonl").write_bytes(lines("x" * 50_000_000, *texts(1)))
     (folder / "bomb.jsonl.gz").write_bytes(gzip.compress(b"\n" * (1 << 20)) * (size >> 20))
     (folder / "bomb.jsonl.zst").write_bytes(zstandard.compress(b"x" * size))
@@ -102,6 +104,16 @@ def test_every_document_of_every_format_arrives_in_its_subset(built):
     source = tfds.load("map_cc/zh_cc", data_dir=str(built[0] / "out" / "corpus"), split="train")
     pages = {row["url"].decode(): row["text"].decode() for row in tfds.as_numpy(source) if row["url"]}
     assert pages == {"http://a/0": "\n\n".join(PARAGRAPHS)}
+
+
+def test_what_is_rejected_is_masked_as_well(built):
+    workdir = built[0] / "out" / "corpus"
+    (short,) = [record for record in rejected(workdir) if record.get("text", "").startswith("太短")]
+    (broken,) = [record for record in rejected(workdir) if record["reasons"][0]["rule"] == "invalid_json"]
+    assert (short["text"], broken["excerpt"]) == ("太短：<邮箱>", "no JSON: <邮箱>")
+    for ending in ("json", "html"):
+        report = (workdir / f"report.{ending}").read_text()
+        assert not any(address in report for address in ("a@b.cn", "c@d.cn", "e@f.cn"))
 
 
 def test_damage_is_counted_and_reported_file_by_file(built):

@@ -13,6 +13,7 @@ from ctllm_jax.common.files import write_json
 from data_pipeline.dedup.minhash import DedupConfig, hash_documents
 from data_pipeline.dedup.store import HashWriter
 from data_pipeline.documents import EXCERPT, Document, DocumentReader, Fields, InputFile, Malformed
+from data_pipeline.filters.mask import MaskConfig, mask
 from data_pipeline.filters.rules import FilterConfig, Filters, Verdict
 from data_pipeline.shards import Layout, gzip_writer, json_line, zstd_writer
 from data_pipeline.signals import SignalWriter
@@ -39,7 +40,7 @@ def filter_file(file: InputFile, settings: FilterSettings, layout: Layout) -> In
     reader = DocumentReader(file, settings.fields, settings.default_source, settings.max_record_bytes)
     filters = Filters(settings.filters)
     with contextlib.ExitStack() as stack:
-        writer = _Writer(file, layout, stack)
+        writer = _Writer(file, layout, settings.filters.mask, stack)
         signals = SignalWriter(file.label, file.index, layout, stack)
         hashes = stack.enter_context(HashWriter(layout.all_hashes(file.index)))
         for batch, malformed in _batches(reader):
@@ -83,8 +84,8 @@ def _judge(filters: Filters, documents: list[Document]) -> list[tuple[Document, 
 class _Writer:
     """Writes one file's kept and rejected documents and counts them. Rows number the kept documents."""
 
-    def __init__(self, file: InputFile, layout: Layout, stack: contextlib.ExitStack):
-        self._file, self._layout, self._stack = file, layout, stack
+    def __init__(self, file: InputFile, layout: Layout, masks: MaskConfig, stack: contextlib.ExitStack):
+        self._file, self._layout, self._masks, self._stack = file, layout, masks, stack
         self._kept: dict[str, Any] = {}
         self._rejected = stack.enter_context(gzip_writer(layout.rejected(file.index, "filter")))
         self._row = 0
@@ -96,20 +97,22 @@ class _Writer:
         count["read"] += 1
         count["malformed"][item.reason] = count["malformed"].get(item.reason, 0) + 1
         place = {"file": self._file.label, "line": item.line}
-        reason = {"rule": item.reason, "value": item.detail}
-        self._rejected.write(json_line({**place, "source": item.source, "reasons": [reason], "excerpt": item.excerpt}))
-        self._example(f"{self._file.name}:{item.line}", item.excerpt, reason)
+        reason, excerpt = {"rule": item.reason, "value": item.detail}, mask(item.excerpt, self._masks)[0]
+        self._rejected.write(json_line({**place, "source": item.source, "reasons": [reason], "excerpt": excerpt}))
+        self._example(f"{self._file.name}:{item.line}", excerpt, reason)
 
     def judged(self, document: Document, verdict: Verdict) -> Document | None:
         """Writes a document to where its verdict sends it; returns it as it was kept, None if it was rejected.
 
-        A rejected document is written with the text that it came with.
+        A rejected document is written with the text that it came with, but for masks.
         """
         count = self._subset(document.source)
         count["read"] += 1
         count["well_formed"] += 1
         count["passed_rules"] += verdict.passed_rules
-        if not verdict.reasons:
+        if verdict.reasons:
+            document = dataclasses.replace(document, text=mask(document.text, self._masks)[0])
+        else:
             meta = document.meta | verdict.aside
             document = dataclasses.replace(document, text=verdict.text, meta=meta)
         place = {"file": self._file.label, "line": document.line}
