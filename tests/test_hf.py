@@ -226,7 +226,7 @@ def test_convert_to_a_run_and_back_gives_the_same_bits(tmp_path):
     export(model, tmp_path / "hf")
 
     def verb(source, to, workdir):
-        config = ConvertConfig(source=str(source), step=None, to=to, dtype="float32")
+        config = ConvertConfig(source=str(source), step=None, all_steps=False, to=to, dtype="float32")
         return convert.run(config, str(workdir))["model"]
 
     run_dir = verb(tmp_path / "hf", "run", tmp_path / "a")

@@ -232,7 +232,7 @@ def test_a_card_takes_scores_of_finished_evaluations_and_no_other_store(tmp_path
     run, stages = trained
     scores = f"--config.scores=('{tmp_path}',)"
     assert "not a finished folder" in ctllm(capsys, "report", str(run), "--card", scores)[2]
-    found = {"model": "run@2", "digest": "d", "perplexity": None, "benchmarks": {}, "tasks": {}}
+    found = {"model": "run@2", "digest": "d", "perplexity": None, "benchmarks": {}, "missing": []}
     write_json(tmp_path / "manifest.json", {"stage": "eval", "fingerprint": "f", "result": found})
     assert "model run@2 (d)" in cards(run, [str(tmp_path)])["MODEL_CARD.md"]
     shutil.copytree(run, tmp_path / "copy")
