@@ -238,7 +238,7 @@ def test_dpo_has_the_model_without_adapters_as_its_reference(tmp_path, origin, r
     assert last["loss"] < first["loss"] and last["margin"] > 0
     assert (tmp_path / "run" / "reference").exists() == (reference == "cached")
     # What is exported has the adapters in it, and so has what goes on from there.
-    export = ConvertConfig(source=str(tmp_path / "run"), step=None, to="huggingface", dtype="float32")
+    export = ConvertConfig(source=str(tmp_path / "run"), step=None, all_steps=False, to="huggingface", dtype="float32")
     folder = convert.run(export, str(tmp_path / "export"))["model"]
     jax.tree.map(np.testing.assert_array_equal, load_model(folder).params, load_model(str(tmp_path / "run")).params)
     jax.tree.map(
