@@ -167,9 +167,11 @@ def launched(hosts: Hosts, *options: str):
 
 
 def test_ctrl_c_waits_until_all_have_saved(hosts):
-    hosts.program(SAVES)
+    hosts.program("print('first line', flush=True)\n" + SAVES)
     with launched(hosts, "--nodes=2") as launcher:
         pids = ready(hosts)
+        for index in range(2):  # pods that are gone before they were looked at have told nobody their status
+            once_there(jobs.everything()[0].log, f"host-0-{index}] first line")
         launcher.send_signal(signal.SIGINT)
         said = launcher.communicate(timeout=WAIT)[0]
         assert launcher.returncode == 75 and "ended with status 75; the same command goes on" in said, said
