@@ -6,6 +6,7 @@ Parameters are an item of their own, so that evaluation and warm starts read not
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -144,7 +145,7 @@ class Checkpoints:
         Args:
           step: names the checkpoint.
           params, optimizer: trees of arrays, which may be used up as soon as this returns.
-          record: JSON-able; checksums of the arrays are added to it.
+          record: JSON-able, as it is now; checksums of the arrays are added.
           held_out_loss: by which the best are kept; None where the step was not evaluated.
           wait: returns only when the checkpoint is committed, trying again with the same state if need be.
 
@@ -152,7 +153,8 @@ class Checkpoints:
           UserError: the save failed for the last time (with `wait`), or an earlier one did.
         """
         self._settle()
-        record = {**record, "checksums": checksums({"params": params, "optimizer": optimizer})}
+        # A copy: the ledger in it goes on while the background writes.
+        record = {**copy.deepcopy(record), "checksums": checksums({"params": params, "optimizer": optimizer})}
         if jax.default_backend() == "cpu" and not wait:
             # Orbax reads such arrays where they lie: a step that takes their memory over would wait for the whole save.
             params, optimizer = jax.tree.map(jnp.copy, (params, optimizer))

@@ -81,6 +81,15 @@ def test_what_was_saved_is_read_back_on_any_mesh(tmp_path, layout):
     assert restored.params["embed"].sharding.mesh.devices.shape == layout
 
 
+def test_a_record_says_what_was_when_it_was_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, POLICY, ask_every=1)
+    ledger = {"zh": 7}
+    checkpoints.save(1, *state(1, mesh(4, 2)), {**RECORD, "ledger": ledger, "step": 1})
+    ledger["zh"] = 8  # the next step, while the background writes
+    checkpoints.close()
+    assert newest(tmp_path).record["ledger"] == {"zh": 7}
+
+
 def test_parameters_are_read_as_another_dtype(tmp_path):
     save(tmp_path, [3])
     (tmp_path / "run.json").write_text('{"fingerprint": "f"}')
