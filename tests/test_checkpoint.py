@@ -7,6 +7,7 @@ import itertools
 import pathlib
 import shutil
 import subprocess
+import threading
 import time
 import types
 
@@ -81,11 +82,19 @@ def test_what_was_saved_is_read_back_on_any_mesh(tmp_path, layout):
     assert restored.params["embed"].sharding.mesh.devices.shape == layout
 
 
-def test_a_record_says_what_was_when_it_was_saved(tmp_path):
+def test_a_record_says_what_was_when_it_was_saved(tmp_path, monkeypatch):
+    write, learned = ocp.JsonCheckpointHandler._save_fn, threading.Event()
+
+    async def late(*arguments):  # as on a slow storage
+        learned.wait(20)
+        await write(*arguments)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
     checkpoints = Checkpoints(tmp_path, POLICY, ask_every=1)
     ledger = {"zh": 7}
     checkpoints.save(1, *state(1, mesh(4, 2)), {**RECORD, "ledger": ledger, "step": 1})
     ledger["zh"] = 8  # the next step, while the background writes
+    learned.set()
     checkpoints.close()
     assert newest(tmp_path).record["ledger"] == {"zh": 7}
 
