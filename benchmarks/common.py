@@ -17,8 +17,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from ctllm_jax.common.files import cache_folder
+
 CTLLM = (sys.executable, "-m", "ctllm_jax.cli")
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ctllm-jax" / "benchmarks"
+CACHE = cache_folder("benchmarks")
 
 
 @dataclasses.dataclass(frozen=True)

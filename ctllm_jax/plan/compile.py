@@ -25,7 +25,7 @@ from jax.experimental import topologies
 
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import read_json, write_json
+from ctllm_jax.common.files import cache_folder, read_json, write_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.common.status import EXIT_MISTAKE
 from ctllm_jax.hardware import Slice, parse_slice
@@ -36,7 +36,7 @@ from ctllm_jax.sharding import make_mesh
 from ctllm_jax.step import abstract_batch, abstract_state, jit_step
 from ctllm_jax.train_config import TrainConfig
 
-CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ctllm-jax" / "plan"
+CACHE = cache_folder("plan")
 # Settings that do not touch the step's program: how often it is looked at, what happens beside it.
 _BESIDE = ("seed", "distributed", "log", "eval", "checkpoints", "watch")
 _SOURCES = ("model.py", "attention/*.py", "rotary.py", "precision.py", "cross_entropy.py", "losses.py", "objectives.py")
