@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 
+from fake_kubectl import write
+
 LABELS = "jobset.sigs.k8s.io"
 MOMENT = 1.0  # seconds that a pod which has ended is still there: the Job controller looks once a second
 KEPT = ("PATH", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")  # of the test's environment
@@ -167,14 +169,18 @@ class Cluster:
             self._pods = [pod for pod in self._pods if not pod.gone]
             self._show()
             time.sleep(0.03)
-        for path in (self._folder / "objects").iterdir():  # garbage collection: all of them are its own
-            path.unlink()
+        uid = self._jobset["metadata"]["uid"]
+        for path in [path for path in (self._folder / "objects").iterdir() if path != self._path]:
+            if uid in [owner["uid"] for owner in json.loads(path.read_text())["metadata"].get("ownerReferences", ())]:
+                path.unlink()
+        self._path.unlink()
 
     def _obey(self) -> None:
-        for path in sorted((self._folder / "asked").glob("*[0-9]")) if (self._folder / "asked").exists() else []:
+        asked = self._folder / "asked" / self._path.name
+        for path in sorted(asked.iterdir()) if asked.exists() else ():
             order = json.loads(path.read_text())
             path.unlink()
-            self._deleted = self._deleted or order["delete"] == self._jobset["metadata"]["name"]
+            self._deleted = self._deleted or order["delete"]
             for pod in self._pods:
                 pod.end(1 if order["now"] else None)
 
@@ -233,9 +239,7 @@ class Cluster:
             status = {"restarts": self._restarts, "restartsCountTowardsMax": self._counted}
             status["conditions"] = [self._condition] if self._condition else []
             items.append({**self._jobset, "status": status})
-        new = self._folder / "cluster.json.new"
-        new.write_text(json.dumps(items))
-        new.rename(self._folder / "cluster.json")
+        write(self._folder / "states" / self._path.name, items)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """`kubectl` as far as the launcher uses it: flags as in kubectl_flags.json, a cluster of processes on this machine.
 
-In the folder FAKE_KUBECTL: `says` is an error that every command ends with, `calls` what was asked, `cluster.json` what
-`kubectl get` prints, `logs/` the pods' output, `asked/` what was asked of the cluster's controllers (fake_cluster.py),
-which run as long as there is a JobSet. `nodes`, `image` and `warnings` are what a test wants of the cluster.
+In the folder FAKE_KUBECTL: `says` is an error that every command ends with, `calls` what was asked, `objects/` what was
+created, `logs/` the output of pods. A JobSet has controllers (fake_cluster.py) while it is there: in `states/` is what
+they made of it, in `asked/` what they are to do. `nodes`, `image`, `warnings` are what a test wants of the cluster.
 """
 
 import base64
+import contextlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from typing import Any
 
 FACTS = json.loads(pathlib.Path(__file__).with_name("kubectl_flags.json").read_text())["commands"]
 CLUSTER = pathlib.Path(__file__).with_name("fake_cluster.py")
@@ -38,7 +40,7 @@ def main() -> None:
     elif verb == "logs":
         follow(folder, names[0])
     else:
-        ask(folder, {"delete": names[0] if names else None, "now": "--now" in flags})
+        ask(folder, names, flags)
 
 
 def parsed(words: list[str]) -> tuple[str, list[str], dict[str, str | None]]:
@@ -71,14 +73,15 @@ def read(text: str) -> list[dict]:
 
 
 def create(folder: pathlib.Path, entries: list[dict], output: str) -> None:
-    (folder / "objects").mkdir(exist_ok=True)
+    for name in ("objects", "states"):
+        (folder / name).mkdir(exist_ok=True)
     for entry in entries:
         path = folder / "objects" / f"{entry['kind']}.{entry['metadata']['name']}"
         if path.exists():
             sys.exit(f'Error from server (AlreadyExists): "{entry["metadata"]["name"]}" already exists')
-        entry["metadata"]["uid"] = "0123-uid"
-        path.with_suffix(".new").write_text(json.dumps(entry))
-        path.with_suffix(".new").rename(path)
+        entry["metadata"]["uid"] = f"uid-{time.monotonic_ns()}"
+        (folder / "states" / path.name).unlink(missing_ok=True)  # of an earlier one
+        write(path, entry)
         if entry["kind"] == "JobSet":
             # The cluster goes on without whoever asked it.
             with (folder / "controllers").open("ab") as log:
@@ -90,10 +93,20 @@ def create(folder: pathlib.Path, entries: list[dict], output: str) -> None:
 
 
 def show(folder: pathlib.Path, selector: str) -> None:
-    path = folder / "cluster.json"
-    items = json.loads(path.read_text()) if path.exists() else []
+    """Prints the JobSets and pods with a label; a JobSet as it was created until its controllers have seen it."""
+    items = []
+    for jobset in (folder / "objects").glob("JobSet.*") if (folder / "objects").exists() else ():
+        for path in (folder / "states" / jobset.name, jobset):
+            with contextlib.suppress(FileNotFoundError):
+                found = json.loads(path.read_text())
+                items += found if isinstance(found, list) else [found]
+                break
+    print(json.dumps({"items": [item for item in items if labelled(item, selector)]}))
+
+
+def labelled(item: dict, selector: str) -> bool:
     name, _, value = selector.partition("=")
-    print(json.dumps({"items": [item for item in items if item["metadata"]["labels"][name] == value]}))
+    return item["metadata"]["labels"][name] == value
 
 
 def follow(folder: pathlib.Path, pod: str) -> None:
@@ -108,12 +121,22 @@ def follow(folder: pathlib.Path, pod: str) -> None:
             time.sleep(0.05)
 
 
-def ask(folder: pathlib.Path, order: dict) -> None:
-    """Leaves an order for the controllers."""
-    (folder / "asked").mkdir(exist_ok=True)
-    path = folder / "asked" / f"{time.monotonic_ns()}"
-    path.with_suffix(".new").write_text(json.dumps(order))
-    path.with_suffix(".new").rename(path)
+def ask(folder: pathlib.Path, names: list[str], flags: dict[str, str | None]) -> None:
+    """Leaves an order for the controllers of a JobSet, or of those whose pods have a label."""
+    jobsets = [f"JobSet.{name}" for name in names]
+    if not names:
+        found = {path.name: json.loads(path.read_text()) for path in (folder / "objects").glob("JobSet.*")}
+        jobsets = [name for name, jobset in found.items() if labelled(jobset, flags["--selector"])]
+    for name in jobsets:
+        path = folder / "asked" / name / f"{time.monotonic_ns()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, {"delete": bool(names), "now": "--now" in flags})
+
+
+def write(path: pathlib.Path, content: Any) -> None:
+    new = path.parent.parent / f"{path.name}.{os.getpid()}.new"  # where nobody looks
+    new.write_text(json.dumps(content))
+    new.rename(path)
 
 
 if __name__ == "__main__":

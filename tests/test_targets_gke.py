@@ -39,7 +39,9 @@ def fake_cluster(folder: pathlib.Path, monkeypatch):
         (folder / "says").unlink(missing_ok=True)
         for made in (folder / "objects").glob("JobSet.*"):
             subprocess.run([path, *CLUSTER.delete(made.name.partition(".")[2])[1:]], check=True)
-            subprocess.run([path, *CLUSTER.kill("x")[1:]], check=True)
+            with contextlib.suppress(FileNotFoundError):
+                job_id = json.loads(made.read_text())["metadata"]["labels"]["ctllm-job"]
+                subprocess.run([path, *CLUSTER.kill(job_id)[1:]], check=True)
             for _ in range(100):
                 if made.exists():
                     time.sleep(0.1)
