@@ -50,6 +50,7 @@ class Plan:
     place: ship.Place
     options: Mapping[str, Any]
     secrets: Mapping[str, str]
+    variables: Mapping[str, str]
     config: str | None
     arguments: tuple[str, ...]
 
@@ -58,14 +59,16 @@ def plan(payload: Payload, options: Mapping[str, Any]) -> Plan:
     """Looks at all that can be wrong before a host is asked.
 
     Raises:
-      UserError: uncommitted changes, a variable that is not set, a config file that is not shipped, a wrong number.
+      UserError: uncommitted changes, a variable that is not set or is no assignment, a config file that is not shipped,
+        a wrong number.
     """
     for name, least in (("devices", 0), ("restarts", 0), ("wait", 1), ("install_minutes", 1)):
         if options[name] < least:
             raise UserError(f"launch: --{name}={options[name]}: must be at least {least}")
     place = ship.place(options)
     config, arguments = ship.split_config(payload, place.code)
-    return Plan(payload, place, options, ship.forwarded(options["forward"]), config, arguments)
+    secrets, variables = ship.forwarded(options["forward"]), ship.variables(options["variables"])
+    return Plan(payload, place, options, secrets, variables, config, arguments)
 
 
 def processes(plan: Plan, hosts: Sequence[Host], coordinator: str | None) -> list[Process]:
@@ -92,7 +95,7 @@ def processes(plan: Plan, hosts: Sequence[Host], coordinator: str | None) -> lis
             "config": plan.config,
             "arguments": [*plan.arguments, *(["--config.distributed=True"] if several else [])],
             "folder": options["folder"],
-            "environment": {**shared, **({"JAX_PROCESS_ID": str(index)} if given else {})},
+            "environment": {**plan.variables, **shared, **({"JAX_PROCESS_ID": str(index)} if given else {})},
         }
         command = host.reach(place.keep())
         started.append(Process(f"{index} {host.name}", command, {}, order, plan.secrets))

@@ -266,7 +266,9 @@ def _name(entry: Any) -> str | None:
 def script(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[str, Any]) -> str:
     """What every pod runs."""
     place, several = plan.place, hosts.processes > 1
-    variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": options["devices"]} if options["devices"] else {}
+    variables = {name: shlex.quote(value) for name, value in plan.variables.items()}
+    if options["devices"]:
+        variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": options["devices"]}
     if several and not hosts.tpu:  # of a TPU's hosts JAX learns from what GKE sets there, TPU_WORKER_HOSTNAMES and more
         address = f"{name}-{hosts.kind}-0-0.{name}:{_PORT}"
         variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": hosts.processes}

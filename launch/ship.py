@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import tempfile
@@ -23,9 +24,11 @@ OPTIONS = {
     "home": Option("--home=DIR", "folder for code and environments there; relative to the home folder", ".ctllm"),
     "folder": Option("--folder=DIR", "where the verb runs there: relative paths of it begin here (~)", ""),
     "python": Option("--python=PYTHON", "Python 3.11 to 3.13 there, to make the environment with", "python3"),
+    "prepare": Option("--prepare=COMMAND", "a line of shell to run there before the environment is made", ""),
     "extra": Option("--extra=NAME", "what the environment has besides the base: tpu, cuda, data, ...", ""),
     "environment": Option("--environment=DIR", "a virtual environment that is there already; none is made", ""),
     "forward": Option("--forward=NAME[,NAME]", "variables of ours that the verb gets; values are never shown", ""),
+    "variables": Option("--variables='NAME=VALUE ...'", "what else the verb has in its environment; no secrets", ""),
 }
 
 
@@ -118,6 +121,7 @@ class Place:
     home: str
     code: Code
     python: str
+    prepare: str
     extra: str
     environment: str
 
@@ -162,9 +166,12 @@ class Place:
         """Makes the environment from the lock; who comes second waits."""
         venv, python, source = (shlex.quote(path) for path in (self.venv, self.interpreter, self.source))
         extras = f"[{self.extra}]" if self.extra else ""
-        unfit = shlex.quote(f"{self.python} is no Python 3.11 to 3.13 here; name one with --python")
+        unfit = shlex.quote(
+            f"{self.python} is no Python 3.11 to 3.13 here; name one with --python, or install one with --prepare"
+        )
         lines = [
             f"test ! -e {venv}/whole || exit 0",
+            *([f"sh -c {shlex.quote(self.prepare)}"] if self.prepare else []),  # `set -e` forgives `a && b` where it is
             f"{shlex.quote(self.python)} -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' "
             f"|| {{ echo {unfit} >&2; exit 1; }}",
             f"rm -rf {venv}",
@@ -180,11 +187,20 @@ class Place:
 
 
 def place(options: Mapping[str, str]) -> Place:
-    """From the options of a target; UserError as `code`."""
+    """From the options of a target.
+
+    Raises:
+      UserError: as `code`; or --prepare has nothing to prepare.
+    """
+    if options["prepare"] and options["environment"]:
+        raise UserError(
+            "launch: --prepare is for an environment that is made, and --environment names one that is there"
+        )
     return Place(
         options["home"].rstrip("/"),
         code(options["uncommitted"], checkout()),
         options["python"],
+        options["prepare"],
         options["extra"],
         options["environment"].rstrip("/"),
     )
@@ -213,6 +229,21 @@ def _shipped_path(path: str, shipped: Code) -> str:
     if name.startswith("..") or not shipped.has(name):
         raise UserError(f"--config={path}: not part of the code that is shipped; put it into {shipped.root}, committed")
     return name
+
+
+def variables(text: str) -> dict[str, str]:
+    """What --variables sets, written as in front of a command in a shell.
+
+    Raises:
+      UserError: it is written otherwise.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"launch: --variables={text}: {error}") from None
+    if wrong := [word for word in words if not re.match(r"[A-Za-z_]\w*=", word, re.ASCII)]:
+        raise UserError(f"launch: --variables: {wrong[0]!r} is not NAME=VALUE; several stand with blanks between them")
+    return dict(word.split("=", 1) for word in words)
 
 
 def forwarded(names: str) -> dict[str, str]:

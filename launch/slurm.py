@@ -55,7 +55,7 @@ cd {folder} || end 2
 # srun does not take this over by itself; a process would have a single CPU.
 if [ -n "${{SLURM_CPUS_PER_TASK:-}}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
 JAX_COORDINATOR_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export JAX_NUM_PROCESSES={processes} PYTHONPATH={source} PYTHONUNBUFFERED=1{devices}
+export JAX_NUM_PROCESSES={processes} PYTHONPATH={source} PYTHONUNBUFFERED=1{variables}
 host=$JAX_COORDINATOR_ADDRESS
 while :; do
   rm -f "$statuses"
@@ -163,13 +163,14 @@ def script(plan: Plan, options: Mapping[str, Any], job: pathlib.Path) -> str:
     words = [home / place.interpreter, "-m", "ctllm_jax.cli", plan.payload.verb]
     words += [f"--config={source}/{plan.config}"] if plan.config else []
     words += [*plan.arguments, *(["--config.distributed=True"] if count > 1 else [])]
-    devices = f" JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={options['devices']}" if options["devices"] else ""
+    devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options["devices"])} if options["devices"] else {}
+    variables = "".join(f" {name}={shlex.quote(value)}" for name, value in {**plan.variables, **devices}.items())
     body = _BODY.format(
         job=shlex.quote(str(job)),
         folder=shlex.quote(str(home / options["folder"])),
         processes=count,
         source=shlex.quote(str(source)),
-        devices=devices,
+        variables=variables,
         command=shlex.join(map(str, words)),
         restarts=options["restarts"],
     )

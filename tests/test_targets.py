@@ -111,7 +111,14 @@ def test_a_config_file_goes_by_its_place_in_the_code_or_is_refused(tmp_path, mon
 
 def test_the_environment_is_made_once_from_the_lock_and_has_no_code_of_ours(tmp_path, hosts, capsys):
     hosts.program("")
-    options = [word for word in ssh(hosts, "--extra=tpu", names="one") if not word.startswith("--environment")]
+
+    def options(prepare: str) -> list[str]:
+        words = ssh(hosts, "--extra=tpu", "--restarts=0", f"--prepare={prepare}", names="one")
+        return [word for word in words if not word.startswith("--environment")]
+
+    status, _, err = ctllm(capsys, *options("echo 'no such package' >&2; false && true"))
+    assert status == 2 and "one could not make the environment (no such package)" in err
+    options = options("echo 'as it' >> prepared && test -s prepared")
     for _ in range(2):
         status, _, err = ctllm(capsys, *options)
         assert status == 0, err
@@ -123,6 +130,7 @@ def test_the_environment_is_made_once_from_the_lock_and_has_no_code_of_ours(tmp_
         "-m pip uninstall --quiet --yes ctllm-jax",
     ]
     assert sorted(path.name for path in venv.iterdir()) == ["bin", "whole"]
+    assert (hosts.folder / "one" / "prepared").read_text() == "as it\n"
 
 
 # ---- What is started
@@ -130,7 +138,8 @@ def test_the_environment_is_made_once_from_the_lock_and_has_no_code_of_ours(tmp_
 
 def test_a_dry_run_prints_every_command_and_no_secret(hosts, capsys, monkeypatch):
     monkeypatch.setenv("TOKEN", "tremendous-secret")
-    status, out, err = ctllm(capsys, *ssh(hosts, "--dry_run", "--forward=TOKEN", "--port=4000", "--devices=2"))
+    variables = ("--forward=TOKEN", "--variables=XLA_FLAGS='--a --b=c=d' NCCL_DEBUG=INFO")
+    status, out, err = ctllm(capsys, *ssh(hosts, "--dry_run", *variables, "--port=4000", "--devices=2"))
     assert (status, err) == (0, "") and not hosts.calls() and not (hosts.folder / "jobs").exists()
     shipped = ship.code("", hosts.checkout)
     home = f".ctllm/code/{shipped.tree}"
@@ -149,6 +158,8 @@ def test_a_dry_run_prints_every_command_and_no_secret(hosts, capsys, monkeypatch
         "arguments": [*TRAIN[2:], "--config.distributed=True"],
         "folder": "",
         "environment": {
+            "XLA_FLAGS": "--a --b=c=d",
+            "NCCL_DEBUG": "INFO",
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "2",
             "JAX_COORDINATOR_ADDRESS": "one:4000",
@@ -235,6 +246,9 @@ def test_mistakes_are_one_line_each_and_start_nothing(hosts, capsys, tmp_path):
         (ssh(hosts, names="-oProxyCommand=x"), "'-oProxyCommand=x' is no host"),
         (ssh(hosts, "--uncommitted=setup.py", "--forward=NOBODY_SETS_THIS"), "--forward=NOBODY_SETS_THIS: no such"),
         (ssh(hosts, "--wait=0"), "--wait=0: must be at least 1"),
+        (ssh(hosts, "--prepare=true"), "--environment names one that is there"),
+        (ssh(hosts, "--uncommitted=setup.py", "--variables=A=1 -B=2"), "'-B=2' is not NAME=VALUE"),
+        (ssh(hosts, "--uncommitted=setup.py", "--variables=A='1"), "--variables=A='1: No closing quotation"),
         ([*ssh(hosts)[: -len(TRAIN)], "eval"], "eval runs in one process: give one host, not 2"),
     ):
         status, out, err = ctllm(capsys, *arguments)

@@ -82,7 +82,8 @@ def test_the_code_arrives_the_processes_run_and_a_secret_is_seen_by_them_alone(h
         print("my token is", os.environ["TOKEN"])
         """
     )
-    status, out, err = ctllm(capsys, *launch(hosts, "--forward=TOKEN", "--folder=work", "--nodes=2"))
+    options = ["--forward=TOKEN", "--variables=PLAIN='it is $HOME'", "--folder=work", "--nodes=2"]
+    status, out, err = ctllm(capsys, *launch(hosts, *options))
     assert status == 0 and not left(hosts), out + err
     (job,) = jobs.everything()
     tree = ship.code("", hosts.checkout).tree
@@ -95,7 +96,8 @@ def test_the_code_arrives_the_processes_run_and_a_secret_is_seen_by_them_alone(h
         assert arguments == ["train", config, *TRAIN[2:], "--config.distributed=True"]
         assert folder == str(home / "work") and environment["PYTHONPATH"] == str(code)
         assert environment["JAX_PROCESS_ID"] == str(index) and environment["JAX_NUM_PROCESSES"] == "2"
-        assert environment["TOKEN"] == "tremendous-secret" and len(list((home / "ship").glob("code.*"))) > 1
+        assert environment["TOKEN"] == "tremendous-secret" and environment["PLAIN"] == "it is $HOME"
+        assert len(list((home / "ship").glob("code.*"))) > 1
         assert sorted(path.name for path in code.iterdir() if path.name != "__pycache__") == sorted(
             git(hosts.checkout, "ls-tree", "--name-only", "HEAD").split()
         )

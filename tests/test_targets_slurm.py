@@ -45,11 +45,13 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(hosts, capsys, monkeypa
     monkeypatch.setenv("TOKEN", "tremendous-secret")
     fake(hosts, "sbatch", "exit 1")
     options = ["--nodes=2", "--per_node=2", "--sbatch=--partition=a --time='1 2'", "--forward=TOKEN", "--devices=3"]
+    options.append("--variables=XLA_FLAGS='--a --b'")
     status, out, err = ctllm(capsys, *launch(hosts, *options, "--dry_run"))
     assert (status, err) == (0, "") and not (hosts.folder / "jobs").exists() and "tremendous" not in out
     first = out.index("#!/bin/bash\n#SBATCH --job-name=ctllm-train\n#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=2\n")
     assert "#SBATCH --signal=B:TERM@120\n#SBATCH --export=HOME,USER,PATH,LANG,SHELL,TOKEN\n#SBATCH --requeue\n" in out
-    assert "export JAX_NUM_PROCESSES=4 " in out and " JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=3\n" in out
+    assert "export JAX_NUM_PROCESSES=4 " in out
+    assert " XLA_FLAGS='--a --b' JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=3\n" in out
     tree = f"{os.environ['HOME']}/.ctllm/code/{ship.code('', hosts.checkout).tree}"
     command = f"train --config={tree}/configs/pretrain.py:tiny '--config.data.store=a b' --workdir=RUN"
     assert f"{hosts.environment}/bin/python -m ctllm_jax.cli {command} --config.distributed=True &\n" in out
