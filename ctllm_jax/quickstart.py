@@ -25,7 +25,7 @@ from ctllm_jax.quickstart_report import collect, page, table
 class QuickstartConfig:
     """What differs from the stages' own configs. Paths are relative to the working folder, else to the repository."""
 
-    input: tuple[str, ...]  # documents: globs of jsonl or jsonl.gz
+    input: tuple[str, ...]  # documents: globs of what `ctllm corpus` reads, .txt files and JSON lines among it
     chats: tuple[str, ...]  # conversations for SFT
     preferences: tuple[str, ...]  # preference pairs for DPO
     tasks: tuple[str, ...]  # declared tasks
@@ -81,12 +81,12 @@ def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
             f"--config.sampling.max_tokens={config.max_tokens}",
         ]
 
-    chats, pairs = items("input", _found(config.chats)), items("input", _found(config.preferences))
+    chats, pairs = items("input", _absolute(config.chats)), items("input", _absolute(config.preferences))
     share = config.alignment_validation_share
     model_size = [f"--config.model.{name}vocab_size={config.vocab_size}" for name in ("", "padded_")]
     model_size.append(f"--config.model.max_length={config.sequence_length}")
     return {
-        "corpus": ["corpus", items("input", _found(config.input))],
+        "corpus": ["corpus", items("input", _absolute(config.input))],
         "tokenizer": [
             "tokenizer",
             f"--config.corpus={out}/corpus",
@@ -161,10 +161,19 @@ def run(config: QuickstartConfig, workdir: str) -> dict:
     return summary
 
 
-def _found(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Absolute paths of the files that the patterns name, looked for here, then in the repository."""
-    files = []
+def _absolute(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The patterns as the stages can use them in any folder, looked for here, then in the repository.
+
+    They stay patterns: a command line has no room for the names of some thousand texts.
+    """
+    absolute = []
     for pattern in patterns:
-        inside = not os.path.isabs(os.path.expanduser(pattern)) and not any(pathlib.Path().glob(pattern))
-        files += expand([str(ROOT / pattern) if inside and any(ROOT.glob(pattern)) else pattern])
-    return tuple(os.path.abspath(file) for file in files)
+        here = pathlib.Path(os.path.abspath(os.path.expanduser(pattern)))
+        shipped = not os.path.isabs(os.path.expanduser(pattern)) and any(ROOT.glob(pattern))
+        absolute.append(str(ROOT / pattern if shipped and not any(pathlib.Path().glob(pattern)) else here))
+    return tuple(absolute)
+
+
+def _found(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Absolute paths of the files that the patterns name; UserError where one names none."""
+    return tuple(expand(_absolute(patterns)))
