@@ -10,10 +10,11 @@ WORKDIR ?= $(if $(INPUT),runs/quickstart-input,runs/quickstart)
 $(VENV)/installed: setup.py requirements.lock
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info[:2] <= (3, 13), "Python 3.11 to 3.13 is needed (make PYTHON=...)"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[data,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[data,dev]'
 	touch $@
 
 install: $(VENV)/installed
+	@echo "installed: \`. $(BIN)/activate\` makes \`ctllm\` a command of this shell"
 
 quickstart: $(VENV)/installed
 	$(BIN)/ctllm quickstart --workdir=$(WORKDIR) $(if $(INPUT),--config.input="('$(INPUT)',)")

@@ -89,13 +89,13 @@ def _build(files: list[InputFile], config: CorpusConfig, workdir: str) -> dict:
     corpora = Corpora(earlier, layout, len(files))
     if not stage.done:
         _filter(files, config, layout)
-        with Watch("corpus: deduplicate", len(files), "files", lambda: _count(files, layout.outcome)):
+        with Watch("corpus: deduplicate", len(files), "shards", lambda: _count(files, layout.outcome)):
             deduplicate(corpora, config.dedup, config.beam)
         seen = clean(items, len(files), config.benchmarks, layout, config.beam) if items else None
         found = report.collect(files, corpora, config.filters, seen)
         write_json(layout.report("json"), found)
         write_atomic(layout.report("html"), page(found))
-        _tell(found)
+        _tell(found, os.path.join(workdir, "report.html"))
         _write_map_cc(found, len(files), layout, config.beam)
         stage.finish(report.summary(found))
     shutil.rmtree(layout.work, ignore_errors=True)
@@ -119,7 +119,7 @@ def _filter(files: list[InputFile], config: CorpusConfig, layout: Layout) -> Non
     with Watch("corpus: filter", 0, "records", read):
         with make_pipeline(config.beam) as pipeline:
             _ = pipeline | beam.Create(waiting) | beam.Reshuffle() | beam.Map(filter_file, settings, layout)
-    print(f"corpus: filter: {_count(files, layout.counts)}/{len(files)} files", file=sys.stderr)
+    print(f"corpus: filter: {_count(files, layout.counts)}/{len(files)} shards", file=sys.stderr)
 
 
 def _write_map_cc(found: dict, shards: int, layout: Layout, runner: BeamConfig) -> None:
@@ -142,14 +142,16 @@ def _count(files: list[InputFile], where: Callable[[int], pathlib.Path]) -> int:
     return sum(where(file.index).exists() for file in files)
 
 
-def _tell(found: dict) -> None:
+def _tell(found: dict, page: str) -> None:
     """Says on standard error what a reader must not overlook; no surviving document is an error."""
     for entry in found["damaged_files"]:
         print(f"corpus: {entry['file']} is damaged: {entry['damage']}; read up to there", file=sys.stderr)
     for path in found["empty_files"]:
         print(f"corpus: {path} holds no record", file=sys.stderr)
     totals = found["totals"]
-    print(f"corpus: {totals['read']:,} records read, {totals['kept']:,} documents kept", file=sys.stderr)
+    print(
+        f"corpus: {totals['read']:,} records read, {totals['kept']:,} documents kept; report: {page}", file=sys.stderr
+    )
     if not totals["kept"]:
         reasons = Counter(totals["malformed"]) + Counter(totals["rules"])
         worst = ", ".join(f"{rule} ({count:,})" for rule, count in reasons.most_common(4))

@@ -26,7 +26,7 @@ _TICKS = ((0, 1, 2, 5, *(10.0**e for e in range(1, 9))), tuple(number / 10 for n
 def page(found: Mapping[str, Any]) -> str:
     """The report as one HTML page, from what `report.collect` gives."""
     totals = found["totals"]
-    lead = f"{totals['read']:,} records in {found['files']:,} files; {totals['kept']:,} documents kept"
+    lead = f"{totals['read']:,} records in {found['files']:,} shards of input; {totals['kept']:,} documents kept"
     return html.page("Corpus", lead, list(sections(found).items()))
 
 

@@ -109,7 +109,18 @@ def run(config: TokenizerConfig, workdir: str) -> dict:
     report = {"origin": origin, "vocab_size": tokenizer.vocab_size, "notes": notes, "sample": sample, **measured}
     write_json(stage.folder / "report.json", report)
     write_atomic(stage.folder / "report.html", tokenizer_report.page(report))
+    _tell(measured["subsets"], os.path.join(workdir, "report.html"))
     return stage.finish(report)
+
+
+def _tell(subsets: Mapping[str, dict], page: str) -> None:
+    """Says on standard error how well it fits."""
+    for name, found in subsets.items():
+        if not found["tokens"]:
+            continue
+        han = f", {found['han_coverage']:.1%} of Chinese characters have a piece" if found["han_characters"] else ""
+        print(f"tokenizer: {name}: {found['characters_per_token']:.2f} characters a token{han}", file=sys.stderr)
+    print(f"tokenizer: report: {page}", file=sys.stderr)
 
 
 # ---- Sampling

@@ -35,7 +35,7 @@ def clean(items: Sequence[Item], shards: int, config: BenchmarkConfig, layout: L
     def done() -> int:
         return sum(layout.cleaned(shard).exists() for shard in range(shards))
 
-    with Watch("corpus: benchmarks", shards, "files", done):
+    with Watch("corpus: benchmarks", shards, "shards", done):
         with make_pipeline(runner) as pipeline:
             work = (index, config.min_coverage, layout)
             _ = pipeline | beam.Create(waiting) | beam.Reshuffle() | beam.Map(_clean_shard, *work)
