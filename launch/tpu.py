@@ -48,8 +48,8 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     for name in ("slices", "queue_minutes"):
         if options[name] < 1:
             raise UserError(f"launch tpu: --{name}={options[name]}: must be at least 1")
-    if not payload.distributed:
-        raise UserError(f"launch tpu: {payload.verb} runs in one process; log into a host and run it there")
+    if options["slices"] > 1 and not payload.distributed:
+        raise UserError(f"launch tpu: {payload.verb} runs in one process: give --slices=1, and a --type of one host")
     plan, slices = hosts.plan(payload, options), Slices(options)
     if dry_run:
         listed = [host for node in slices.nodes for host in slices.hosts(node, 1)]
@@ -63,6 +63,11 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     def start() -> Sequence[Process]:
         slices.ready(say)
         listed = slices.all_hosts()
+        if len(listed) > 1 and not payload.distributed:
+            raise UserError(
+                f"launch tpu: {payload.verb} runs in one process, and {options['name']} has {len(listed)} hosts: take a "
+                "--type of one host, such as v6e-8 or v5p-8"
+            )
         hosts.set_up(plan, listed, say)
         return hosts.processes(plan, listed, None)
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 FACTS = json.loads(pathlib.Path(__file__).with_name("gcloud_flags.json").read_text())["commands"]
-WORKERS = 2  # hosts of a slice of any type
 
 
 def main() -> None:
@@ -28,6 +27,7 @@ def main() -> None:
         if state.exists():
             sys.exit("ERROR: ALREADY_EXISTS")
         (folder / "slices").write_text(flags.get("--node-count", "1"))
+        (folder / "type").write_text(flags["--accelerator-type"])
         state.write_text("WAITING_FOR_RESOURCES")
     elif not state.exists():
         sys.exit(f"ERROR: (gcloud.compute.tpus.{verb.replace(' ', '.')}) NOT_FOUND: Resource '{name}' was not found")
@@ -38,7 +38,7 @@ def main() -> None:
     elif verb == "queued-resources delete":
         state.unlink()
     elif verb == "tpu-vm describe":
-        print(json.dumps({"networkEndpoints": [{"ipAddress": f"10.0.0.{worker}"} for worker in range(WORKERS)]}))
+        print(json.dumps({"networkEndpoints": [{"ipAddress": f"10.0.0.{worker}"} for worker in range(workers(folder))]}))
     else:
         sys.exit(on_host(folder, name, int(flags["--worker"]), flags["--command"]))
 
@@ -59,14 +59,19 @@ def check(verb: str, flags: dict[str, str | None]) -> None:
         sys.exit(2)
 
 
+def workers(folder: pathlib.Path) -> int:
+    """Hosts of a slice: one of v6e-8, two of any other type."""
+    return 1 if (folder / "type").exists() and (folder / "type").read_text() == "v6e-8" else 2
+
+
 def on_host(folder: pathlib.Path, node: str, worker: int, script: str) -> int:
     """Runs a line of shell on a worker; it is not ours, and outlives us unless it sees to its end itself."""
     slices = int((folder / "slices").read_text())
-    index = (int(node.rpartition("-")[2]) if slices > 1 else 0) * WORKERS + worker
+    index = (int(node.rpartition("-")[2]) if slices > 1 else 0) * workers(folder) + worker
     home = folder / f"{node}.{worker}"
     home.mkdir(exist_ok=True)
     job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{(folder / 'port').read_text()}", "JAX_PROCESS_ID": str(index)}
-    job |= {"JAX_NUM_PROCESSES": str(slices * WORKERS), "HOME": str(home)}
+    job |= {"JAX_NUM_PROCESSES": str(slices * workers(folder)), "HOME": str(home)}
     return subprocess.run(["sh", "-c", script], env={**os.environ, **job}, start_new_session=True).returncode
 
 

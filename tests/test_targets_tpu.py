@@ -117,6 +117,16 @@ def test_what_google_refuses_is_one_line_with_the_next_step(hosts, capsys, says,
     assert status == 2 and last.startswith("ctllm: error: ") and says.removeprefix("ERROR: ") in last and step in last
 
 
+def test_a_verb_of_one_process_runs_on_a_slice_of_one_host_and_on_no_other(hosts, capsys):
+    hosts.program("print('arguments', *sys.argv[1:])")
+    evaluate = ["eval", "--config.model=RUN", "--workdir=SCORES"]
+    status, out, err = ctllm(capsys, *launch(hosts)[: -len(TRAIN)], *evaluate)
+    assert status == 2 and "eval runs in one process, and big has 2 hosts: take a --type of one host" in err
+    assert "arguments" not in out and hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
+    status, out, err = ctllm(capsys, *launch(hosts, "--type=v6e-8")[: -len(TRAIN)], *evaluate)
+    assert status == 0 and "[0 big/0] arguments eval --config.model=RUN --workdir=SCORES\n" in out, out + err
+
+
 def test_slices_that_do_not_come_in_time_are_given_up(hosts, capsys, monkeypatch):
     (hosts.folder / "state").write_text("PROVISIONING")
     monkeypatch.setattr(tpu.time, "monotonic", iter(range(0, 10000, 40)).__next__)
@@ -129,7 +139,7 @@ def test_mistakes_are_one_line_each(hosts, capsys, monkeypatch):
         (["launch", "tpu", "--", *TRAIN], "launch tpu: give --name=NAME"),
         (launch(hosts, "--zone="), "launch tpu: give --zone=ZONE"),
         (launch(hosts, "--slices=0"), "--slices=0: must be at least 1"),
-        ([*launch(hosts)[: -len(TRAIN)], "eval"], "eval runs in one process; log into a host"),
+        ([*launch(hosts, "--slices=2")[: -len(TRAIN)], "eval"], "eval runs in one process: give --slices=1"),
     ):
         status, out, err = ctllm(capsys, *arguments)
         assert (status, out, err.count("\n")) == (2, "", 1) and message in err
