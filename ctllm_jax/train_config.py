@@ -44,7 +44,7 @@ class TrainConfig:
     eval: InLoopConfig  # looks at held-out data
     checkpoints: CheckpointConfig  # what is saved
     watch: WatchConfig  # what is done where nothing moves
-    xla_options: dict[str, str]  # options of the step's compiler, by the names that XLA gives them
+    xla_options: dict[str, str]  # options of the step's compiler, as XLA names them; a truth value is 'True' or 'False'
 
     def __post_init__(self):
         parse(self.duration)

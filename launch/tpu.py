@@ -65,8 +65,8 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
         listed = slices.all_hosts()
         if len(listed) > 1 and not payload.distributed:
             raise UserError(
-                f"launch tpu: {payload.verb} runs in one process, and {options['name']} has {len(listed)} hosts: take a "
-                "--type of one host, such as v6e-8 or v5p-8"
+                f"launch tpu: {payload.verb} runs in one process, and {options['name']} has {len(listed)} hosts: "
+                "take a --type of one host, such as v6e-8 or v5p-8"
             )
         hosts.set_up(plan, listed, say)
         return hosts.processes(plan, listed, None)

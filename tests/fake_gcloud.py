@@ -38,7 +38,8 @@ def main() -> None:
     elif verb == "queued-resources delete":
         state.unlink()
     elif verb == "tpu-vm describe":
-        print(json.dumps({"networkEndpoints": [{"ipAddress": f"10.0.0.{worker}"} for worker in range(workers(folder))]}))
+        addresses = [{"ipAddress": f"10.0.0.{worker}"} for worker in range(workers(folder))]
+        print(json.dumps({"networkEndpoints": addresses}))
     else:
         sys.exit(on_host(folder, name, int(flags["--worker"]), flags["--command"]))
 

@@ -60,6 +60,18 @@ def test_a_stage_to_stop_after_has_to_be_one(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_many_texts_stays_a_pattern_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for number in range(20):
+        (tmp_path / "texts" / f"{number}.txt").write_text("茶", encoding="utf-8")
+    config = quickstart.get_config()
+    config.input = ("texts/*.txt",)
+    stages = verb.commands(build(verb.QuickstartConfig, config.to_dict()), "OUT")
+    assert stages["corpus"] == ["corpus", f'--config.input=("{tmp_path}/texts/*.txt",)']
+    assert stages["store/sft"][-1] == f'--config.input=("{ROOT}/sample/sft.jsonl",)'  # not here: in the repository
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("undisturbed")
