@@ -1,10 +1,10 @@
-# make install | quickstart | test | test-slow | lint | lock | clean
+# make install | quickstart | test | test-slow | notebooks | lint | lock | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= $(if $(INPUT),runs/quickstart-input,runs/quickstart)
 
-.PHONY: install quickstart test test-slow lint lock clean
+.PHONY: install quickstart test test-slow notebooks lint lock clean
 
 # Versions come from the lock, which holds for every supported Python and every extra.
 $(VENV)/installed: setup.py requirements.lock
@@ -24,6 +24,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile
+
+notebooks: $(VENV)/installed
+	timeout --signal=INT 600 $(BIN)/python -m pytest -m slow tests/test_notebooks.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
