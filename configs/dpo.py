@@ -3,7 +3,8 @@
     ctllm train --config=configs/dpo.py --config.init_from=RUN-SFT --config.data.store=STORE --workdir=RUN-DPO
 
 CT-LLM's values (model card of CT-LLM-SFT-DPO): beta 0.5, peak 1e-6, 2 epochs, decay 0.1, warm-up 3 %, effective batch
-probably 128. `:tiny` fits the quickstart's model and data.
+probably 128. `:tiny` fits the quickstart's model and data. With `--config.checkpoints.keep_best=1` the checkpoint of
+the highest held-out accuracy stays beside the newest.
 """
 
 from ml_collections import ConfigDict
@@ -29,6 +30,7 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     )
     config.optimizer.update(learning_rate=1e-6, warmup="3%")
     config.update(duration="2 epochs")
+    config.checkpoints.best = "highest accuracy"
     if name == "tiny":
         config.optimizer.update(learning_rate=5e-5, warmup="5 steps")
         config.update(duration="40 steps")

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,12 +24,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import is_remote
+from ctllm_jax.metrics.definitions import find
 from ctllm_jax.mirror import prepare_paths, remote_of
 from ctllm_jax.processes import votes
 from ctllm_jax.save_barrier import SaveBarrier
 
 PAUSES = (5, 10, 20, 40, 80, 160)  # seconds before a save that failed is tried again; after the last one it is given up
 TIMEOUT = 600  # seconds that a save may take
+_BEST = ("lowest", "highest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,8 @@ class CheckpointConfig:
     minutes: float  # [minutes] one is also due when the last is so many minutes old (0: never for that reason)
     kept: int  # [checkpoints] newest checkpoints that stay
     keep_every: int  # [steps] checkpoints of the multiples of so many steps stay for ever (0: none)
-    keep_best: int  # [checkpoints] those with the lowest held-out loss stay (0: none), of the steps evaluated
+    keep_best: int  # [checkpoints] so many stay that are best by `best` (0: none), of the steps evaluated
+    best: str = "lowest loss"  # "lowest METRIC" or "highest METRIC", a metric of the looks at held-out data
 
     def __post_init__(self):
         if self.every < 1 or self.kept < 1:
@@ -49,6 +52,32 @@ class CheckpointConfig:
             raise ValueError(
                 f"keep_every {self.keep_every} is no multiple of every {self.every}: most of those steps would not be "
                 "saved"
+            )
+        order, _, metric = self.best.partition(" ")
+        known = find("eval", metric)
+        if order not in _BEST or known is None or known.timing:
+            raise ValueError(
+                f"best {self.best!r} is neither 'lowest METRIC' nor 'highest METRIC' with a metric of held-out data, "
+                "such as 'lowest loss', 'lowest loss/SOURCE', 'highest accuracy' (docs/metrics.md has them all)"
+            )
+
+    @property
+    def metric(self) -> str:
+        """What the best are told by."""
+        return self.best.partition(" ")[2]
+
+    def goodness(self, held_out: Mapping[str, float]) -> float:
+        """How good a checkpoint with these held-out figures is: more is better, and no number is worst."""
+        value = held_out.get(self.metric, math.nan)
+        return (value if self.best.startswith("highest ") else -value) if math.isfinite(value) else -math.inf
+
+    def check_known(self, held_out: Mapping[str, float]) -> None:
+        """UserError if the best are to stay and a look of this run does not tell them."""
+        if self.keep_best and self.metric not in held_out:
+            raise UserError(
+                f"checkpoints.keep_best goes by {self.metric!r}, which looks at this run's held-out data do not give; "
+                f"they give: {', '.join(sorted(held_out)) or 'nothing (the store has no held-out split)'}. Set "
+                "checkpoints.best to one of them, or keep_best to 0"
             )
 
 
@@ -74,7 +103,7 @@ class Checkpoints:
           before_commit: what process 0 does in the background between writing a checkpoint on a bucket and committing
             it; an error of it fails the save.
         """
-        self.folder = checkpoints_folder(run_dir)
+        self.folder, self._config = checkpoints_folder(run_dir), config
         self._remote = is_remote(self.folder)
         self._temporary = _committed_after(before_commit) if before_commit else None
         self._every, self._seconds, self._ask_every = config.every, 60 * config.minutes or math.inf, ask_every
@@ -88,9 +117,9 @@ class Checkpoints:
         if config.keep_every:
             keep.append(policies.EveryNSteps(config.keep_every))
         if config.keep_best:
-            best = functools.partial(policies.BestN, get_metric_fn=_held_out_loss, reverse=True)
+            best = functools.partial(policies.BestN, get_metric_fn=config.goodness)  # of equals the newer stays
             keep.append(best(n=config.keep_best, keep_checkpoints_without_metrics=False))
-        self._keep, self._by_loss = policies.AnyPreservationPolicy(keep), config.keep_best > 0
+        self._keep = policies.AnyPreservationPolicy(keep)
         self._manager: ocp.CheckpointManager | None = self._open()  # None after a failure
 
     def _open(self) -> ocp.CheckpointManager:
@@ -100,8 +129,7 @@ class Checkpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._keep,
-                best_fn=_held_out_loss if self._by_loss else None,  # without it no loss is written
-                best_mode="min",
+                best_fn=self._config.goodness,  # without it no metrics are written
                 enable_async_checkpointing=True,
                 cleanup_tmp_directories=True,
                 temporary_path_class=self._temporary,
@@ -137,7 +165,7 @@ class Checkpoints:
         params: Any,
         optimizer: Any,
         record: dict,
-        held_out_loss: float | None = None,
+        held_out: Mapping[str, float] | None = None,
         wait: bool = False,
     ) -> None:
         """Starts to save a step, after the save before it has ended.
@@ -146,7 +174,8 @@ class Checkpoints:
           step: names the checkpoint.
           params, optimizer: trees of arrays, which may be used up as soon as this returns.
           record: JSON-able, as it is now; checksums of the arrays are added.
-          held_out_loss: by which the best are kept; None where the step was not evaluated.
+          held_out: figures of the held-out data, saved beside it, by which the best are told; None where the step was
+            not evaluated.
           wait: returns only when the checkpoint is committed, trying again with the same state if need be.
 
         Raises:
@@ -163,7 +192,7 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave(optimizer),
             record=ocp.args.JsonSave(record),
         )
-        metrics = None if held_out_loss is None else {"loss": held_out_loss}
+        metrics = None if held_out is None else dict(held_out)
         self._start(step, items, metrics)
         while wait:
             self._settle()
@@ -171,6 +200,16 @@ class Checkpoints:
                 return
             time.sleep(max(0.0, self._retry_at - time.monotonic()))
             self._start(step, items, metrics)
+
+    def best(self) -> tuple[int, float] | None:
+        """(step, metric) of the best checkpoint there is, once all are committed; None where no step was evaluated."""
+        metric = self._config.metric
+        known = {step: (self._manager.metrics(step) or {}).get(metric) for step in self._manager.all_steps()}
+        known = {step: value for step, value in known.items() if value is not None}
+        if not known:
+            return None
+        step = max(known, key=lambda step: (self._config.goodness({metric: known[step]}), step))
+        return step, known[step]
 
     def close(self) -> None:
         """Waits until everything saved is committed, then frees the manager's threads."""
@@ -261,11 +300,6 @@ def _steps_in(folder: epath.Path) -> str:
         return str(sorted(ocp.utils.checkpoint_steps(folder)) or "none")
     except Exception as error:  # the storage is what fails
         return f"not known ({message(error)})"
-
-
-def _held_out_loss(metrics: dict) -> float:
-    """What the best checkpoints are told by: lower is better, and no number is worst."""
-    return metrics["loss"] if math.isfinite(metrics["loss"]) else math.inf
 
 
 def message(error: BaseException) -> str:

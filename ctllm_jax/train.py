@@ -138,6 +138,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
     # ---- The loop: dispatch a step, then read the metrics of the one before
     vote = processes.Vote(job.mesh)
     held = in_loop.look(joined(config.lora, state.params, frozen), frozen)
+    config.checkpoints.check_known(held)
     if first == 0:
         log.write("eval", 0, {**held, **job.probes.chance})
         samples.write(0, in_loop.sample(joined(config.lora, state.params, frozen)))
@@ -167,9 +168,10 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
                     "ledger": meter.ledger,
                     "store": store.fingerprint,
                     "rates": rates(config, step),
+                    "best": config.checkpoints.best,
                 }
-                loss = held.get("loss") if evaluated else None
-                checkpoints.save(step, state.params, state.rest, record, loss, wait=last or stop)
+                figures = held if evaluated else None
+                checkpoints.save(step, state.params, state.rest, record, figures, wait=last or stop)
                 meter.go_on()
             if stop and not last:
                 break
@@ -178,6 +180,8 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
             stop = False
 
     # ---- End: everything committed before anyone is told
+    if config.checkpoints.keep_best and jax.process_index() == 0 and (best := checkpoints.best()):
+        print(f"train: the best so far by {config.checkpoints.best} is step {best[0]}, {best[1]:.6g}", file=sys.stderr)
     checkpoints.close()
     log.close()
     if stop:

@@ -59,7 +59,7 @@ class TrainConfig:
             raise ValueError("lora trains adapters beside a model's parameters, which it needs: give init_from")
         if self.checkpoints.keep_best and self.checkpoints.every % self.eval.every:
             raise ValueError(
-                "checkpoints.keep_best compares held-out losses, but not every step of checkpoints.every "
+                "checkpoints.keep_best compares figures of held-out data, but not every step of checkpoints.every "
                 f"{self.checkpoints.every} is evaluated (eval.every {self.eval.every}); make it a multiple"
             )
 

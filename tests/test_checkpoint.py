@@ -4,6 +4,7 @@ import builtins
 import dataclasses
 import errno
 import itertools
+import json
 import pathlib
 import shutil
 import subprocess
@@ -53,7 +54,8 @@ def save(run, steps, losses=None, **policy) -> None:
     layout = mesh(4, 2)
     checkpoints = Checkpoints(run, dataclasses.replace(POLICY, **policy), ask_every=1)
     for step in steps:
-        checkpoints.save(step, *state(step, layout), {**RECORD, "step": step}, (losses or {}).get(step))
+        held_out = {"loss": losses[step], "accuracy": 1 / losses[step]} if step in (losses or {}) else None
+        checkpoints.save(step, *state(step, layout), {**RECORD, "step": step}, held_out)
     checkpoints.close()
 
 
@@ -119,17 +121,56 @@ LOSSES = {step: loss for step, loss in zip(range(1, 11), (9, 2, 8, 7, 3, 6, 5, 5
         ({"kept": 1, "keep_every": 4}, [4, 8, 10]),
         ({"kept": 1, "keep_best": 2}, [2, 5, 10]),
         ({"kept": 2, "keep_every": 3, "keep_best": 1}, [2, 3, 6, 9, 10]),
+        ({"kept": 1, "keep_best": 2, "best": "highest loss"}, [1, 3, 10]),
+        ({"kept": 1, "keep_best": 2, "best": "highest accuracy"}, [2, 5, 10]),
     ],
 )
 def test_kept_are_the_newest_and_every_nth_and_the_best(tmp_path, policy, kept):
     save(tmp_path, range(1, 7), LOSSES, **policy)
-    save(tmp_path, range(7, 11), LOSSES, **policy)  # the losses of the first part are read from the disk
+    save(tmp_path, range(7, 11), LOSSES, **policy)  # the figures of the first part are read from the disk
     assert steps_in(tmp_path) == kept
 
 
 def test_a_step_that_was_not_evaluated_is_not_among_the_best(tmp_path):
     save(tmp_path, range(1, 7), {1: 3.0, 3: 1.0, 4: 2.0}, kept=1, keep_best=2)
     assert steps_in(tmp_path) == [3, 4, 6]
+
+
+def test_of_equally_good_ones_the_newer_stay(tmp_path):
+    save(tmp_path, range(1, 7), {1: 2.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 3.0, 6: 3.0}, kept=1, keep_best=2)
+    assert steps_in(tmp_path) == [3, 4, 6]
+
+
+def test_the_metric_of_the_best_may_change_on_resume_and_the_best_is_told(tmp_path):
+    save(tmp_path, range(1, 6), {1: 5.0, 2: 1.0, 3: 4.0, 4: 3.0, 5: 2.0})  # 1/loss is the accuracy
+    checkpoints = Checkpoints(
+        tmp_path, dataclasses.replace(POLICY, kept=1, keep_best=1, best="lowest accuracy"), ask_every=1
+    )
+    checkpoints.save(6, *state(6, mesh(4, 2)), RECORD, {"loss": 2.5, "accuracy": 0.4}, wait=True)
+    assert checkpoints.best() == (1, 0.2)
+    checkpoints.close()
+    assert steps_in(tmp_path) == [1, 6]
+    for step, loss in ((1, 5.0), (6, 2.5)):
+        figures = json.loads((tmp_path / "checkpoints" / str(step) / "metrics" / "metrics").read_text())
+        assert figures == {"loss": loss, "accuracy": 1 / loss}
+
+
+@pytest.mark.parametrize(
+    "best", ["loss", "least loss", "lowest los", "highest evaluation_seconds", "lowest grad_norm", ""]
+)
+def test_a_metric_that_is_not_told_of_held_out_data_is_refused(best):
+    with pytest.raises(ValueError, match="is neither 'lowest METRIC' nor 'highest METRIC' with a metric of held-out"):
+        dataclasses.replace(POLICY, best=best)
+
+
+def test_a_metric_that_this_runs_looks_do_not_give_is_refused_where_the_best_are_kept():
+    policy = dataclasses.replace(POLICY, keep_best=1, best="lowest loss/code")
+    policy.check_known({"loss": 1.0, "loss/code": 1.0})
+    with pytest.raises(UserError, match=r"keep_best goes by 'loss/code', which .*; they give: loss, loss/zh\. Set"):
+        policy.check_known({"loss/zh": 1.0, "loss": 1.0})
+    with pytest.raises(UserError, match="they give: nothing"):
+        policy.check_known({})
+    dataclasses.replace(policy, keep_best=0).check_known({})
 
 
 def test_a_checkpoint_is_due_by_steps_or_by_the_clock(tmp_path, monkeypatch):

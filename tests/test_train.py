@@ -268,7 +268,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_not_bits(finished, stores, 
     assert sorted(path.name for path in checkpoints.iterdir()) == ["10", "10.damaged", "12", "12.damaged", "5"]
 
 
-def test_checkpoints_by_the_clock_and_by_held_out_loss_leave_no_trace_in_the_result(finished, stores, tmp_path):
+def test_checkpoints_by_the_clock_and_by_held_out_loss_leave_no_trace_in_the_result(finished, stores, tmp_path, capsys):
     change = {
         "checkpoints__every": 4,
         "checkpoints__minutes": 1e-5,
@@ -281,6 +281,15 @@ def test_checkpoints_by_the_clock_and_by_held_out_loss_leave_no_trace_in_the_res
     losses = {entry["step"]: entry["loss"] for entry in entries(tmp_path / "run", "eval") if entry["step"]}
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == sorted({8, 12, min(losses, key=losses.get)})
+    best = min(losses, key=losses.get)
+    assert f"the best so far by lowest loss is step {best}, {losses[best]:.6g}" in capsys.readouterr().err
+
+
+def test_a_metric_of_the_best_that_does_not_exist_stops_a_run_before_its_first_step(stores, tmp_path):
+    change = {"checkpoints__every": 4, "checkpoints__keep_best": 1, "checkpoints__best": "highest accuracy"}
+    with pytest.raises(UserError, match="keep_best goes by 'accuracy'.*they give: bits_per_byte.*count, loss"):
+        train.run(config_of(stores["pretrain"], **change), str(tmp_path / "run"))
+    assert not entries(tmp_path / "run")
 
 
 def stopped(monkeypatch, step: int, config: TrainConfig, workdir) -> None:
@@ -405,11 +414,16 @@ def test_dpo_starts_level_with_its_reference_and_a_stop_does_not_move_the_refere
         objective=dataclasses.asdict(dpo(reference="cached")),
         optimizer__learning_rate=1e-3,
         duration="6 steps",
-        checkpoints__every=100,
+        checkpoints__every=3,
+        checkpoints__kept=1,
+        checkpoints__keep_best=1,
+        checkpoints__best="highest accuracy",
         eval__every=3,
     )
     result = train.run(config, str(tmp_path / "whole"))
     first, *_, last = entries(tmp_path / "whole", "eval")
+    best = max(entries(tmp_path / "whole", "eval")[1:], key=lambda entry: (entry["accuracy"], entry["step"]))
+    assert {int(path.name) for path in (tmp_path / "whole" / "checkpoints").iterdir()} == {6, best["step"]}
     assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert (first["margin"], first["accuracy"], first["count"]) == (0, 0, 13)  # 8 of zh, 5 of en
     assert last["loss"] < first["loss"] and last["margin"] > 0

@@ -123,7 +123,7 @@ def train_values(store: pathlib.Path) -> dict:
         "seed": 11,
         "log": {"every": 1, "tensorboard": False, "wandb": None, "profile": []},
         "eval": {"every": 4, "batches": 1, "tasks": [], "items": 1, "prompts": [], "sample_tokens": 8},
-        "checkpoints": {"every": 5, "minutes": 0.0, "kept": 5, "keep_every": 0, "keep_best": 0},
+        "checkpoints": {"every": 5, "minutes": 0.0, "kept": 5, "keep_every": 0, "keep_best": 0, "best": "lowest loss"},
         "watch": {"stall_minutes": 0.0, "slow_minutes": 0.0, "stop_minutes": 0.0, "notices": ""},
         "xla_options": {},
     }
