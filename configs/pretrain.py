@@ -39,6 +39,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
                 clip_norm=1.0,
                 spike_window=128,
                 spike_deviations=6.0,
+                ema_half_life="",
             ),
             mesh=dict(slice=1, data=1, fsdp=-1, tensor=1, context=1),
             distributed=False,

@@ -1,6 +1,7 @@
 """Orbax checkpoints of a run: parameters, optimizer and a JSON record, committed whole or not there.
 
-Parameters are an item of their own, so that evaluation and warm starts read nothing else. This module writes;
+Parameters are an item of their own, so that evaluation and warm starts read nothing else; where a run keeps an average
+of them, the average is that item, and what training goes on from lies with the optimizer. This module writes;
 `ctllm_jax.restore` reads, and judges what it reads.
 """
 

@@ -41,7 +41,7 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None)
 
     Args:
       location: a run directory (holds run.json; may be on gs://) or a Hugging Face folder (holds config.json).
-        Adapters of a run are merged into the parameters.
+        Adapters of a run are merged into the parameters. Of a run that keeps an average of its parameters it is that.
       step: which checkpoint of a run; None takes the newest. A Hugging Face folder has none.
       dtype: overrides the compute dtype, "float32" or "bfloat16".
 

@@ -1,6 +1,7 @@
 """AdamW with a warm-up and a decay, as CT-LLM trained (Megatron defaults: betas 0.9 and 0.95, decay 0.1, clip 1.0)."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -30,6 +31,7 @@ class OptimizerConfig:
     clip_norm: float  # [norm] gradients of a larger global norm are scaled down to it
     spike_window: int  # [steps] gradient norms that a new one is compared with
     spike_deviations: float  # [deviations] from so many above their mean on, a step is skipped (0: none is)
+    ema_half_life: str = ""  # duration, of the moving average of the parameters; "": none is kept
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -38,7 +40,7 @@ class OptimizerConfig:
             raise ValueError("decay is for schedule wsd, which needs it; for the others leave it empty")
         if self.spike_window < 1:
             raise ValueError("spike_window must be at least 1; spike_deviations of 0 calls no gradient a spike")
-        for text in filter(None, (self.warmup, self.decay)):
+        for text in filter(None, (self.warmup, self.decay, self.ema_half_life)):
             parse(text)
 
 
@@ -50,12 +52,14 @@ class Optimizer:
       direction: from gradients to what the learning rate multiplies, before its minus sign.
       rate: learning rate of a step, which counts from 0.
       spike_window, spike_deviations: see `is_spike`.
+      ema_half_life: [steps] see `averaged`; 0 where no average is kept.
     """
 
     direction: optax.GradientTransformation
     rate: optax.Schedule
     spike_window: int
     spike_deviations: float
+    ema_half_life: int = 0
 
 
 def make_optimizer(
@@ -70,7 +74,8 @@ def make_optimizer(
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, decay_mask(model, ranks)),
     )
-    return Optimizer(direction, schedule(config, clock), config.spike_window, config.spike_deviations)
+    half_life = max(clock.steps(config.ema_half_life), 1) if config.ema_half_life else 0
+    return Optimizer(direction, schedule(config, clock), config.spike_window, config.spike_deviations, half_life)
 
 
 def schedule(config: OptimizerConfig, clock: Clock) -> optax.Schedule:
@@ -108,3 +113,20 @@ def is_spike(norm: jax.Array, recent_W: jax.Array, deviations: float) -> jax.Arr
     if not deviations:
         return jnp.bool_(False)
     return norm > jnp.mean(recent_W) + deviations * jnp.std(recent_W)
+
+
+def averaged(average: dict, params: dict, updates: jax.Array, half_life: int) -> dict:
+    """The exponential moving average of parameters after an update, itself included.
+
+    Parameters weigh 2^(-age / half_life), their age in updates, and the weights add up to 1 from the first update on,
+    as of Adam's means (arXiv 1412.6980): nothing is left of the start. In fp32 a parameter moves its average only where
+    they differ by more than about 1e-7 * half_life of it.
+
+    Args:
+      average: of the parameters after all updates before, at least fp32; anything before the first update.
+      params: after this update.
+      updates: their number, this one included.
+      half_life: [updates].
+    """
+    share = jnp.expm1(-math.log(2) / half_life) / jnp.expm1(-math.log(2) / half_life * updates)
+    return jax.tree.map(lambda old, new: old + share * (new - old), average, params)

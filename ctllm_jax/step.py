@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ctllm_jax.lora import NO_ADAPTERS, trained
 from ctllm_jax.model import ModelConfig, abstract_params, logical_axes
 from ctllm_jax.objectives import BATCH_FIELDS, Batch, Objective, whole_step
-from ctllm_jax.optim import Optimizer, is_spike
+from ctllm_jax.optim import Optimizer, averaged, is_spike
+from ctllm_jax.precision import wide
 from ctllm_jax.sharding import shardings, spec
 
 UPDATE_METRICS = (  # what a step tells of its update; everything else that it tells is a sum over what was predicted
@@ -45,6 +46,7 @@ class TrainState:
       step: updates so far, those that were skipped among them.
       skipped: updates that were skipped: the gradient was not finite, or a spike.
       norms_W: norms of the last finite gradients, by step modulo W; NaN where there has been none.
+      average: exponential moving average of the parameters, fp32 and laid out as they are; None where none is kept.
     """
 
     params: dict
@@ -52,11 +54,24 @@ class TrainState:
     step: jax.Array
     skipped: jax.Array
     norms_W: jax.Array
+    average: dict | None = None
+
+    @property
+    def model(self) -> dict:
+        """What counts as the run's parameters wherever it is not trained: their average, where one is kept."""
+        return self.params if self.average is None else self.average
 
     @property
     def rest(self) -> tuple:
-        """All but the parameters, in the order of the fields."""
-        return self.moments, self.step, self.skipped, self.norms_W
+        """What going on takes beside `model`: in the order of the fields, then the parameters if they are not it."""
+        rest = self.moments, self.step, self.skipped, self.norms_W
+        return rest if self.average is None else (*rest, self.params)
+
+
+def joined_state(model: dict, rest: tuple) -> TrainState:
+    """The state whose `model` and `rest` these are."""
+    moments, step, skipped, norms_W, *params = rest
+    return TrainState(*(params or [model]), moments, step, skipped, norms_W, model if params else None)
 
 
 def train_step(
@@ -68,7 +83,7 @@ def train_step(
     optimizer: Optimizer,
     microbatches: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update, and its metrics. A skipped one leaves parameters and moments as they are, to the last bit.
+    """One update, and its metrics. A skipped one leaves parameters, moments and average as they are, to the last bit.
 
     A spike's norm is remembered as any other: where norms rise for good, they are taken for normal before long.
     """
@@ -87,6 +102,9 @@ def train_step(
         skipped=state.skipped + ~accepted,
         norms_W=_remember(state.norms_W, norm, finite, state.step),
     )
+    if state.average is not None:
+        average = averaged(state.average, after.params, after.step - after.skipped, optimizer.ema_half_life)
+        after = dataclasses.replace(after, average=keep(average, state.average))
     values = (
         norm,
         optax.tree.norm(updates),
@@ -155,7 +173,8 @@ def state_shardings(
         layout,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(layout, moments, everywhere, everywhere, everywhere)
+    average = layout if optimizer.ema_half_life else None
+    return TrainState(layout, moments, everywhere, everywhere, everywhere, average)
 
 
 def start_state(params: dict, optimizer: Optimizer, layout: TrainState) -> TrainState:
@@ -164,14 +183,20 @@ def start_state(params: dict, optimizer: Optimizer, layout: TrainState) -> Train
     step, skipped = (jax.device_put(np.int32(0), layout.step) for _ in range(2))
     # Not by device_put, which has the processes compare what they put: NaN differs from itself.
     norms_W = jnp.full(optimizer.spike_window, jnp.nan, jnp.float32, device=layout.norms_W)
-    return TrainState(params, moments, step, skipped, norms_W)
+    average = None  # else a copy: a step uses both up
+    if optimizer.ema_half_life:
+        average = jax.tree.map(lambda x: jnp.array(x, wide(x.dtype), copy=True), params)
+    return TrainState(params, moments, step, skipped, norms_W, average)
 
 
 def abstract_state(model: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a state."""
     params, counter = abstract_params(model), jax.ShapeDtypeStruct((), jnp.int32)
     norms_W = jax.ShapeDtypeStruct((optimizer.spike_window,), jnp.float32)
-    state = TrainState(params, jax.eval_shape(optimizer.direction.init, params), counter, counter, norms_W)
+    average = None
+    if optimizer.ema_half_life:
+        average = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wide(x.dtype)), params)
+    state = TrainState(params, jax.eval_shape(optimizer.direction.init, params), counter, counter, norms_W, average)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,

@@ -39,7 +39,7 @@ from ctllm_jax.optim import make_optimizer
 from ctllm_jax.reference import scored_store
 from ctllm_jax.restore import restore_newest
 from ctllm_jax.sharding import make_mesh, shardings
-from ctllm_jax.step import TrainState, jit_step, start_state, state_shardings
+from ctllm_jax.step import TrainState, jit_step, joined_state, start_state, state_shardings
 from ctllm_jax.stopping import Stopping, stop_on_notice, stop_on_signal
 from ctllm_jax.train_config import TrainConfig, check_fit, check_layout, check_past_rates, decisive, rates
 from ctllm_jax.watch import LoopWatch
@@ -116,11 +116,11 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
         store = scored_store(job.stage.folder, store, config, job.model, start, origin.digest, job.mesh)
         job = dataclasses.replace(job, store=store, stream=dataclasses.replace(job.stream, store=store))
     first, ledger = 0, dict.fromkeys(sources, 0)
-    saved = restore_newest(job.stage.folder, _like(state.params), _like(state.rest))
+    saved = restore_newest(job.stage.folder, _like(state.model), _like(state.rest))
     if saved:
         first, ledger = saved.step, saved.record["ledger"]
         check_past_rates(config, saved.record["rates"], first)
-        state = TrainState(saved.params, *saved.optimizer)
+        state = joined_state(saved.params, saved.optimizer)
         print(f"train: resumed at step {first}", file=sys.stderr)
     checkpoints = Checkpoints(job.stage.folder, config.checkpoints, config.log.every, job.folder.before_commit)
 
@@ -137,11 +137,12 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
 
     # ---- The loop: dispatch a step, then read the metrics of the one before
     vote = processes.Vote(job.mesh)
-    held = in_loop.look(joined(config.lora, state.params, frozen), frozen)
+    whole = joined(config.lora, state.model, frozen)
+    held = in_loop.look(whole, frozen)
     config.checkpoints.check_known(held)
     if first == 0:
         log.write("eval", 0, {**held, **job.probes.chance})
-        samples.write(0, in_loop.sample(joined(config.lora, state.params, frozen)))
+        samples.write(0, in_loop.sample(whole))
     stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
     with Progress(f"train {config.objective.name}", steps, "steps", stream_out) as progress, meter.profiler:
         for step, batch in meter.steps(prefetched(job.stream, first, steps, job.mesh), first, progress):
@@ -155,7 +156,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
             if evaluated:
                 watch.at("evaluation", step)
                 meter.pause("evaluation")
-                whole = joined(config.lora, state.params, frozen)
+                whole = joined(config.lora, state.model, frozen)
                 held = in_loop.look(whole, frozen)
                 samples.write(step, in_loop.sample(whole))
                 log.write("eval", step, {**held, **meter.go_on()})
@@ -171,7 +172,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
                     "best": config.checkpoints.best,
                 }
                 figures = held if evaluated else None
-                checkpoints.save(step, state.params, state.rest, record, figures, wait=last or stop)
+                checkpoints.save(step, state.model, state.rest, record, figures, wait=last or stop)
                 meter.go_on()
             if stop and not last:
                 break

@@ -102,6 +102,8 @@ def decisive(config: TrainConfig, model: ModelConfig, clock: Clock) -> dict:
     settings["duration"] = clock.run
     for name in ("warmup", "decay"):
         settings["optimizer"][name] = clock.steps(settings["optimizer"][name] or "0 steps")
+    if half_life := settings["optimizer"].pop("ema_half_life"):  # without an average a run is what it was before
+        settings["optimizer"]["ema_half_life"] = clock.steps(half_life)
     settings["model"] = dataclasses.asdict(model)
     for name in ("remat", "attention"):  # a matter of memory and of the chip
         settings["model"].pop(name)

@@ -167,10 +167,11 @@ def test_updates_equal_adamw_with_clipping_in_float64():
 
 
 @functools.cache
-def compiled_step(deviations: float):
+def compiled_step(deviations: float, half_life: str = ""):
     """(a step of an objective whose gradient the batch decides: the sum over parameters times `slope`, its start)."""
     config = tiny_config()
-    optimizer = make_optimizer(dataclasses.replace(CONSTANT, spike_deviations=deviations), config, clock(10))
+    settings = dataclasses.replace(CONSTANT, spike_deviations=deviations, ema_half_life=half_life)
+    optimizer = make_optimizer(settings, config, clock(10))
 
     def objective(params, _, batch):
         slope = jnp.sum(batch["slope"])

@@ -226,7 +226,7 @@ def test_another_run_is_refused_in_the_same_folder_and_the_difference_named(fini
 # ---- Cut short and taken up
 
 
-def killed_run(store: str, workdir: str) -> None:
+def killed_run(store: str, workdir: str, **changes) -> None:
     """Trains and dies without warning in step 8, after the checkpoint of step 5 is committed."""
 
     def die():
@@ -235,7 +235,7 @@ def killed_run(store: str, workdir: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     train.prefetched = at_step(8, die)
-    train.run(config_of(store), workdir)
+    train.run(config_of(store, **changes), workdir)
 
 
 def test_a_killed_run_ends_in_the_same_bits(finished, stores, tmp_path, capsys):

@@ -114,6 +114,7 @@ def train_values(store: pathlib.Path) -> dict:
             "clip_norm": 1.0,
             "spike_window": 4,
             "spike_deviations": 6.0,
+            "ema_half_life": "",
         },
         "mesh": {"data": 2, "fsdp": -1, "tensor": 1, "context": 1},
         "distributed": False,

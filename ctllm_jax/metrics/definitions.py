@@ -8,7 +8,8 @@ import re
 
 KINDS = {
     "train": "every `log.every` steps, and of the first step",
-    "eval": "of each look at held-out data: before the first step, every `eval.every` steps, after the last",
+    "eval": "of each look at held-out data: before the first step, every `eval.every` steps, after the last; "
+    "of the average where `optimizer.ema_half_life` has one kept",
     "job": "of the job's time: when a process begins, after a save, after a step when the last line is a minute old",
 }
 

@@ -77,12 +77,14 @@ def count(model: ModelConfig) -> int:
 
 
 def arguments(config: TrainConfig, target: Slice) -> dict[str, int]:
-    """Bytes of a device's arguments: parameters, moments, a live reference, batch; padded as a TPU lays them out."""
+    """Bytes of a device's arguments: parameters, moments, average, a live reference, batch; padded as a TPU's are."""
     padded = target.chip.platform == "tpu"
     model, optimizer, mesh = _laid_out(config, target)
     state = _state_bytes(model, optimizer, mesh, padded)
     batch = _batch_bytes(config.batch_size, model.max_length, config.sides, mesh, padded)
     counted = {"parameters": state["all"], "moments": state["moments"], "batch": batch}
+    if optimizer.ema_half_life:
+        counted["average"] = state["average"]
     return {**counted, "reference": counted["parameters"]} if config.objective.reference == "live" else counted
 
 
@@ -107,7 +109,8 @@ def _state_bytes(
         "all": _bytes(state.params, padded),
         "layers": _bytes(state.params["layers"], padded),
         "head": _bytes(head, padded),
-        "moments": _bytes(state.rest, padded),
+        "moments": _bytes((state.moments, state.step, state.skipped, state.norms_W), padded),
+        "average": _bytes(state.average, padded),
     }
 
 
@@ -230,7 +233,8 @@ def work(config: TrainConfig, target: Slice) -> Work:
     item = jnp.dtype(model.dtype).itemsize
     gathered = parameters["layers"] * item // FP32 * part.ways("embed")
     activations = model.num_layers * part.tokens * kept_per_token(model, part.mesh["tensor"])
-    traffic = 7 * parameters["all"] + part.microbatches * (5 * gathered + 2 * activations)
+    state = (9 if config.optimizer.ema_half_life else 7) * parameters["all"]  # an average is read and written
+    traffic = state + part.microbatches * (5 * gathered + 2 * activations)
     reference = 4 / 3 if config.objective.reference == "live" else 1.0  # it goes forward only: a third of the work more
     return Work(tokens * causal * reference, tokens * full * reference, tokens * (causal * reference + again), traffic)
 
