@@ -24,6 +24,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
             objective=dict(name="lm", z_loss=0.0, cross_entropy="auto", logit_metrics=False, preference=None),
             model=models.named(name),
             init_from=None,
+            init_step=config_dict.placeholder(int),
             lora=dict(rank=0, alpha=16.0, targets=("q", "k", "v", "out", "gate", "up", "down")),
             data=dict(store="", rates=dict(CT_LLM_TOKEN_SHARES), rate_changes=(), mask_documents=True),
             optimizer=dict(

@@ -122,7 +122,7 @@ def load_params(run_dir: str | os.PathLike, abstract: Any, step: int | None = No
     if not steps or (step is not None and step not in steps):
         raise UserError(f"{place}: no checkpoint of step {step}; there are: {steps or 'none'}")
     step = steps[-1] if step is None else step
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default), abstract
     )

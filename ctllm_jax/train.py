@@ -79,7 +79,7 @@ def run(config: TrainConfig, workdir: str) -> dict:
 def _run(config: TrainConfig, folder: RunFolder) -> dict:
     keep_compiled()
     store = open_store(config.data.store)
-    origin = load_model(config.init_from) if config.init_from else None
+    origin = load_model(config.init_from, config.init_step) if config.init_from else None
     model = origin.config if origin else config.model
     check_fit(config, model, origin, store)
     inputs = {"store": store.fingerprint, "init": origin.digest if origin else None}
@@ -132,7 +132,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
     in_loop = InLoop(held_out, job.probes, job.model, job.mesh)
     samples = SamplesLog(job.stage.folder, first, writes=jax.process_index() == 0)
     log = open_log(config.log, job.stage, first, dataclasses.asdict(config), writes=jax.process_index() == 0)
-    meter = Meter(log, config.log, sources, ledger)
+    meter = Meter(log, config.log, sources, ledger, patience=config.optimizer.spike_window)
     meter.measure(job.model, store, config.batch_size, job.mesh, job.adapters)
 
     # ---- The loop: dispatch a step, then read the metrics of the one before

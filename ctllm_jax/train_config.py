@@ -31,6 +31,7 @@ class TrainConfig:
     objective: ObjectiveConfig  # what is minimised
     model: ModelConfig | None  # None: as in init_from
     init_from: str | None  # run or Hugging Face folder whose parameters start the run (and are DPO's reference)
+    init_step: int | None  # [steps] checkpoint of the run init_from; None is the newest
     lora: LoraConfig  # adapters, where they alone are trained
     data: DataConfig  # what is read
     optimizer: OptimizerConfig  # AdamW and its schedule
@@ -55,6 +56,8 @@ class TrainConfig:
             raise ValueError(f"preference loss {loss!r} compares the pairs of a step; it needs microbatches 1")
         if (self.model is None) == (self.init_from is None):
             raise ValueError("give either model (a fresh start) or init_from (its architecture is taken over)")
+        if self.init_step is not None and self.init_from is None:
+            raise ValueError(f"init_step {self.init_step} is a checkpoint of init_from; give both")
         if self.lora.rank and self.init_from is None:
             raise ValueError("lora trains adapters beside a model's parameters, which it needs: give init_from")
         if self.checkpoints.keep_best and self.checkpoints.every % self.eval.every:
@@ -93,7 +96,7 @@ def decisive(config: TrainConfig, model: ModelConfig, clock: Clock) -> dict:
     settings = dataclasses.asdict(config)
     for name in _FREE:
         settings.pop(name)
-    settings.pop("init_from")  # by its digest
+    settings.pop("init_from"), settings.pop("init_step")  # by its digest
     settings["objective"].pop("cross_entropy")  # a matter of memory
     settings["data"].pop("store")  # by its fingerprint
     settings["data"].pop("rates"), settings["data"].pop("rate_changes")  # may change ahead: see check_past_rates

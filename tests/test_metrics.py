@@ -19,6 +19,7 @@ from tiny_models import tiny_config
 from tiny_stores import tiny_store
 
 from ctllm_jax import train
+from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.store import open_store
 from ctllm_jax.hardware import CHIPS
@@ -286,6 +287,38 @@ def test_sums_become_means_and_layers_lists_and_speeds_are_of_finished_steps(tmp
     assert lines[1]["tokens_per_second"] == pytest.approx(8 * 32 / 0.1)
     assert 0.01 < last["host_memory_gib"] < 100
     assert not last.keys() & {"mfu_causal", "mfu_full", "device_memory_peak_gib"}  # nobody knows them of a CPU
+
+
+def skipping(tmp_path, steps: list[tuple[int, float]], patience: float, first: int = 1) -> None:
+    """A meter is told of steps: how many have been skipped by then, and the gradient's norm."""
+    own = meter.Meter(MetricsLog(tmp_path, 0), PLAIN, [], {}, patience)
+    for step, _ in own.steps(iter(steps), first - 1, Progress("train", None, "steps", io.StringIO())):
+        skipped, norm = steps[step - first]
+        values = {"count": 1.0, "loss": 1.0, "skipped": skipped, "grad_norm": norm}
+        own.dispatched(step, {name: np.asarray(value) for name, value in values.items()})
+    own.pause("checkpoint")
+
+
+def test_a_step_that_is_skipped_is_said_once_in_a_row(tmp_path, capsys):
+    skipping(tmp_path, [(0, 1.0), (1, 30.0), (1, 1.0), (2, np.nan), (3, np.inf), (3, 1.0), (4, np.nan)], 2)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "train: step 2 changed nothing: its gradient is a spike (norm 30)",
+        "train: step 4 changed nothing: its gradient is not finite",
+        "train: step 7 changed nothing: its gradient is not finite",
+    ]
+
+
+def test_a_run_that_is_taken_up_does_not_take_earlier_skips_for_its_own(tmp_path, capsys):
+    skipping(tmp_path, [(1, 1.0), (1, 1.0)], 0, first=5)
+    assert "changed nothing" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="the last 1 steps, up to 5, changed nothing: the gradient is not finite"):
+        skipping(tmp_path, [(2, np.nan), (2, 1.0)], 0, first=5)
+
+
+def test_a_run_whose_gradients_stay_nan_ends_and_says_why(tmp_path):
+    with pytest.raises(UserError, match="the last 3 steps, up to 4, changed nothing.*ctllm trace --step=4"):
+        skipping(tmp_path, [(0, 1.0), (1, np.nan), (2, np.nan), (3, np.nan), (4, np.nan)], 2)
 
 
 def test_mfu_is_flops_over_the_peak_of_all_devices(tmp_path, store, monkeypatch):

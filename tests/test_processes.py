@@ -18,8 +18,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from tiny_models import tiny_model
 from tiny_stores import tiny_store
 
+from ctllm_jax import convert
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.status import EXIT_LOST, EXIT_RESUME
 from ctllm_jax.metrics import read_metrics
@@ -152,6 +154,36 @@ def test_one_process_takes_up_what_two_left(alike, tmp_path):
         shutil.rmtree(tmp_path / "moved" / "checkpoints" / step)
     job(1, 4, store, tmp_path / "moved")
     assert losses(tmp_path / "moved") == pytest.approx(losses(one), rel=1e-5)
+
+
+ALIGN = """
+import dataclasses, os, sys
+sys.path.insert(0, "tests")
+from test_train import config_of
+from tiny_objectives import dpo
+from ctllm_jax import train
+
+store, workdir = (argument.partition("=")[2] for argument in sys.argv[-2:])
+changes = {{"objective": dataclasses.asdict(dpo(reference="cached")), "lora__rank": 2}} if {adapters} else {{}}
+changes |= {{"model": None, "init_from": {origin!r}, "optimizer__ema_half_life": "2 steps", "duration": "4 steps"}}
+changes |= {{"eval__every": 2, "checkpoints__every": 2, "distributed": "JAX_PROCESS_ID" in os.environ}}
+train.run(config_of(store, **changes), workdir)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["chat", "preference"])
+def test_two_processes_start_from_a_model_as_one_does(tmp_path, kind):
+    store = tiny_store(tmp_path / "store", kind).folder
+    convert.write_run(tiny_model(max_length=32), tmp_path / "origin", "float32")
+    program = ALIGN.format(origin=str(tmp_path / "origin"), adapters=kind == "preference")
+    for processes, name in ((1, "one"), (2, "two")):
+        programs = dict.fromkeys(range(processes), program)
+        running = started(processes, 8 // processes, store, tmp_path / name, programs=programs)
+        logs = [process.communicate(timeout=240)[1] for process in running]
+        assert all(process.returncode == 0 for process in running), "\n".join(log[-2000:] for log in logs)
+    assert len(losses(tmp_path / "one")) == 7
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 LONG = ("--config.duration=100000 steps", "--config.eval.every=100000", "--config.checkpoints.every=100000")

@@ -385,6 +385,13 @@ def test_another_mesh_goes_on_from_a_checkpoint(finished, stores, tmp_path):
     assert result["validation"] == pytest.approx(finished[1]["validation"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_run_that_only_skips_ends_and_says_why(stores, tmp_path):
+    config = config_of(stores["pretrain"], optimizer__learning_rate=1e30, optimizer__clip_norm=1e30)
+    with pytest.raises(UserError, match="the last 5 steps, .* changed nothing: the gradient is not finite"):
+        train.run(config, str(tmp_path / "run"))
+
+
 # ---- Alignment
 
 

@@ -61,6 +61,7 @@ def test_a_layout_that_does_not_divide_is_refused_by_name(stores, tmp_path, chan
         ({"microbatches": 3}, "batch_size 8 does not divide into 3 microbatches"),
         ({"init_from": "somewhere"}, "give either model .* or init_from"),
         ({"model": None}, "give either model .* or init_from"),
+        ({"init_step": 4}, "init_step 4 is a checkpoint of init_from"),
         (
             {"objective": dataclasses.asdict(dpo(loss="aot")), "microbatches": 2},
             "preference loss 'aot' compares the pairs of a step; it needs microbatches 1",

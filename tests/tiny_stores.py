@@ -99,6 +99,7 @@ def train_values(store: pathlib.Path) -> dict:
         },
         "model": dataclasses.asdict(tiny_config(max_length=32)),
         "init_from": None,
+        "init_step": None,
         "lora": {"rank": 0, "alpha": 8.0, "targets": ["q", "v", "out", "gate", "down"]},
         "data": {"store": str(store), "rates": {"zh": 0.75, "en": 0.25}, "rate_changes": [], "mask_documents": True},
         "optimizer": {

@@ -5,7 +5,9 @@ and full square.
 """
 
 import itertools
+import math
 import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.store import TokenStore
 from ctllm_jax.hardware import GIB, chip_of
@@ -23,7 +26,7 @@ from ctllm_jax.model import ModelConfig, flops_per_token
 from ctllm_jax.step import UPDATE_METRICS
 
 _SMOOTH = 0.98  # what the smoothed loss of the progress line keeps of itself at a step
-_ALWAYS = ("count", "loss", "source_tokens")  # of a step's metrics: for the progress line and the ledger
+_ALWAYS = ("count", "loss", "source_tokens", "skipped", "grad_norm")  # of a step's metrics: for what is seen to at once
 _DIGITS = 5  # significant ones of a metric by layer
 
 
@@ -38,13 +41,23 @@ class Meter:
       profiler: to be entered while steps are made.
     """
 
-    def __init__(self, log: MetricsLog, config: LogConfig, sources: Sequence[str], ledger: dict[str, int]):
-        self.ledger = ledger
+    def __init__(
+        self,
+        log: MetricsLog,
+        config: LogConfig,
+        sources: Sequence[str],
+        ledger: dict[str, int],
+        patience: float = math.inf,
+    ):
+        """`patience`: [steps] so many in a row may change nothing; more of them end the run with a UserError."""
+        self.ledger, self._patience = ledger, patience
         self.profiler = Profiler(log.folder, config.profile)
         self._log, self._timesheet, self._every = log, log.timesheet, config.every
         self._sources = sources
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._step = 0  # that was read last
+        self._skipped: int | None = None  # steps that have changed nothing
+        self._in_a_row = 0  # of them, up to the last one
         self._tokens_per_step, self._flops, self._peak, self._devices = 0, (0.0, 0.0), None, []
         self._loss, self._weight, self._pace = 0.0, 0.0, ""  # for the progress line
         self._restart()
@@ -122,6 +135,7 @@ class Meter:
             self._timesheet.switch("steps")
         for source, tokens in zip(self._sources, sums.get("source_tokens", ()), strict=False):
             self.ledger[source] += int(tokens)
+        self._heed_skip(sums)
         if logged:
             self._log.write("train", self._step, {**self._values(sums), **self._speed(now), **self._memory()})
         if self._timesheet.due():
@@ -131,6 +145,32 @@ class Meter:
             self._timesheet.switch("profile")
             self.profiler.stop()
             self.go_on()
+
+    def _heed_skip(self, sums: Mapping[str, np.ndarray]) -> None:
+        """Says that a step changed nothing. A spike that stays is normal before long; NaN would be skipped for ever.
+
+        Raises:
+          UserError: more steps in a row than `patience` were skipped.
+        """
+        if "skipped" not in sums:
+            return
+        norm, before, self._skipped = float(sums["grad_norm"]), self._skipped, int(sums["skipped"])
+        if before is None:  # the first step after a start, which is no spike as far as is known
+            before = self._skipped - (not np.isfinite(norm))
+        if self._skipped == before:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        what = f"a spike (norm {norm:.3g})" if np.isfinite(norm) else "not finite"
+        if self._in_a_row > self._patience:
+            self._log.flush()
+            raise UserError(
+                f"the last {self._in_a_row} steps, up to {self._step}, changed nothing: the gradient is {what}, and "
+                f"will stay so. `ctllm trace --step={self._step}` shows what the step read; a smaller learning rate or "
+                "an earlier checkpoint (move the later ones away), may get past it"
+            )
+        if self._in_a_row == 1 and jax.process_index() == 0:
+            print(f"train: step {self._step} changed nothing: its gradient is {what}", file=sys.stderr, flush=True)
 
     def _values(self, sums: Mapping[str, np.ndarray]) -> dict[str, float | list[float]]:
         """What a step says of itself; means where it gives sums, a list where it gives one value a layer."""
