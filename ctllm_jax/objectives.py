@@ -147,13 +147,19 @@ def _dpo(config: ObjectiveConfig, model: ModelConfig, num_sources: int) -> Objec
     def dpo(params: dict, reference: dict | None, batch: Batch):
         batch = batch if "token_share" in batch else whole_step(batch)
         scores = _score(config, model, params, _flat(batch))
+        policy_B2, rest_B2 = _answer_sums(config, scores.logprob_BL, batch)
         if config.reference == "live":
-            reference_B2 = jax.lax.stop_gradient(answer_logprobs(config, model, reference, batch))
+            theirs = _answer_sums(config, _score(config, model, reference, _flat(batch)).logprob_BL, batch)
+            reference_B2, reference_rest_B2 = jax.lax.stop_gradient(theirs)
+            ratios_B2 = (policy_B2 - reference_B2) + (rest_B2 - reference_rest_B2)
+            reference_B2 += reference_rest_B2
         else:
             reference_B2 = batch["reference"]
+            ratios_B2 = policy_B2 + rest_B2 - reference_B2
         pairs = Pairs(
-            policy_P2=_answer_sums(config, scores.logprob_BL, batch),
+            policy_P2=policy_B2 + rest_B2,
             reference_P2=reference_B2,
+            ratios_P2=ratios_B2,
             tokens_P2=jnp.sum(batch["weights"], axis=-1),
             valid_P=_valid_pairs(batch),
             token_share_P=batch["token_share"][:, 0],
@@ -169,7 +175,8 @@ def _dpo(config: ObjectiveConfig, model: ModelConfig, num_sources: int) -> Objec
 
 def answer_logprobs(config: ObjectiveConfig, model: ModelConfig, params: dict, batch: Batch) -> jax.Array:
     """Log-probability of either answer of each pair, summed over its tokens, [B, 2]."""
-    return _answer_sums(config, _score(config, model, params, _flat(batch)).logprob_BL, batch)
+    sums_B2, rest_B2 = _answer_sums(config, _score(config, model, params, _flat(batch)).logprob_BL, batch)
+    return sums_B2 + rest_B2
 
 
 def _flat(batch: Batch) -> Batch:
@@ -182,14 +189,20 @@ def _valid_pairs(batch: Batch) -> jax.Array:
     return jnp.all(jnp.sum(batch["weights"], axis=-1) > 0, axis=-1)
 
 
-def _answer_sums(config: ObjectiveConfig, logprob_2BL: jax.Array, batch: Batch) -> jax.Array:
-    """Sums over the answers' tokens [B, 2]; tokens beyond the shorter answer's length count `tail_weight` each."""
+def _answer_sums(config: ObjectiveConfig, logprob_2BL: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Sums over the answers' tokens [B, 2]; tokens beyond the shorter answer's length count `tail_weight` each.
+
+    In two parts, for a loss is of small differences between them: sums of multiples of 2^-10, exact in fp32 up to
+    16,384 nats in whatever order a mesh adds them up, and of what is left of each token, which is little.
+    """
     weights_B2L = batch["weights"]
     if config.preference.tail_weight != 1:  # LD-DPO, arXiv 2409.06411
         shared_B = jnp.min(jnp.sum(weights_B2L, axis=-1), axis=-1)
         beyond_B2L = jnp.cumsum(weights_B2L, axis=-1) > shared_B[:, None, None]
         weights_B2L = weights_B2L * jnp.where(beyond_B2L, config.preference.tail_weight, 1.0)
-    return jnp.sum(logprob_2BL.reshape(weights_B2L.shape) * weights_B2L, axis=-1)
+    weighted_B2L = logprob_2BL.reshape(weights_B2L.shape) * weights_B2L
+    coarse_B2L = jax.lax.stop_gradient(jnp.round(weighted_B2L * 1024) / 1024)
+    return jnp.sum(coarse_B2L, axis=-1), jnp.sum(weighted_B2L - coarse_B2L, axis=-1)
 
 
 def _policy_weights(scores: TokenScores, batch: Batch) -> jax.Array:

@@ -70,6 +70,7 @@ class Pairs(NamedTuple):
       valid_P: which pairs count.
       token_share_P: valid pairs per chosen token, of the whole step: makes a mean over pairs one over tokens.
       weight_P: of each pair's loss; None for 1.
+      ratios_P2: policy_P2 less reference_P2, where it is known more closely than they are.
     """
 
     policy_P2: jax.Array
@@ -78,6 +79,7 @@ class Pairs(NamedTuple):
     valid_P: jax.Array
     token_share_P: jax.Array
     weight_P: jax.Array | None
+    ratios_P2: jax.Array | None = None
 
 
 def preference_loss(pairs: Pairs, config: PreferenceConfig) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -91,7 +93,7 @@ def preference_loss(pairs: Pairs, config: PreferenceConfig) -> tuple[jax.Array, 
     Returns:
       (loss summed over pairs, sums over pairs: `count` and the diagnostics).
     """
-    ratios_P2 = pairs.policy_P2 - pairs.reference_P2
+    ratios_P2 = pairs.policy_P2 - pairs.reference_P2 if pairs.ratios_P2 is None else pairs.ratios_P2
     scores_P2 = DIVERGENCES[config.divergence](ratios_P2)
     loss_P = LOSSES[config.loss](scores_P2, pairs, config)
     if pairs.weight_P is not None:

@@ -88,10 +88,6 @@ def expected(dtype: str, kind: str = "chat") -> tuple[dict, dict]:
 def assert_same(found: tuple[dict, dict], dtype: str, kind: str = "chat") -> None:
     (grads, sums), (known, totals) = found, expected(dtype, kind)
     loss_tolerance, gradient_tolerance = TOLERANCE[dtype]
-    if (dtype, kind) == ("float32", "preference"):
-        # A pair's loss is of differences between sums of up to a hundred nats, of which fp32 keeps 8e-6: a mesh that
-        # divides the length adds them up in another order. In fp64 pairs are held to what everything else is.
-        loss_tolerance = 4e-6
     assert float(sums["count"]) == float(totals["count"]) > 0
     np.testing.assert_allclose(sums["loss"], totals["loss"], rtol=loss_tolerance)
     assert grads.keys() == known.keys()
