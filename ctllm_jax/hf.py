@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -141,18 +140,31 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
-def load(folder: pathlib.Path) -> tuple[ModelConfig, dict, Tokenizer]:
-    """(architecture, parameters, tokenizer) of a Hugging Face folder.
+def describe(folder: pathlib.Path) -> tuple[ModelConfig, Tokenizer]:
+    """(architecture, tokenizer) of a Hugging Face folder.
 
     All rows of the embedding are kept; ids that the tokenizer does not know are masked as padding.
+
+    Raises:
+      UserError: something in it cannot be read or followed; the message names it.
+    """
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    if tokenizer.vocab_size < config.padded_vocab_size:
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    return config, tokenizer
+
+
+def load_params(folder: pathlib.Path, config: ModelConfig, layout: dict) -> dict:
+    """The parameters of a Hugging Face folder.
+
+    Args:
+      config: its architecture, as `describe` gives it.
+      layout: tree of shardings; where they reach over several processes, each reads the files.
 
     Raises:
       UserError: something in it cannot be read, is missing, left over, or of the wrong shape; the message
         names it.
     """
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    if tokenizer.vocab_size < config.padded_vocab_size:
-        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
         tensors = {}
         for file in weight_files(folder):
@@ -161,10 +173,10 @@ def load(folder: pathlib.Path) -> tuple[ModelConfig, dict, Tokenizer]:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a readable safetensors file ({error})") from None
             tensors.update(dict.fromkeys(opened.keys(), opened))
-        return config, _read_params(folder, config, tensors), tokenizer
+        return _read_params(folder, config, tensors, dict(_flat(layout)))
 
 
-def _read_params(folder: pathlib.Path, config: ModelConfig, tensors: dict[str, Any]) -> dict:
+def _read_params(folder: pathlib.Path, config: ModelConfig, tensors: dict[str, Any], places: dict[str, Any]) -> dict:
     known = {name for names in names_by_path(config).values() for name in names}
     # Old checkpoints carry the rotary frequencies, which follow from the config.
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
@@ -194,7 +206,8 @@ def _read_params(folder: pathlib.Path, config: ModelConfig, tensors: dict[str, A
         stacked = path.startswith("layers/")
         shape = leaf.shape[1:] if stacked else leaf.shape
         arrays = [read(name, shape, transpose) for name in names]
-        flat[path] = jnp.asarray(np.stack(arrays) if stacked else arrays[0], leaf.dtype)
+        array = (np.stack(arrays) if stacked else arrays[0]).astype(leaf.dtype)
+        flat[path] = jax.make_array_from_callback(array.shape, places[path], array.__getitem__)
     return _nested(flat)
 
 

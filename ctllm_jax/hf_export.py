@@ -27,7 +27,8 @@ from ctllm_jax.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
 )
-from ctllm_jax.hf import DTYPES, LLAMA3_KEYS, TABLE, leaves, load, names_by_path, their_shape
+from ctllm_jax.hf import DTYPES, LLAMA3_KEYS, TABLE, leaves, names_by_path, their_shape
+from ctllm_jax.loading import find_model
 from ctllm_jax.model import ModelConfig, forward
 
 SHARD_BYTES = 5 * 10**9
@@ -188,8 +189,8 @@ def _write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer, max_length: int
 def _check(folder: pathlib.Path, config: ModelConfig, params: dict, dtype: str) -> dict[str, float]:
     exact = {"dtype": "float32", "remat": "none", "attention": "xla"}
     original = dataclasses.replace(config, **exact)
-    stored_config, stored_params, _ = load(folder)
-    stored = dataclasses.replace(stored_config, **exact)
+    written = find_model(str(folder))
+    stored, stored_params = dataclasses.replace(written.config, **exact), written.read(None)
     random = np.random.default_rng(0)
     run = jax.jit(forward, static_argnums=0)
     witness_error = rounding_error = 0.0

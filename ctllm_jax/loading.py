@@ -2,7 +2,12 @@
 hold."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from ctllm_jax import hf
 from ctllm_jax.common.config import build
@@ -10,15 +15,16 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import identity, is_remote, read_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
-from ctllm_jax.lora import NO_LORA, LoraConfig, merged, trained
+from ctllm_jax.lora import NO_ADAPTERS, NO_LORA, LoraConfig, merged, trained
 from ctllm_jax.mirror import fetched
-from ctllm_jax.model import ModelConfig, abstract_params
-from ctllm_jax.restore import load_params
+from ctllm_jax.model import ModelConfig, abstract_params, logical_axes
+from ctllm_jax.restore import find_step, load_params
+from ctllm_jax.sharding import shardings
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """Architecture, parameters and tokenizer.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """A model but for its parameters.
 
     Attributes:
       digest: names the weights: equal digests, equal parameters and tokenizer.
@@ -28,12 +34,30 @@ class LoadedModel:
     """
 
     config: ModelConfig
-    params: dict
     tokenizer: Tokenizer
     digest: str
     name: str
     step: int | None = None
     tokens: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FoundModel(About):
+    """A model whose parameters can be read.
+
+    Attributes:
+      read: gives the parameters, with adapters merged into them: laid out over a mesh as `sharding.RULES` say (all its
+        processes must read), or for None on one device of this process.
+    """
+
+    read: Callable[[Mesh | None], dict]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedModel(About):
+    """A model with its parameters on one device."""
+
+    params: dict
 
 
 def load_model(location: str, step: int | None = None, dtype: str | None = None) -> LoadedModel:
@@ -48,34 +72,79 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None)
     Raises:
       UserError: the location is neither, or something in it is missing or unreadable.
     """
-    folder = fetched(location)
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is unknown; there are: float32, bfloat16")
+    found = find_model(location, step)
+    about = {field.name: getattr(found, field.name) for field in dataclasses.fields(About)}
+    if dtype is not None:
+        about["config"] = dataclasses.replace(found.config, dtype=dtype)
+    return LoadedModel(**about, params=found.read(None))
+
+
+def find_model(location: str, step: int | None = None) -> FoundModel:
+    """Finds a model without reading its parameters; arguments and errors as of `load_model`."""
+    folder = fetched(location)
     if (folder / "run.json").exists():
-        about = read_json(folder / "run.json")
-        config = build(ModelConfig, about["model"], f"{folder}/run.json: model")
-        tokenizer = load_tokenizer(folder / "tokenizer")
-        lora = build(LoraConfig, about["config"]["lora"]) if "lora" in about.get("config", {}) else NO_LORA
-        params, step, digest = load_params(folder, trained(abstract_params(config, lora.ranks)), step)
-        if lora.rank:
-            params = merged(lora, params, load_params(folder / "base", abstract_params(config))[0])
-        name = f"{folder.resolve().name}@{step}"
-        tokens = step * about["tokens_per_step"] if "tokens_per_step" in about else None
-    elif (folder / "config.json").exists():
+        return _find_run(folder, step)
+    if (folder / "config.json").exists():
         if step is not None:
             raise UserError(f"{folder} is a Hugging Face folder; it has no step {step} (leave step unset)")
-        config, params, tokenizer = hf.load(folder)
-        tokens = None
-        parts = [identity(file) for file in (folder / "config.json", *hf.weight_files(folder))]
-        digest = fingerprint([parts, tokenizer.digest])
-        name = folder.resolve().name
-    elif is_remote(location):
+        return _find_huggingface(folder)
+    if is_remote(location):
         raise UserError(f"{location}: no run directory (run.json); Hugging Face folders are read from a disk")
+    raise UserError(f"{location}: neither a run directory (run.json) nor a Hugging Face folder (config.json)")
+
+
+def _find_run(folder: pathlib.Path, step: int | None) -> FoundModel:
+    about, step = read_json(folder / "run.json"), find_step(folder, step)
+    config = build(ModelConfig, about["model"], f"{folder}/run.json: model")
+    lora = build(LoraConfig, about["config"]["lora"]) if "lora" in about.get("config", {}) else NO_LORA
+    return FoundModel(
+        config=config,
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        read=functools.partial(_read_run, folder, config, lora, step),
+        digest=f"{about['fingerprint']}@{step}",
+        name=f"{folder.resolve().name}@{step}",
+        step=step,
+        tokens=step * about["tokens_per_step"] if "tokens_per_step" in about else None,
+    )
+
+
+def _find_huggingface(folder: pathlib.Path) -> FoundModel:
+    config, tokenizer = hf.describe(folder)
+    parts = [identity(file) for file in (folder / "config.json", *hf.weight_files(folder))]
+    return FoundModel(
+        config=config,
+        tokenizer=tokenizer,
+        read=functools.partial(_read_huggingface, folder, config),
+        digest=fingerprint([parts, tokenizer.digest]),
+        name=folder.resolve().name,
+    )
+
+
+def _read_run(folder: pathlib.Path, config: ModelConfig, lora: LoraConfig, step: int, mesh: Mesh | None) -> dict:
+    params = load_params(folder, trained(_wanted(config, mesh, lora.ranks)), step)
+    if not lora.rank:
+        return params
+    wanted = _wanted(config, mesh)
+    whole = merged(lora, params, load_params(folder / "base", wanted, 0))
+    return jax.tree.map(lambda matrix, leaf: jax.device_put(matrix, leaf.sharding), whole, wanted)
+
+
+def _read_huggingface(folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None) -> dict:
+    return hf.load_params(folder, config, jax.tree.map(lambda leaf: leaf.sharding, _wanted(config, mesh)))
+
+
+def _wanted(config: ModelConfig, mesh: Mesh | None, ranks: Mapping[str, int] = NO_ADAPTERS) -> dict:
+    """Shapes and shardings of what is to be read."""
+    params = abstract_params(config, ranks)
+    if mesh is None:
+        places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), params)
     else:
-        raise UserError(f"{location}: neither a run directory (run.json) nor a Hugging Face folder (config.json)")
-    if dtype is not None:
-        config = dataclasses.replace(config, dtype=dtype)
-    return LoadedModel(config, params, tokenizer, digest, name, step, tokens)
+        places = shardings(mesh, params, logical_axes(config, ranks))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), params, places
+    )
 
 
 def check_ids(model: LoadedModel, sequences: Iterable[Sequence[int]]) -> None:

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from ctllm_jax.checkpoint import checkpoints_folder, checksums, message
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import is_remote, read_json
+from ctllm_jax.common.files import is_remote
 from ctllm_jax.mirror import remote_of
 from ctllm_jax.processes import together, votes
 
@@ -103,40 +103,41 @@ def checkpoint_steps(run_dir: str | os.PathLike) -> list[int]:
         return sorted(ocp.utils.checkpoint_steps(folder))
 
 
-def load_params(run_dir: str | os.PathLike, abstract: Any, step: int | None = None) -> tuple[dict, int, str]:
+def find_step(run_dir: str | os.PathLike, step: int | None) -> int:
+    """The step of the checkpoint that is asked for; None asks for the newest.
+
+    Raises:
+      UserError: no such checkpoint; the storage does not answer.
+    """
+    steps = checkpoint_steps(run_dir)
+    if not steps or (step is not None and step not in steps):
+        raise UserError(f"{remote_of(run_dir) or run_dir}: no checkpoint of step {step}; there are: {steps or 'none'}")
+    return steps[-1] if step is None else step
+
+
+def load_params(run_dir: str | os.PathLike, abstract: Any, step: int) -> dict:
     """Reads the parameters of a run.
 
     Args:
       run_dir: a run directory.
-      abstract: tree of ShapeDtypeStructs to read into; their shardings, where set, are honoured, and their dtypes.
-      step: which checkpoint; None takes the newest.
-
-    Returns:
-      (params, step, digest that names the run and step).
+      abstract: tree of ShapeDtypeStructs with shardings, to read into; where these reach over several processes, all
+        must read.
+      step: which checkpoint.
 
     Raises:
-      UserError: no such checkpoint, or it is damaged or holds other parameters; the storage does not answer.
+      UserError: the checkpoint is damaged or holds other parameters; the storage does not answer.
     """
-    folder, place = checkpoints_folder(run_dir), remote_of(run_dir) or run_dir
-    steps = checkpoint_steps(run_dir)
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{place}: no checkpoint of step {step}; there are: {steps or 'none'}")
-    step = steps[-1] if step is None else step
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default), abstract
-    )
+    folder = checkpoints_folder(run_dir)
     try:
         with _answering(folder):
             _look(folder / str(step))
-            params = _read(folder / str(step) / "params", abstract)
+            return _read(folder / str(step) / "params", abstract)
     except Damaged as damage:
-        others = [other for other in steps if other != step]
+        others = [other for other in checkpoint_steps(run_dir) if other != step]
         raise UserError(
-            f"{place}: the checkpoint of step {step} is damaged: {damage}. Others, to be asked for by their step: "
-            f"{others or 'none'}"
+            f"{remote_of(run_dir) or run_dir}: the checkpoint of step {step} is damaged: {damage}. Others, to be asked "
+            f"for by their step: {others or 'none'}"
         ) from None
-    return params, step, f"{read_json(epath.Path(run_dir) / 'run.json')['fingerprint']}@{step}"
 
 
 # ---- One checkpoint

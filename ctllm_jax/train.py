@@ -28,17 +28,17 @@ from ctllm_jax.data.batches import Stream, make_stream, prefetched
 from ctllm_jax.data.store import TokenStore, open_store
 from ctllm_jax.duration import Clock
 from ctllm_jax.evaluate.in_loop import HeldOut, InLoop, Probes, SamplesLog, make_probes
-from ctllm_jax.loading import LoadedModel, load_model
+from ctllm_jax.loading import FoundModel, find_model
 from ctllm_jax.lora import adapted, joined, trained
 from ctllm_jax.metrics.log import open_log
 from ctllm_jax.metrics.meter import Meter
 from ctllm_jax.mirror import RunFolder, run_folder
-from ctllm_jax.model import ModelConfig, abstract_params, count_params, flops_per_token, init_params, logical_axes
+from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
 from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import make_optimizer
 from ctllm_jax.reference import scored_store
 from ctllm_jax.restore import restore_newest
-from ctllm_jax.sharding import make_mesh, shardings
+from ctllm_jax.sharding import make_mesh
 from ctllm_jax.step import TrainState, jit_step, joined_state, start_state, state_shardings
 from ctllm_jax.stopping import Stopping, stop_on_notice, stop_on_signal
 from ctllm_jax.train_config import TrainConfig, check_fit, check_layout, check_past_rates, decisive, rates
@@ -79,7 +79,7 @@ def run(config: TrainConfig, workdir: str) -> dict:
 def _run(config: TrainConfig, folder: RunFolder) -> dict:
     keep_compiled()
     store = open_store(config.data.store)
-    origin = load_model(config.init_from, config.init_step) if config.init_from else None
+    origin = find_model(config.init_from, config.init_step) if config.init_from else None
     model = origin.config if origin else config.model
     check_fit(config, model, origin, store)
     inputs = {"store": store.fingerprint, "init": origin.digest if origin else None}
@@ -104,7 +104,7 @@ def _run(config: TrainConfig, folder: RunFolder) -> dict:
     return stage.finish(result) if jax.process_index() == 0 else result
 
 
-def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: LoopWatch) -> dict:
+def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopWatch) -> dict:
     # ---- State: this run's newest checkpoint, or init_from, or drawn from the seed
     config, store, sources, steps = job.config, job.store, job.store.sources("train"), job.clock.run
     if jax.process_index() == 0:
@@ -198,7 +198,7 @@ def _train(job: Job, origin: LoadedModel | None, stopping: Stopping, watch: Loop
     }
 
 
-def _start_state(job: Job, optimizer, origin: LoadedModel | None) -> tuple[TrainState, dict | None]:
+def _start_state(job: Job, optimizer, origin: FoundModel | None) -> tuple[TrainState, dict | None]:
     """(state at step 0 laid out over the mesh, what its steps read beside it and leave as it is).
 
     That is what LoRA's adapters are beside, or DPO's live reference, or None.
@@ -210,8 +210,7 @@ def _start_state(job: Job, optimizer, origin: LoadedModel | None) -> tuple[Train
         draw = jax.jit(lambda key: trained(init_params(job.model, key, ranks)), out_shardings=layout.params)
         params = draw(jax.random.key(config.seed))
     if origin is not None:
-        places = shardings(job.mesh, abstract_params(job.model), logical_axes(job.model))
-        given = jax.device_put(jax.device_get(origin.params), places)  # every process has read all of them
+        given = origin.read(job.mesh)
         if ranks:
             frozen = given
             _keep_base(job, frozen)

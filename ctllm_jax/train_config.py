@@ -11,7 +11,7 @@ from ctllm_jax.data.batches import DataConfig
 from ctllm_jax.data.store import TokenStore
 from ctllm_jax.duration import Clock, parse
 from ctllm_jax.evaluate.in_loop import InLoopConfig
-from ctllm_jax.loading import LoadedModel
+from ctllm_jax.loading import FoundModel
 from ctllm_jax.lora import LoraConfig
 from ctllm_jax.metrics import LogConfig
 from ctllm_jax.model import ModelConfig
@@ -132,7 +132,7 @@ def check_past_rates(config: TrainConfig, seen: list[dict], step: int) -> None:
         )
 
 
-def check_fit(config: TrainConfig, model: ModelConfig, origin: LoadedModel | None, store: TokenStore) -> None:
+def check_fit(config: TrainConfig, model: ModelConfig, origin: FoundModel | None, store: TokenStore) -> None:
     """Store, model and objective go together, or UserError."""
     if store.kind not in STORE_KINDS[config.objective.name]:
         wanted = " or ".join(STORE_KINDS[config.objective.name])

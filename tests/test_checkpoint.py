@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ctllm_jax import checkpoint, processes
 from ctllm_jax.checkpoint import CheckpointConfig, Checkpoints, checksums
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.restore import load_params, restore_newest
+from ctllm_jax.restore import find_step, load_params, restore_newest
 
 POLICY = CheckpointConfig(every=1, minutes=0.0, kept=100, keep_every=0, keep_best=0)
 RECORD = {"ledger": {"zh": 7}, "rates": []}
@@ -103,10 +103,11 @@ def test_a_record_says_what_was_when_it_was_saved(tmp_path, monkeypatch):
 
 def test_parameters_are_read_as_another_dtype(tmp_path):
     save(tmp_path, [3])
-    (tmp_path / "run.json").write_text('{"fingerprint": "f"}')
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), state(3, mesh(4, 2))[0])
-    params, step, digest = load_params(tmp_path, wanted)
-    assert (step, digest) == (3, "f@3")
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), state(3, mesh(2, 4))[0]
+    )
+    assert find_step(tmp_path, None) == 3
+    params = load_params(tmp_path, wanted, 3)
     expected = jax.tree.map(lambda x: np.asarray(x.astype(jnp.bfloat16)), state(3, mesh(4, 2))[0])
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
@@ -336,13 +337,15 @@ def test_storage_that_does_not_answer_is_not_damage(three, tmp_path, monkeypatch
 
 def test_a_reader_says_what_is_damaged_and_moves_nothing(three, tmp_path):
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "run.json").write_text('{"fingerprint": "f"}')
     cut(largest(tmp_path / "checkpoints" / "3" / "params"))
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state(3, mesh(4, 2))[0])
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(3, mesh(4, 2))[0]
+    )
     with pytest.raises(UserError, match=r"the checkpoint of step 3 is damaged: .*step: \[1, 2\]"):
-        load_params(tmp_path, wanted)
+        load_params(tmp_path, wanted, find_step(tmp_path, None))
     assert steps_in(tmp_path) == [1, 2, 3]
-    assert load_params(tmp_path, wanted, 2)[1] == 2
+    expected = state(2, mesh(4, 2))[0]
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, wanted, 2), expected)
 
 
 # ---- A disk that fails

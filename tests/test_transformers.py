@@ -4,6 +4,7 @@ transformers and PyTorch come from an environment of their own, made with the be
 made the tests skip.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -75,7 +76,7 @@ def trained(model: LoadedModel) -> LoadedModel:
     params, moments = model.params, optimizer.init(model.params)
     for _ in range(400):
         params, moments = step(params, moments)
-    return LoadedModel(model.config, params, model.tokenizer, model.digest, model.name)
+    return dataclasses.replace(model, params=params)
 
 
 def interleaved_rope(tensors: dict) -> None:

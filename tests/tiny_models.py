@@ -89,7 +89,7 @@ def tiny_model(seed: int = 0, **changes) -> LoadedModel:
         return leaf * random.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype) if norm else leaf
 
     params = jax.tree_util.tree_map_with_path(scale, params)
-    return LoadedModel(config, params, tokenizer, f"digest-{seed}", "tiny")
+    return LoadedModel(config=config, params=params, tokenizer=tokenizer, digest=f"digest-{seed}", name="tiny")
 
 
 @functools.cache
