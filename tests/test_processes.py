@@ -21,7 +21,7 @@ from etils import epath
 from tiny_models import tiny_model
 from tiny_stores import tiny_store
 
-from ctllm_jax import convert
+from ctllm_jax import convert, hf_export
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.status import EXIT_LOST, EXIT_RESUME
 from ctllm_jax.metrics import read_metrics
@@ -162,9 +162,12 @@ sys.path.insert(0, "tests")
 from test_train import config_of
 from tiny_objectives import dpo
 from ctllm_jax import train
+from ctllm_jax.data.store import open_store
 
 store, workdir = (argument.partition("=")[2] for argument in sys.argv[-2:])
-changes = {{"objective": dataclasses.asdict(dpo(reference="cached")), "lora__rank": 2}} if {adapters} else {{}}
+changes = {{"lora__rank": 2}} if {adapters} else {{}}
+if open_store(store).kind == "preference":
+    changes["objective"] = dataclasses.asdict(dpo(reference="cached" if {adapters} else "live"))
 changes |= {{"model": None, "init_from": {origin!r}, "optimizer__ema_half_life": "2 steps", "duration": "4 steps"}}
 changes |= {{"eval__every": 2, "checkpoints__every": 2, "distributed": "JAX_PROCESS_ID" in os.environ}}
 train.run(config_of(store, **changes), workdir)
@@ -172,18 +175,26 @@ train.run(config_of(store, **changes), workdir)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["chat", "preference"])
-def test_two_processes_start_from_a_model_as_one_does(tmp_path, kind):
-    store = tiny_store(tmp_path / "store", kind).folder
-    convert.write_run(tiny_model(max_length=32), tmp_path / "origin", "float32")
-    program = ALIGN.format(origin=str(tmp_path / "origin"), adapters=kind == "preference")
-    for processes, name in ((1, "one"), (2, "two")):
-        programs = dict.fromkeys(range(processes), program)
-        running = started(processes, 8 // processes, store, tmp_path / name, programs=programs)
-        logs = [process.communicate(timeout=240)[1] for process in running]
-        assert all(process.returncode == 0 for process in running), "\n".join(log[-2000:] for log in logs)
-    assert len(losses(tmp_path / "one")) == 7
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+def test_two_processes_start_from_a_model_as_one_does(tmp_path):
+    """SFT of a Hugging Face folder; DPO of a run, with adapters; DPO of what that run of adapters gave."""
+    stores = {kind: tiny_store(tmp_path / kind, kind).folder for kind in ("chat", "preference")}
+    model = tiny_model(max_length=32)
+    convert.write_run(model, tmp_path / "run", "float32")
+    hf_export.export(model.config, model.params, model.tokenizer, tmp_path / "folder", "float32")
+
+    def same(kind: str, origin: pathlib.Path, adapters: bool) -> pathlib.Path:
+        program, folder = ALIGN.format(origin=str(origin), adapters=adapters), tmp_path / f"from-{origin.name}"
+        for processes, name in ((1, "one"), (2, "two")):
+            programs = dict.fromkeys(range(processes), program)
+            running = started(processes, 8 // processes, stores[kind], folder / name, programs=programs)
+            logs = [process.communicate(timeout=240)[1] for process in running]
+            assert all(process.returncode == 0 for process in running), "\n".join(log[-2000:] for log in logs)
+        assert len(losses(folder / "one")) == 7
+        assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-5)
+        return folder / "two"
+
+    same("chat", tmp_path / "folder", adapters=False)
+    same("preference", same("preference", tmp_path / "run", adapters=True), adapters=False)
 
 
 LONG = ("--config.duration=100000 steps", "--config.eval.every=100000", "--config.checkpoints.every=100000")
