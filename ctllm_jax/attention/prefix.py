@@ -10,9 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from ctllm_jax.attention.xla import MASKED
 from ctllm_jax.precision import wide
-
-HIDDEN = -1e30  # finite, so that queries that see nothing (padding) stay free of NaN
 
 
 def attention(
@@ -50,11 +49,11 @@ def _row(shared_k_SPKH, shared_v_SPKH, shared_segments_SP, row):
     q_KQH = q_LNH.reshape(L, K, G, H).swapaxes(0, 1).reshape(K, L * G, H)
 
     before_KQP = product("KQH,PKH->KQP", q_KQH, shared_k_SPKH[owner]) * H**-0.5
-    before_KQP = jnp.where(shared_segments_SP[owner] != 0, before_KQP, HIDDEN)
+    before_KQP = jnp.where(shared_segments_SP[owner] != 0, before_KQP, MASKED)
     causal_LL = jnp.arange(L)[:, None] >= jnp.arange(L)
     visible_LL = causal_LL & (segments_L[:, None] == segments_L) & (segments_L != 0)
     own_KQL = product("KQH,LKH->KQL", q_KQH, k_LKH) * H**-0.5
-    own_KQL = jnp.where(jnp.repeat(visible_LL, G, axis=0), own_KQL, HIDDEN)
+    own_KQL = jnp.where(jnp.repeat(visible_LL, G, axis=0), own_KQL, MASKED)
 
     # One softmax over both parts.
     top_KQ1 = jnp.maximum(before_KQP.max(-1, keepdims=True), own_KQL.max(-1, keepdims=True))

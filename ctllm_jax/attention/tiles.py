@@ -21,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as pltriton
 
-# A masked score lies below the running maximum's start, so its weight is exp(-5e29) = 0 even in a row that has seen
+from ctllm_jax.attention.xla import MASKED
+
+# MASKED lies below the running maximum's start, so its weight is exp(-5e29) = 0 even in a row that has seen
 # nothing yet: such rows end with sum 0 and output 0, with no case of their own.
-MASKED = -1e30
 LOWEST_MAXIMUM = -5e29
 
 

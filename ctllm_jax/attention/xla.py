@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ctllm_jax.precision import wide
 
+MASKED = -1e30  # score of what may not be seen; finite, so that queries that see nothing (padding) stay free of NaN
 BLOCK = 128  # queries of a whole sequence that go together, with the keys up to the last of them
 
 
@@ -45,8 +46,8 @@ def _attend(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, q_offset):
     same_BLT = (q_segments_BL[:, :, None] == kv_segments_BT[:, None, :]) & (kv_segments_BT[:, None, :] != 0)
     visible_BLT = causal_LT & same_BLT
     visible_BKQT = jnp.repeat(visible_BLT, G, axis=1)[:, None]
-    # A finite mask value keeps rows that see nothing (padding) free of NaN; what they give is made zero below.
-    weights_BKQT = jax.nn.softmax(jnp.where(visible_BKQT, scores_BKQT, -1e30), axis=-1).astype(v_BTKH.dtype)
+    # What rows that see nothing (padding) give is made zero below.
+    weights_BKQT = jax.nn.softmax(jnp.where(visible_BKQT, scores_BKQT, MASKED), axis=-1).astype(v_BTKH.dtype)
     out_BKQH = jnp.einsum("BKQT,BTKH->BKQH", weights_BKQT, v_BTKH)
     out_BLNH = out_BKQH.reshape(B, K, L, G, H).swapaxes(1, 2).reshape(B, L, N, H)
     return jnp.where(visible_BLT.any(axis=-1)[:, :, None, None], out_BLNH, 0)
