@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ctllm_jax import processes
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import UserError, first_line
 
 CLAIM = "claim.json"
 _BEAT = 10.0  # seconds between two signs of life of a claim's holder
@@ -112,13 +112,13 @@ class BucketFolder:
         except self._errors.PreconditionFailed as error:
             raise Changed(str(error)) from error
         except (self._errors.Forbidden, self._errors.Unauthorized, self._errors.NotFound) as error:
-            raise UserError(f"{self.url}: {_first_line(error)}") from error
+            raise UserError(f"{self.url}: {first_line(error)}") from error
         except UserError:
             raise
         except Exception as error:  # of the client, the library below it, or Google's authentication
             if type(error).__name__ == "DefaultCredentialsError":
-                raise UserError(f"{self.url}: no credentials ({_first_line(error)})") from error
-            raise Unreachable(f"{self.url} does not answer ({_first_line(error)})") from error
+                raise UserError(f"{self.url}: no credentials ({first_line(error)})") from error
+            raise Unreachable(f"{self.url} does not answer ({first_line(error)})") from error
 
 
 class Claim:
@@ -215,8 +215,3 @@ def _machine() -> str:
 
 def _has_died_here(holder: dict) -> bool:
     return holder.get("machine") == _machine() and not os.path.exists(f"/proc/{holder.get('pid')}")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).partition("\n")[0] or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import UserError, first_line
 from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def client():
         found = distributed.global_state.client
         missing = [] if found is None else [name for name in _CALLS if not hasattr(found, name)]
     except (ImportError, AttributeError) as error:
-        missing = [_first_line(error)]
+        missing = [first_line(error)]
     if missing:
         raise UserError(
             f"jax {jax.__version__} does not let the processes of a job talk as this version of ctllm needs it "
@@ -128,7 +128,7 @@ class _Watch:
 
     def failed(self, error: BaseException) -> None:
         """Tells the others of an error here, and makes sure that this process ends in spite of them."""
-        summary = f"{type(error).__name__}: {_first_line(error)}"
+        summary = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, jax.errors.JaxRuntimeError):  # maybe but the echo of a death elsewhere
             print(f"process {self._index}: {summary}; waiting to hear of the others", file=sys.stderr, flush=True)
             self._thread.join(_VERDICT)  # it ends this process where another one is gone
@@ -155,7 +155,7 @@ class _Watch:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):  # no news
                     continue
-                news = f"process 0 is gone ({_first_line(error)})"
+                news = f"process 0 is gone ({first_line(error)})"
             else:  # who fails by itself says more than we can; process 0 ends last, so that all hear it
                 self._leaving.wait(2 * _PARTING if self._index == 0 else _PARTING + 1)
             if not self._leaving.is_set():
@@ -178,10 +178,6 @@ class _Watch:
         if gone:
             who = f"process {gone[0]} is" if len(gone) == 1 else f"processes {', '.join(map(str, gone))} are"
             self._tell(f"{who} gone (no sign of life for {_SILENCE:.0f} s)")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def leave(news: str) -> None:
