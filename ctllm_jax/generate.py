@@ -172,10 +172,8 @@ def _decode(
 def encode_prompt(tokenizer: Tokenizer, prompt: str | list[dict], template: ChatTemplate | None) -> list[int]:
     """Ids of a prompt: a conversation or a user's message in the template, or, without one, plain text to go on from.
 
-    Plain text opens a document: after the beginning-of-document id, or the end-of-document id where there is
-    none.
+    Plain text opens a document (`Tokenizer.opening_id`).
     """
     if template:
         return template.render_prompt(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
-    opening = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return [opening, *tokenizer.encode(prompt)]
+    return [tokenizer.opening_id, *tokenizer.encode(prompt)]

@@ -27,7 +27,6 @@ from ctllm_jax.data.chat import ChatTemplate, load_template, own_template
 from ctllm_jax.data.conversations import read_conversations
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.evaluate.devices import on_each_device, spread
-from ctllm_jax.evaluate.encoding import opening_ids
 from ctllm_jax.evaluate.engine import Request, Score, score_groups
 from ctllm_jax.loading import LoadedModel, load_model
 
@@ -113,9 +112,8 @@ class PlainTemplate(ChatTemplate):
         return given + last, [0] * len(given) + [1] * len(last)
 
     def render_prompt(self, messages):
-        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         lines = self.tokenizer.encode_batch([message["content"] + "\n" for message in messages])
-        return [*start, *itertools.chain.from_iterable(lines)]
+        return [*self.tokenizer.start_ids, *itertools.chain.from_iterable(lines)]
 
     def refusal(self, messages, learn="last"):
         return None
@@ -168,7 +166,7 @@ def _requests(
     model: LoadedModel, template: ChatTemplate, messages: list[dict]
 ) -> tuple[list[Request], list[Request], bool]:
     """(each answer given all before it, each after the opening id alone, whether anything did not fit)."""
-    opening, most = opening_ids(model, bos=True), model.config.max_length + 1
+    opening, most = model.tokenizer.opening_id, model.config.max_length + 1
     given, alone, cut = [], [], False
     for number, message in enumerate(messages, 1):
         if message["role"] != "assistant":
@@ -178,7 +176,7 @@ def _requests(
         cut |= stop > most
         if answer := ids[start : min(stop, most)]:
             given.append(Request(ids[: start + len(answer)], start, 0))
-            alone.append(Request([*opening, *answer], 1, 0))
+            alone.append(Request([opening, *answer], 1, 0))
     return given, alone, cut
 
 

@@ -128,7 +128,6 @@ def choice_task(declaration: str, tokenizer: Tokenizer, data: str = "") -> str:
     task = found.task
     if task.kind != "lm_eval":
         raise UserError(f"{task.name} is of kind {task.kind}; a SeqIO task is made of kind lm_eval")
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def example(item: Item) -> dict:
         opening = head(found, item.subset, task.shots.count if task.shots else 0)
@@ -136,7 +135,7 @@ def choice_task(declaration: str, tokenizer: Tokenizer, data: str = "") -> str:
         whole, given = tokenizer.encode_batch([prompt.text, prompt.context.rstrip()])
         return {
             "id": item.id,
-            "inputs": start + given,
+            "inputs": tokenizer.start_ids + given,
             "targets": [*whole[len(given) :], tokenizer.eos_id],
             "inputs_pretokenized": prompt.context,
             "targets_pretokenized": prompt.delimiter + prompt.continuation,

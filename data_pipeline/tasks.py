@@ -108,7 +108,7 @@ def tokenize_documents(dataset: tf.data.Dataset, tokenizer: Tokenizer) -> tf.dat
     The end is inside the vocabulary, which the released model's was not. Texts of any length are encoded whole, since
     ids could change at a cut; SentencePiece's time per byte grows slowly with the length.
     """
-    start = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], np.int32)
+    start = np.array(tokenizer.start_ids, np.int32)
     end = np.array([tokenizer.eos_id], np.int32)
 
     def flat(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -155,6 +155,15 @@ def test_a_copy_is_the_same_tokenizer_with_its_settings(model, tmp_path):
     assert (again.digest, again.bos_id, again.eos_id) == (model.digest, model.bos_id, model.eos_id)
 
 
+def test_without_a_beginning_of_document_the_end_opens_a_text(tmp_path):
+    folder = hugging_face(tmp_path / "hf")
+    model = load_tokenizer(folder)
+    assert (model.opening_id, model.start_ids) == (model.bos_id, [model.bos_id])
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    model = load_tokenizer(folder)
+    assert (model.opening_id, model.start_ids) == (model.eos_id, [])
+
+
 # ---- What a tokenizer.json may have inside
 
 

@@ -67,8 +67,8 @@ class CtllmTemplate(ChatTemplate):
         self.end_ids = (self._markers[END],)
 
     def render(self, messages: Messages, learn: str = "assistant") -> tuple[list[int], list[int]]:
-        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        ids, mask = list(start), [int(learn == "all")] * len(start)
+        ids = list(self.tokenizer.start_ids)
+        mask = [int(learn == "all")] * len(ids)
         contents = self.tokenizer.encode_batch([message["content"] for message in messages])
         for number, (message, content) in enumerate(zip(messages, contents, strict=True), 1):
             answer = message["role"] == "assistant" and (learn != "last" or number == len(messages))

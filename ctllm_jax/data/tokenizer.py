@@ -44,6 +44,16 @@ class Tokenizer:
     pad_id: int | None
     digest: str
 
+    @property
+    def opening_id(self) -> int:
+        """What a text follows where something has to come before it: `bos_id`, or `eos_id` where there is none."""
+        return self.eos_id if self.bos_id is None else self.bos_id
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What a document or a conversation begins with: `bos_id`, or nothing where there is none."""
+        return [] if self.bos_id is None else [self.bos_id]
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special ids."""
         return self.encode_batch([text])[0]

@@ -118,8 +118,7 @@ def _margin(values: list[float]) -> float | None:
 
 def _documents(model: LoadedModel, task: Task, items: list[Item], batch_tokens: int) -> list[dict]:
     texts = [fill(task.question, item.fields) for item in items]
-    opening = model.tokenizer.eos_id if model.tokenizer.bos_id is None else model.tokenizer.bos_id
-    scores = rolling(model, model.tokenizer.encode_batch(texts), opening, batch_tokens)
+    scores = rolling(model, model.tokenizer.encode_batch(texts), model.tokenizer.opening_id, batch_tokens)
     return [
         {
             "id": item.id,

@@ -34,8 +34,7 @@ class Encoded:
 
 def opening_ids(model: LoadedModel, bos: bool) -> list[int]:
     """What a text begins with: the beginning-of-document id, or the end's where there is none."""
-    tokenizer = model.tokenizer
-    return ([tokenizer.eos_id] if tokenizer.bos_id is None else [tokenizer.bos_id]) if bos else []
+    return [model.tokenizer.opening_id] if bos else []
 
 
 def encode_options(

@@ -47,8 +47,7 @@ def read(model: LoadedModel, text: str, guesses: int = 3) -> list[Token]:
       UserError: the text is empty, too long, or of another vocabulary.
     """
     tokenizer = model.tokenizer
-    opening = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    ids, most = [opening, *tokenizer.encode(text)], model.config.max_length
+    ids, most = [tokenizer.opening_id, *tokenizer.encode(text)], model.config.max_length
     if not 2 <= len(ids) <= most + 1:
         raise UserError(f"the text has {len(ids) - 1} tokens; there must be 1 to {most} ({model.name})")
     check_ids(model, [ids])

@@ -35,7 +35,6 @@ def encode_pairs(
     Raises:
       UserError: a continuation adds no token to its context.
     """
-    opening = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     split = [(context.rstrip(), context + continuation) for context, continuation in pairs]
     texts = list(dict.fromkeys(text for pair in split for text in pair))
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
@@ -44,7 +43,7 @@ def encode_pairs(
         start, whole = ids[context], ids[text]
         if len(whole) <= len(start):
             raise UserError(f"the continuation {continuation!r} adds no token after {context[-40:]!r}")
-        encoded.append(([opening] * (bos or not context) + start, whole[len(start) :]))
+        encoded.append(([tokenizer.opening_id] * (bos or not context) + start, whole[len(start) :]))
     return encoded
 
 
