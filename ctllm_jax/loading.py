@@ -12,7 +12,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from ctllm_jax import hf
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import identity, is_remote, read_json
+from ctllm_jax.common.files import file_digest, is_remote, read_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.lora import NO_ADAPTERS, NO_LORA, LoraConfig, merged, trained
@@ -27,7 +27,7 @@ class About:
     """A model but for its parameters.
 
     Attributes:
-      digest: names the weights: equal digests, equal parameters and tokenizer.
+      digest: names what is loaded: equal digests, equal parameters, tokenizer and chat template.
       name: for people; the folder's name, with the step where there is one.
       step: of the run's checkpoint; None of a Hugging Face folder.
       tokens: that the run had gone through by then, padding included; None where nothing tells.
@@ -99,11 +99,12 @@ def _find_run(folder: pathlib.Path, step: int | None) -> FoundModel:
     about, step = read_json(folder / "run.json"), find_step(folder, step)
     config = build(ModelConfig, about["model"], f"{folder}/run.json: model")
     lora = build(LoraConfig, about["config"]["lora"]) if "lora" in about.get("config", {}) else NO_LORA
+    tokenizer = load_tokenizer(folder / "tokenizer")
     return FoundModel(
         config=config,
-        tokenizer=load_tokenizer(folder / "tokenizer"),
+        tokenizer=tokenizer,
         read=functools.partial(_read_run, folder, config, lora, step),
-        digest=f"{about['fingerprint']}@{step}",
+        digest=_digest(f"{about['fingerprint']}@{step}", tokenizer),
         name=f"{folder.resolve().name}@{step}",
         step=step,
         tokens=step * about["tokens_per_step"] if "tokens_per_step" in about else None,
@@ -112,14 +113,18 @@ def _find_run(folder: pathlib.Path, step: int | None) -> FoundModel:
 
 def _find_huggingface(folder: pathlib.Path) -> FoundModel:
     config, tokenizer = hf.describe(folder)
-    parts = [identity(file) for file in (folder / "config.json", *hf.weight_files(folder))]
+    weights = [file_digest(file) for file in (folder / "config.json", *hf.weight_files(folder))]
     return FoundModel(
         config=config,
         tokenizer=tokenizer,
         read=functools.partial(_read_huggingface, folder, config),
-        digest=fingerprint([parts, tokenizer.digest]),
+        digest=_digest(weights, tokenizer),
         name=folder.resolve().name,
     )
+
+
+def _digest(weights: str | list[str], tokenizer: Tokenizer) -> str:
+    return fingerprint([weights, {file.name: file_digest(file) for file in tokenizer.files}])
 
 
 def _read_run(folder: pathlib.Path, config: ModelConfig, lora: LoraConfig, step: int, mesh: Mesh | None) -> dict:

@@ -22,11 +22,11 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import identity, read_json, write_atomic, write_json
+from ctllm_jax.common.files import file_digest, read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import Stage, open_stage, read_result
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.order import keyed, mix
-from ctllm_jax.data.tokenizer import BOS, CHAT_PIECES, COMPANIONS, EOS, PAD, UNK, Tokenizer, load_tokenizer
+from ctllm_jax.data.tokenizer import BOS, CHAT_PIECES, EOS, PAD, UNK, Tokenizer, load_tokenizer
 from data_pipeline import map_cc, tokenizer_report
 
 VERSION = 2
@@ -83,8 +83,7 @@ def run(config: TokenizerConfig, workdir: str) -> dict:
     inputs: dict = {"corpus": made_from}
     if config.model is not None:
         given = load_tokenizer(config.model)
-        files = [given.file, *(given.file.with_name(name) for name in COMPANIONS)]
-        inputs["model"] = [identity(file) for file in files if file.exists()]
+        inputs["model"] = [file_digest(file) for file in given.files]
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("corpus", "model", "threads")}
     stage = open_stage("tokenizer", VERSION, workdir, settings, inputs)
     if stage.done:

@@ -118,3 +118,14 @@ def test_identity_changes_with_content_at_either_end_and_with_size(tmp_path, pla
         content[place] ^= 1
         other.write_bytes(content)
     assert files.identity(path) != files.identity(other)
+
+
+@pytest.mark.parametrize("place", [0, -1, 70_000])
+def test_the_digest_of_a_file_changes_with_content_anywhere(tmp_path, place):
+    content = bytearray(os.urandom(140_000))
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    before = files.file_digest(path)
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert files.file_digest(path) != before

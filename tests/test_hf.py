@@ -163,6 +163,23 @@ def test_pickles_and_broken_files_are_refused(tmp_path):
         load_model(str(tmp_path / "out"))
 
 
+def test_a_digest_names_all_weights_and_what_lies_beside_the_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr("ctllm_jax.common.files._EDGE", 1024)  # the tiny model is all edges otherwise
+    folder = tmp_path / "out"
+    export(tiny_model(), folder)
+    found = [load_model(str(folder)).digest]
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # of one size, and alike at either end
+    file.write_bytes(content)
+    found.append(load_model(str(folder)).digest)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    found.append(load_model(str(folder)).digest)
+    edit(folder / "tokenizer_config.json", lambda values: values.update(pad_token="</s>"))
+    found.append(load_model(str(folder)).digest)
+    assert len(set(found)) == 4
+
+
 def test_rows_beyond_the_tokenizer_are_kept_and_masked(tmp_path):
     model = tiny_model()
     export(model, tmp_path / "out")

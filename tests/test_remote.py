@@ -10,7 +10,7 @@ from tiny_models import tiny_tokenizer
 from tiny_stores import tiny_store
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import expand, identity, read_json
+from ctllm_jax.common.files import expand, file_digest, identity, read_json
 from ctllm_jax.data.batches import DataConfig, global_batch, make_stream
 from ctllm_jax.data.store import open_store
 from ctllm_jax.sharding import MeshConfig, make_mesh
@@ -44,7 +44,8 @@ def test_files_are_found_read_and_identified_as_local_ones_are(server):
     assert [name.rpartition("/")[2] for name in found] == [
         name.rpartition("/")[2] for name in expand([f"{local(server)}/*.array_record"])
     ]
-    assert [identity(name) for name in found] == [identity(name.replace(STORE, local(server))) for name in found]
+    for mark in (identity, file_digest):
+        assert [mark(name) for name in found] == [mark(name.replace(STORE, local(server))) for name in found]
     with pytest.raises(UserError, match="no file matches 'gs://bucket/deep/store/none"):
         expand([f"{STORE}/none-*"])
 

@@ -34,7 +34,8 @@ class Tokenizer:
       vocab_size: number of ids.
       bos_id, eos_id: ids that open and close a document; bos_id is None where the vocabulary has none.
       pad_id: what others fill rows up with, or None; here padding is told by its place.
-      digest: SHA-256 (16 hex digits) of the model file.
+      digest: SHA-256 (16 hex digits) of the model file, which gives each id its piece. Settings and chat template
+        beside it are not in it.
     """
 
     file: pathlib.Path
@@ -53,6 +54,12 @@ class Tokenizer:
     def start_ids(self) -> list[int]:
         """What a document or a conversation begins with: `bos_id`, or nothing where there is none."""
         return [] if self.bos_id is None else [self.bos_id]
+
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """The model file, and of COMPANIONS those that lie beside it."""
+        beside = [self.file.with_name(name) for name in COMPANIONS]
+        return [self.file, *(file for file in beside if file.exists())]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special ids."""
@@ -85,11 +92,9 @@ class Tokenizer:
     def copy_to(self, folder: pathlib.Path) -> None:
         """Copies the file, and the settings and chat template beside it, named as `load_tokenizer` looks for them."""
         name = "tokenizer.json" if self.file.suffix == ".json" else "tokenizer.model"
-        copies = {name: self.file} | {other: self.file.with_name(other) for other in COMPANIONS}
-        for target, source in copies.items():
-            if source.exists():
-                with atomic_file(folder / target) as temporary:
-                    shutil.copyfile(source, temporary)
+        for source in self.files:
+            with atomic_file(folder / (name if source == self.file else source.name)) as temporary:
+                shutil.copyfile(source, temporary)
 
 
 class SentencePieceTokenizer(Tokenizer):
