@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, expand, identity, read_json, read_jsonl, write_jsonl
+from ctllm_jax.common.files import as_path, expand, file_digest, read_json, read_jsonl, write_jsonl
 from ctllm_jax.common.manifest import Stage, fingerprint, open_stage, read_result
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.conversations import read_prompts
@@ -88,7 +88,7 @@ def run(config: PairsConfig, workdir: str) -> dict:
         return _told(stage)
     model, files = load_model(config.model, config.step, config.dtype), expand(config.input)
     settings |= {"dtype": config.dtype, "answers": config.answers, "sampling": dataclasses.asdict(config.sampling)}
-    inputs = {"model": model.digest, "input": [identity(file) for file in files]}
+    inputs = {"model": model.digest, "input": [file_digest(file) for file in files]}
     stage = open_stage("pairs", 1, workdir, settings, inputs)
     if not stage.done:
         rows, rejected = _answers(stage.folder, model, config, files)
@@ -101,7 +101,7 @@ def _ranking(config: PairsConfig) -> dict:
     """What decides the marks."""
     if config.reward:
         file, _, name = config.reward.rpartition(":")
-        return {"reward": name, "file": identity(file)}
+        return {"reward": name, "file": file_digest(file)}
     if not config.asked:
         return {}
     judges = {name: decides(judge) for name, judge in config.asked.items()}

@@ -16,7 +16,7 @@ from ctllm_jax import __version__
 from ctllm_jax.cli import said
 from ctllm_jax.common.children import die_with_parent
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import ROOT, expand, identity, read_json, write_atomic, write_json
+from ctllm_jax.common.files import ROOT, expand, file_digest, identity, read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import fingerprint, read_result
 from ctllm_jax.quickstart_report import collect, page, table
 
@@ -133,7 +133,8 @@ def run(config: QuickstartConfig, workdir: str) -> dict:
         stages = {name: stages[name] for name in names[: names.index(config.last) + 1]}
     record = pathlib.Path(out) / "quickstart.json"  # {stage: what it was run with}, written when it has finished
     finished = read_json(record) if record.exists() else {}
-    inputs = [identity(file) for file in _found((*config.input, *config.chats, *config.preferences, *config.tasks))]
+    inputs = [identity(file) for file in _found(config.input)]
+    inputs += [file_digest(file) for file in _found((*config.chats, *config.preferences, *config.tasks))]
     for number, (folder, arguments) in enumerate(stages.items(), 1):
         shown = ["ctllm", *arguments, f"--workdir={out}/{folder}"]
         print(f"\n[{number}/{len(stages)}] {shlex.join(shown)}", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, identity, read_jsonl, write_atomic, write_jsonl
+from ctllm_jax.common.files import as_path, file_digest, read_jsonl, write_atomic, write_jsonl
 from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.chat import ChatTemplate, check_messages, own_template
@@ -143,7 +143,7 @@ def run(config: GenerateConfig, workdir: str) -> dict:
     lines = [*(_Line(None, prompt) for prompt in config.prompts), *lines]
     model = load_model(config.model, config.step, config.dtype)
     settings = {**dataclasses.asdict(config), "model": None, "step": None, "input": None, "slots": None}
-    inputs = {"model": model.digest, "input": identity(config.input) if config.input else None}
+    inputs = {"model": model.digest, "input": file_digest(config.input) if config.input else None}
     stage = open_stage("generate", 2, workdir, settings, inputs)
     if not stage.done:
         entries = _work(stage, model, config, lines, rejected)

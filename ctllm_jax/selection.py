@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, expand, identity, read_jsonl, write_jsonl
+from ctllm_jax.common.files import as_path, expand, file_digest, read_jsonl, write_jsonl
 from ctllm_jax.common.manifest import Stage, open_stage, read_result
 from ctllm_jax.compiled import keep_compiled
 from ctllm_jax.data.chat import ChatTemplate, load_template, own_template
@@ -82,7 +82,7 @@ def run(config: SelectConfig, workdir: str) -> dict:
     files = expand(config.input)
     template = _template(config.template, model)
     settings |= {"template": template.jinja, "dtype": config.dtype}
-    inputs = {"model": model.digest, "input": [identity(file) for file in files]}
+    inputs = {"model": model.digest, "input": [file_digest(file) for file in files]}
     stage = open_stage("select", 1, workdir, settings, inputs)
     if not stage.done:
         records, unusable = read_conversations(files, template)

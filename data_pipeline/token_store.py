@@ -23,7 +23,7 @@ import seqio
 import tensorflow as tf
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import atomic_file, expand, identity, read_json, write_atomic, write_json
+from ctllm_jax.common.files import atomic_file, expand, file_digest, identity, read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage, stage_fingerprint
 from ctllm_jax.common.progress import Watch
 from ctllm_jax.data.chat import LEARN, load_template
@@ -116,11 +116,13 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
     if config.kind == "pretrain":
         files = [config.corpus]
         inputs = stage_fingerprint(config.corpus, "corpus")
+        made_with = [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id]  # a tokenizer.json leaves the ids to others
     else:
         files = expand(config.input)
-        inputs = [identity(file) for file in files]
+        inputs = [file_digest(file) for file in files]
         settings["template"] = load_template(config.template, tokenizer).jinja
-    stage = open_stage("tokenize", FORMAT, workdir, settings, {"data": inputs, "tokenizer": tokenizer.digest})
+        made_with = [file_digest(file) for file in tokenizer.files]  # a template may name any special piece
+    stage = open_stage("tokenize", FORMAT, workdir, settings, {"data": inputs, "tokenizer": made_with})
     if stage.done:
         return stage.result
 

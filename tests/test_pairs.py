@@ -1,11 +1,12 @@
 """`ctllm pairs`: a model's own answers, ranked by a function or a judge; nothing is sampled or asked twice."""
 
 import dataclasses
+import pathlib
 
 import pytest
 from rude_judge import Judge, mark, serve
 from test_judge import CALLS
-from tiny_models import tiny_model, write_jsonl
+from tiny_models import tiny_model, widened, write_jsonl
 from tiny_records import say
 
 from ctllm_jax import convert, pairs, samples
@@ -44,7 +45,7 @@ def config(tmp_path_factory):
         model=str(folder / "run"),
         step=None,
         dtype=None,
-        input=(str(write_jsonl(folder / "asked.jsonl", RECORDS)),),
+        input=(str(widened(write_jsonl(folder / "asked.jsonl", RECORDS))),),
         answers=3,
         slots=2,
         sampling=SamplingConfig(max_tokens=6, temperature=1.0, top_k=0, top_p=1.0, seed=1),
@@ -130,6 +131,13 @@ def test_a_run_that_was_cut_short_ends_in_the_same_answers(sampled, config, tmp_
     assert pairs.run(config, str(tmp_path / "run")) == sampled[1]
     assert len(asked) == 5
     assert read_jsonl(tmp_path / "run" / "answers.jsonl") == read_jsonl(sampled[0] / "answers.jsonl")
+
+
+def test_prompts_that_changed_within_a_file_are_another_input(sampled, config, tmp_path):
+    file = tmp_path / "asked.jsonl"
+    file.write_text(pathlib.Path(config.input[0]).read_text().replace("庙里有什么？", "山里有什么？"))
+    with pytest.raises(UserError, match=r"inputs\.input"):
+        pairs.run(dataclasses.replace(config, input=(str(file),)), str(sampled[0]))
 
 
 # ---- Ranks

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
-from tiny_models import tiny_model, write_jsonl
+from tiny_models import tiny_model, widened, write_jsonl
 from tiny_records import say
 
 from ctllm_jax import convert, selection
@@ -41,7 +42,7 @@ def run_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(run_dir, tmp_path_factory):
-    file = write_jsonl(tmp_path_factory.mktemp("input") / "chats.jsonl", RECORDS)
+    file = widened(write_jsonl(tmp_path_factory.mktemp("input") / "chats.jsonl", RECORDS))
     return SelectConfig(
         input=(str(file),),
         model=str(run_dir),
@@ -161,6 +162,13 @@ def test_a_run_that_was_cut_short_scores_only_what_is_missing(scored, config, tm
         expected = values_of(scored[0])[name]
         assert (own is None) == (expected is None) and (own is None or own == pytest.approx(expected, rel=1e-5))
     assert selection.run(config, str(tmp_path / "run")) == read_json(tmp_path / "run" / "manifest.json")["result"]
+
+
+def test_answers_that_changed_within_a_file_are_another_input(scored, config, tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text(pathlib.Path(config.input[0]).read_text().replace("老和尚。", "小和尚。"))
+    with pytest.raises(UserError, match=r"inputs\.input"):
+        selection.run(dataclasses.replace(config, input=(str(file),)), str(scored[0]))
 
 
 def test_a_model_without_a_template_reads_a_line_a_message(run_dir):

@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -67,6 +68,11 @@ def test_a_store_made_with_a_hugging_face_tokenizer_holds_what_seqio_gives(root,
     name, text = next(iter(documents(root)["en"].items()))
     held = {**assembled(store, "train")["en"], **assembled(store, "validation").get("en", {})}
     assert store.tokenizer.decode(held[name].tolist()) == text and held[name][-1] == trained.eos_id
+
+    shutil.copytree(root / "hugging_face", tmp_path / "other")  # the same vocabulary, but documents end otherwise
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+    with pytest.raises(UserError, match=r"inputs\.tokenizer"):
+        token_store.run(config_of(root, "pretrain", tokenizer=str(tmp_path / "other")), str(tmp_path / "store"))
 
 
 @pytest.mark.parametrize("shards", [3, 9])
@@ -352,6 +358,13 @@ def test_another_seed_packs_the_same_documents_otherwise(root, tmp_path):
 def test_another_store_is_refused_in_the_same_folder(root, kind, change, message):
     with pytest.raises(UserError, match=message):
         token_store.run(config_of(root, kind, **change), str(root / kind))
+
+
+def test_records_that_changed_within_a_file_are_another_input(root, tmp_path):
+    content = (root / "chats.json").read_bytes()
+    (tmp_path / "chats.json").write_bytes(content.replace(b'"role"', b'"rule"'))
+    with pytest.raises(UserError, match=r"inputs\.data"):
+        token_store.run(config_of(root, "chat", input=[str(tmp_path / "chats.json")]), str(root / "chat"))
 
 
 @pytest.mark.parametrize(

@@ -102,3 +102,9 @@ def write_jsonl(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
     """A JSON-lines file."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def widened(path: pathlib.Path) -> pathlib.Path:
+    """A JSON-lines file with so much white space around it that its ends tell nothing of what it holds."""
+    path.write_bytes(b" " * 70_000 + path.read_bytes() + b" " * 70_000)
+    return path

@@ -9,7 +9,7 @@ import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 import tokenizers
-from tiny_models import TEXT, write_jsonl
+from tiny_models import TEXT, widened, write_jsonl
 from tiny_records import chats, pairs
 
 from configs import corpus as corpus_config
@@ -37,7 +37,7 @@ def stages() -> pathlib.Path:
     values = tokenizer_config.get_config().to_dict() | changes
     tokenizer.run(build(tokenizer.TokenizerConfig, values), str(folder / "tokenizer"))
     hugging_face(folder / "hugging_face")
-    write_jsonl(folder / "chats.json", chats())
+    widened(write_jsonl(folder / "chats.json", chats()))
     write_jsonl(folder / "pairs.json", pairs())
     for kind in ("pretrain", "chat", "preference"):
         token_store.run(config_of(folder, kind), str(folder / kind))

@@ -74,7 +74,7 @@ def open_stage(
       version: of the stage's output format; a new one does not read as the old one.
       workdir: the folder that the stage owns.
       settings: JSON-able settings that decide the result.
-      inputs: JSON-able identities of what it reads (`files.identity`, fingerprints of earlier stages).
+      inputs: JSON-able identities of what it reads (`files.file_digest`, fingerprints of earlier stages).
       exclusive: whether this process alone writes the folder, until it ends.
 
     Raises:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import expand, identity, read_jsonl
+from ctllm_jax.common.files import expand, file_digest, read_jsonl
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
 from ctllm_jax.evaluate.texts import item_texts
 from data_pipeline.documents import InputFile, single_files
@@ -62,7 +62,7 @@ def read_items(config: BenchmarkConfig) -> tuple[list[Item], list[str]]:
         marks.append(benchmark.protocol)
         found += [Item(benchmark.task.name, identifier, text) for identifier, text in item_texts(benchmark)]
     for file in single_files(expand(config.items)):
-        marks += [file.name, identity(file.path)]
+        marks += [file.name, file_digest(file.path)]
         found += _own(file, config.field)
     if not found:
         raise UserError("benchmarks: no items to look for; name tasks or items")

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ctllm_jax.common.files import expand, identity
+from ctllm_jax.common.files import expand, file_digest, identity
 from ctllm_jax.common.manifest import stage_fingerprint
 from ctllm_jax.data.store import open_store
 from data_pipeline.documents import SUBSETS, DocumentReader, Fields, InputFile, Malformed, input_files, single_files
@@ -68,7 +68,8 @@ def shards_of(config: SourceConfig) -> tuple[list[Shard], list[str]]:
         kind = "documents" if config.documents else "records"
         numbered = input_files if config.documents else single_files
         files = numbered(expand(config.documents or config.records))
-        marks = [" ".join([file.name, *map(identity, file.paths)]) for file in files]
+        known = identity if config.documents else file_digest
+        marks = [" ".join([file.name, *map(known, file.paths)]) for file in files]
         return [Shard(file.index, kind, file.path, file.name, rest=file.rest) for file in files], marks
     if config.corpus:
         from data_pipeline import map_cc  # TensorFlow takes seconds to import

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, identity, read_json, read_jsonl, write_json, write_jsonl
+from ctllm_jax.common.files import as_path, file_digest, read_json, read_jsonl, write_json, write_jsonl
 from ctllm_jax.common.manifest import fingerprint, open_stage, read_result
 from ctllm_jax.evaluate.judged import prompts
 from ctllm_jax.evaluate.judged.client import Endpoint, JudgeConfig
@@ -63,7 +63,7 @@ def read_answers(location: str) -> AnswerSet:
         mark, result = read_result(location, "answer")
         name, path = result["model"], path / "answers.jsonl"
     else:
-        name, mark = path.stem, identity(path) if path.is_file() else ""
+        name, mark = path.stem, file_digest(path) if path.is_file() else ""
     rows: dict[str, dict] = {}
     for number, row in enumerate(read_jsonl(path), 1):
         texts = [row.get("turns"), row.get("answers"), row.get("references") or row.get("turns")]
