@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import tokenizers
 from tiny_models import NO_REFERENCE, REFERENCE, TEXT, tiny_tokenizer
 
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.data.chat import own_template
+from ctllm_jax.data.template import CHATML
 from ctllm_jax.data.tokenizer import BYTE, CHAT_PIECES, SPECIAL, UNK, load_tokenizer
 
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
@@ -211,6 +214,17 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, files, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
+
+
+def test_of_both_files_in_a_folder_tokenizer_json_counts(tmp_path):
+    """As transformers leaves a folder: it added pieces and a chat template, of which the model file knows nothing."""
+    folder = hugging_face(tmp_path / "hf", lambda model: model.add_special_tokens(["<|im_start|>", "<|im_end|>"]))
+    (folder / "chat_template.jinja").write_text(CHATML)
+    shutil.copyfile(tiny_tokenizer().file, folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.file.name == "tokenizer.json"
+    assert own_template(tokenizer).end_ids == (tokenizer.piece_id("<|im_end|>"),)
+    assert load_tokenizer(folder / "tokenizer.model").digest == tiny_tokenizer().digest  # if asked for by name
 
 
 def test_a_tokenizer_json_without_an_end_of_document_is_refused(tmp_path):

@@ -213,7 +213,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(location: str | os.PathLike, parse_special: bool = False) -> Tokenizer:
-    """Loads a `.model` or `tokenizer.json` file, or the one in a folder (`tokenizer.model` is preferred).
+    """Loads a `.model` or `tokenizer.json` file, or the one in a folder.
+
+    Where a folder has both, tokenizer.json counts: the folder is Hugging Face's, whose users get that one, with pieces
+    that were added to the model's and that the chat template may need. Folders of ours have one of the two.
 
     Args:
       location: the file or folder.
@@ -225,7 +228,7 @@ def load_tokenizer(location: str | os.PathLike, parse_special: bool = False) -> 
     """
     path = pathlib.Path(location)
     if path.is_dir():
-        candidates = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()]
+        candidates = [path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).exists()]
         if not candidates:
             raise UserError(f"{path}: holds neither tokenizer.model nor tokenizer.json")
         path = candidates[0]
