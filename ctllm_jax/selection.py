@@ -23,7 +23,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, expand, file_digest, read_jsonl, write_jsonl
 from ctllm_jax.common.manifest import Stage, open_stage, read_result
 from ctllm_jax.compiled import keep_compiled
-from ctllm_jax.data.chat import ChatTemplate, load_template, own_template
+from ctllm_jax.data.chat import ChatTemplate, broken_text, load_template, own_template
 from ctllm_jax.data.conversations import read_conversations
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.evaluate.devices import on_each_device, spread
@@ -116,7 +116,7 @@ class PlainTemplate(ChatTemplate):
         return [*self.tokenizer.start_ids, *itertools.chain.from_iterable(lines)]
 
     def refusal(self, messages, learn="last"):
-        return None
+        return broken_text(messages)
 
 
 def _template(name: str | None, model: LoadedModel) -> ChatTemplate:

@@ -157,6 +157,17 @@ def test_text_that_spells_a_special_token_is_refused(theirs, piece):
 
 
 @needs_reference
+def test_a_lone_surrogate_is_refused_by_every_template(theirs):
+    for template in (theirs, load_template("ctllm", tiny_tokenizer())):
+        for messages in (say("a\ud800b", "c"), say("a", "b\udfff")):
+            assert "character 1 is a lone surrogate (U+D" in template.refusal(messages)
+            for render in (template.render, template.render_prompt):
+                with pytest.raises(UserError, match="character 1 is a lone surrogate"):
+                    render(messages)
+        assert template.refusal(say("a\U0001f600", "c")) is None
+
+
+@needs_reference
 def test_templates_cannot_reach_beyond_their_sandbox(jinja):
     with pytest.raises(UserError, match="the chat template refuses the conversation"):
         jinja("{{ messages.__class__.__mro__ }}" + CHATML)

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Mapping, Sequence
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.data.tokenizer import ASSISTANT, CHAT_PIECES, END, SYSTEM, USER, Tokenizer
+from ctllm_jax.data.tokenizer import ASSISTANT, CHAT_PIECES, END, SYSTEM, USER, Tokenizer, lone_surrogate
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 JINJA = (
@@ -80,7 +80,7 @@ class CtllmTemplate(ChatTemplate):
         return self.render(messages)[0] + [self._markers[ASSISTANT]]
 
     def refusal(self, messages: Messages, learn: str = "assistant") -> str | None:
-        return None
+        return broken_text(messages)
 
 
 def load_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
@@ -115,6 +115,12 @@ def marker(tokenizer: Tokenizer, piece: str) -> int:
     if found is None:
         raise UserError(f"{tokenizer.file}: the vocabulary has no {piece}; the chat template needs it")
     return found
+
+
+def broken_text(messages: Messages) -> str | None:
+    """Why no tokenizer takes the text of a message, or None."""
+    problem = next(filter(None, (lone_surrogate(message["content"]) for message in messages)), None)
+    return problem and f"a message cannot be encoded: {problem}"
 
 
 def check_messages(messages: object) -> str | None:

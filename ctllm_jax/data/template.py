@@ -18,7 +18,7 @@ import tokenizers
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
-from ctllm_jax.data.chat import ChatTemplate, Messages
+from ctllm_jax.data.chat import ChatTemplate, Messages, broken_text
 from ctllm_jax.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 # Templates that models are widely trained with, for tokenizers that came without one.
@@ -103,7 +103,7 @@ class JinjaTemplate(ChatTemplate):
         self.end_ids = tuple(sorted({i for i in learned if i in self._special}))
 
     def render(self, messages: Messages, learn: str = "assistant") -> tuple[list[int], list[int]]:
-        if problem := self._injection(messages):
+        if problem := self._problem(messages):
             raise UserError(problem)
         text, spans = self._spans(messages, learn)
         encoding = self._encoder.encode(text, add_special_tokens=False)
@@ -119,12 +119,12 @@ class JinjaTemplate(ChatTemplate):
         return ids, mask
 
     def render_prompt(self, messages: Messages) -> list[int]:
-        if problem := self._injection(messages):
+        if problem := self._problem(messages):
             raise UserError(problem)
         return self._encoder.encode(self._render(messages, True)[0], add_special_tokens=False).ids
 
     def refusal(self, messages: Messages, learn: str = "assistant") -> str | None:
-        if problem := self._injection(messages):
+        if problem := self._problem(messages):
             return problem
         try:
             self._spans(messages, learn)
@@ -132,7 +132,9 @@ class JinjaTemplate(ChatTemplate):
             return str(error)
         return None
 
-    def _injection(self, messages: Messages) -> str | None:
+    def _problem(self, messages: Messages) -> str | None:
+        if problem := broken_text(messages):
+            return problem
         for piece in self._special.values():
             if any(piece in message["content"] for message in messages):
                 return f"the text holds the special token {piece}"

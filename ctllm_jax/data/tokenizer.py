@@ -241,12 +241,17 @@ def _digest(file: pathlib.Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
+def lone_surrogate(text: str) -> str | None:
+    """Where a text has half of a surrogate pair, which UTF-8 cannot hold and no tokenizer takes; None if nowhere."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = f"character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X})"
+        return f"{place}, which UTF-8 does not have; repair the text or leave it out"
+    return None
+
+
 def _refuse_surrogates(texts: Sequence[str]) -> None:
     for number, text in enumerate(texts):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"text {number} cannot be encoded: character {error.start} is a lone surrogate "
-                f"(U+{ord(text[error.start]):04X}), which UTF-8 does not have; repair the text or leave it out"
-            ) from None
+        if problem := lone_surrogate(text):
+            raise UserError(f"text {number} cannot be encoded: {problem}")
