@@ -55,6 +55,11 @@ class ObjectiveConfig:
             raise ValueError("logit_metrics and policy_weighted need logits; cross_entropy 'chunked' never has them")
 
     @property
+    def form(self) -> str:
+        """The cross-entropy's form as `choose_form` is asked for it."""
+        return "dense" if self.needs_logits else self.cross_entropy
+
+    @property
     def needs_logits(self) -> bool:
         """Whether something besides the labels' log-probabilities is read from the logits."""
         return self.logit_metrics or (self.preference is not None and self.preference.policy_weighted)
@@ -98,8 +103,7 @@ def _score(config: ObjectiveConfig, model: ModelConfig, params: dict, batch: Bat
     inputs = batch["tokens"], batch["positions"], batch["segments"]
     mesh_shape = jax.sharding.get_abstract_mesh().shape
     chip = chip_of(current_device())
-    wanted = "dense" if config.needs_logits else config.cross_entropy
-    form = choose_form(wanted, batch["tokens"].size, model.padded_vocab_size, mesh_shape, chip)
+    form = choose_form(config.form, batch["tokens"].size, model.padded_vocab_size, mesh_shape, chip)
     if form == "dense":
         logits_BLV = forward(model, params, *inputs)[0]
         return TokenScores(*losses.token_logprobs(logits_BLV, batch["labels"]), logits_BLV)

@@ -50,6 +50,11 @@ class PreferenceConfig:
             raise ValueError("loss 'exo_pair' needs label_smoothing above 0 (it takes its logarithm)")
         if self.divergence != "reverse_kl" and self.loss in ("aot", "sft"):
             raise ValueError(f"loss {self.loss!r} does not read log ratios; divergence is not for it")
+        if self.policy_weighted and self.whole_step:
+            raise ValueError(
+                f"loss {self.loss!r} sorts the pairs of a step, so none of its terms is a pair's own; policy_weighted, "
+                "which weighs such terms, is not for it"
+            )
         if not 0 <= self.tail_weight <= 1:
             raise ValueError(f"tail_weight {self.tail_weight} must lie between 0 and 1")
         if self.sft_weight < 0:

@@ -100,6 +100,17 @@ def test_dpo_counts_the_reference():
     )
 
 
+def test_what_needs_the_logits_is_planned_with_them():
+    target = parse_slice("v5e:4x4")
+    config = dataclasses.replace(config_for("v5e:4x4"), objective=dpo(), batch_size=256, microbatches=4)
+    part = arithmetic.share(config, target)
+    assert arithmetic.loss_form(config, part, target) == "chunked"
+    for changes in ({"logit_metrics": True}, {"policy_weighted": True}):
+        needy = dataclasses.replace(config, objective=dpo(**changes))
+        assert arithmetic.loss_form(needy, part, target) == "dense"
+        assert arithmetic.temporary(needy, target)["loss"] > arithmetic.temporary(config, target).get("loss", 0)
+
+
 def test_collectives_of_a_mesh():
     config = dataclasses.replace(
         config_for("v5e:4x4"),

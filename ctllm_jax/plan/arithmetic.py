@@ -193,7 +193,7 @@ def _loss_bytes(config: TrainConfig, part: Share, target: Slice) -> int:
 def loss_form(config: TrainConfig, part: Share, target: Slice) -> str:
     """Dense or chunked cross-entropy, as the objective will choose."""
     tokens = part.tokens * part.ways("batch", "length")
-    return choose_form(config.objective.cross_entropy, tokens, config.model.padded_vocab_size, part.mesh, target.chip)
+    return choose_form(config.objective.form, tokens, config.model.padded_vocab_size, part.mesh, target.chip)
 
 
 def _layer_bytes(model: ModelConfig, part: Share, layer: int) -> int:
