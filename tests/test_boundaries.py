@@ -11,6 +11,7 @@ import typing
 
 import pytest
 
+from ctllm_jax.plan.compile import source_files
 from ctllm_jax.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -72,23 +73,35 @@ def test_common_needs_the_standard_library_only(path):
     assert {name for name in imports(path) if not within(name, allowed)} <= {"upath"}
 
 
-def test_what_is_shared_does_not_reach_jax_by_a_detour():
+def reached(modules: set[str], beside: frozenset[str] = frozenset()) -> set[pathlib.Path]:
+    """Our files that importing those modules runs, but for packages and modules in `beside`."""
+
     def file_of(module: str) -> pathlib.Path | None:
         path = ROOT.joinpath(*module.split("."))
         return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
-    waiting, seen = [f"{name}.x" for name in SHARED], set()
+    waiting, seen = [*modules], set()
     while waiting:
-        name = waiting.pop()
-        parts = name.split(".")
+        parts = waiting.pop().split(".")
         for end in range(1, len(parts) + 1):  # importing a.b.c runs a, a.b and a.b.c
             path = file_of(".".join(parts[:end]))
             if path is not None and path not in seen:
                 seen.add(path)
-                found = imports(path)
-                assert not {n for n in found if within(n, MODEL_SIDE | DATA_SIDE)}, path
-                waiting += [n for n in found if within(n, {"ctllm_jax"})]
+                found = {name for name in imports(path) if within(name, {"ctllm_jax"})}
+                waiting += [name for name in found if not within(name, {*beside})]
+    return seen
+
+
+def test_what_is_shared_does_not_reach_jax_by_a_detour():
+    seen = reached({f"{name}.x" for name in SHARED})
+    assert not {path for path in seen if {n for n in imports(path) if within(n, MODEL_SIDE | DATA_SIDE)}}
     assert ROOT / "ctllm_jax" / "data" / "order.py" in seen
+
+
+def test_a_kept_compilation_is_told_by_all_sources_of_the_step():
+    """Left out is what reads a config, whose values are in the key, and what handles files and errors."""
+    seen = reached({"ctllm_jax.plan.compile"}, frozenset({"ctllm_jax.train_config", "ctllm_jax.common"}))
+    assert {path for path in seen if path.name != "__init__.py" or imports(path)} == {*source_files()}
 
 
 @pytest.mark.parametrize("path", sources("configs"), ids=lambda path: path.name)

@@ -39,8 +39,9 @@ from ctllm_jax.train_config import TrainConfig
 CACHE = cache_folder("plan")
 # Settings that do not touch the step's program: how often it is looked at, what happens beside it.
 _BESIDE = ("seed", "distributed", "log", "eval", "checkpoints", "watch")
+# All of ours that this module imports, at any remove; but for the reading of configs, whose values are in the key.
 _SOURCES = ("model.py", "attention/*.py", "rotary.py", "precision.py", "cross_entropy.py", "losses.py", "objectives.py")
-_SOURCES += ("preference.py", "duration.py", "optim.py", "sharding.py", "step.py")
+_SOURCES += ("preference.py", "duration.py", "lora.py", "optim.py", "sharding.py", "step.py", "hardware.py")
 _SOURCES += ("plan/compile.py", "plan/hlo.py", "plan/gpu_target.py")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -103,11 +104,15 @@ def _versions(target: Slice) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", compiler)}
 
 
+def source_files() -> list[pathlib.Path]:
+    """The files that decide what a compilation says."""
+    package = pathlib.Path(__file__).parent.parent
+    return sorted(file for pattern in _SOURCES for file in package.glob(pattern))
+
+
 @functools.cache
 def _sources() -> str:
-    package = pathlib.Path(__file__).parent.parent
-    files = sorted(file for pattern in _SOURCES for file in package.glob(pattern))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in source_files())).hexdigest()
 
 
 def _in_process(request: dict, name: str) -> dict:
