@@ -20,6 +20,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, expand, file_digest, read_json, read_jsonl, write_jsonl
 from ctllm_jax.common.manifest import Stage, fingerprint, open_stage, read_result
 from ctllm_jax.common.progress import Progress
+from ctllm_jax.data.chat import ROLES
 from ctllm_jax.data.conversations import read_prompts
 from ctllm_jax.evaluate.judged import prompts
 from ctllm_jax.evaluate.judged.client import Endpoint, JudgeConfig
@@ -208,8 +209,10 @@ def _judged(folder: pathlib.Path, config: PairsConfig, rows: list[dict]) -> Mark
 
 def _question(row: dict, answer: str, references: bool) -> dict:
     """A prompt and an answer to it as a line of answers.jsonl of `ctllm answer`, which judges are asked about."""
-    said = {role: [m["content"] for m in row["prompt"] if m["role"] == role] for role in ("user", "assistant")}
+    said = {role: [m["content"] for m in row["prompt"] if m["role"] == role] for role in ROLES}
     question = {"turns": said["user"], "answers": [*said["assistant"], answer]}
+    if said["system"]:
+        question["system"] = said["system"][0]
     if references and row["reference"]:
         question["references"] = [*[""] * len(said["assistant"]), row["reference"]]
     return question

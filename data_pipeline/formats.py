@@ -97,16 +97,17 @@ def _earlier(record: dict) -> list[dict]:
 def _chat(record: dict) -> list[dict]:
     if record.get("label") is False:  # KTO: single answers, labelled
         raise Unusable("an answer that is labelled as bad")
-    return [{"messages": _messages(record["messages"], "user")}]
+    return [{"messages": _opened(record, "messages")}]
 
 
 def _sharegpt(record: dict) -> list[dict]:
-    return [{"messages": _opened(record)}]
+    return [{"messages": _opened(record, "conversations")}]
 
 
-def _opened(record: dict) -> Any:
-    found = _messages(record["conversations"], "user")
-    return _system(record) + found if isinstance(found, list) else found
+def _opened(record: dict, key: str) -> Any:
+    """Messages after the system message that stands beside them, unless they begin with it themselves."""
+    found, system = _messages(record[key], "user"), _system(record)
+    return system + found if isinstance(found, list) and found[:1] != system else found
 
 
 def _seed_task(record: dict) -> list[dict]:
@@ -137,8 +138,10 @@ def _completion(question: str, answer: str) -> Callable[[dict], list[dict]]:
 def _answer(value: Any, prompt: Sequence[dict]) -> Any:
     """The text of an answer: given as text, as a message, or as messages that begin with the prompt."""
     found = _messages(value, "assistant")
-    if isinstance(found, list) and found[: len(prompt)] == prompt:
-        found = found[len(prompt) :]
+    for beginning in (prompt, [message for message in prompt if message["role"] != "system"]):
+        if isinstance(found, list) and found[: len(beginning)] == beginning:
+            found = found[len(beginning) :]
+            break
     if not found:
         return None
     if not isinstance(found, list) or len(found) != 1 or found[0]["role"] != "assistant":
@@ -152,11 +155,11 @@ def _pair(record: dict, prompt: Any) -> list[dict]:
 
 
 def _prompt_pair(record: dict) -> list[dict]:
-    return _pair(record, _messages(record["prompt"], "user"))
+    return _pair(record, _opened(record, "prompt"))
 
 
 def _sharegpt_pair(record: dict) -> list[dict]:
-    return _pair(record, _opened(record))
+    return _pair(record, _opened(record, "conversations"))
 
 
 def _alpaca_pair(record: dict) -> list[dict]:

@@ -21,7 +21,7 @@ from data_pipeline.records import check_preference, read_records
 
 RECORDS = [
     {"id": "sum", "source": "math", "language": "zh", "messages": say("二加二？", "四")},
-    {"id": "talk", "messages": say("山里有什么？", "庙。", "庙里有什么？")},
+    {"id": "talk", "messages": [{"role": "system", "content": "简短"}, *say("山里有什么？", "庙。", "庙里有什么？")]},
     {"id": "pair", "prompt": "Say it", "chosen": "it", "rejected": "no"},
     {"id": "long", "messages": say("老和尚对小和尚说。" * 20, "好")},
     {"id": "open", "messages": [{"role": "assistant", "content": "你好"}]},
@@ -182,10 +182,12 @@ def test_judges_are_shown_the_reference_and_asked_once(config, answered, tmp_pat
         assert pairs.run(asking, str(tmp_path / "pairs")) == result
     assert len(judge.paid) == 6 and set(judge.paid.values()) == {1}  # 3 + 2 + one text that came twice
     first = {"turns": ["二加二？"], "answers": ["五"], "references": ["四"]}
-    talk = {"turns": ["山里有什么？", "庙里有什么？"], "answers": ["庙。", "庙"]}
+    talk = {"turns": ["山里有什么？", "庙里有什么？"], "answers": ["庙。", "庙"], "system": "简短"}
+    shown = prompts.grade(talk, 1)[1]["content"]
+    assert shown.startswith("【系统提示开始】\n简短\n") and shown.index("庙。") > shown.index("山里有什么？")
     marks = {row["id"]: row["marks"] for row in read_jsonl(tmp_path / "pairs" / "marks.jsonl")}
     assert marks["sum"][0] == mark(prompts.grade(first, 0)[1]["content"])
-    assert marks["talk"][1] == mark(prompts.grade(talk, 1)[1]["content"]) and marks["talk"][2] is None
+    assert marks["talk"][1] == mark(shown) and marks["talk"][2] is None
 
 
 def test_the_best_and_the_worst_are_a_pair():

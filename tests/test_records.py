@@ -32,6 +32,8 @@ CHATS = [  # record, its messages
     ({"messages": [{"role": "system", "content": ""}, *say("q", "a")]}, say("q", "a")),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, say("", "a")[1]]}, say("q", "a")),
     ({"messages": say("q", "a"), "label": True}, say("q", "a")),
+    ({"messages": say("q", "a"), "system": "be brief"}, [SYSTEM, *say("q", "a")]),
+    ({"messages": [SYSTEM, *say("q", "a")], "system": "be brief"}, [SYSTEM, *say("q", "a")]),
     ({"instruction": "q", "output": "a"}, say("q", "a")),
     ({"instruction": "q", "input": "", "output": "a", "system": ""}, say("q", "a")),
     ({"instruction": "do", "input": "this", "output": "a"}, say("do\nthis", "a")),
@@ -53,6 +55,11 @@ CHATS = [  # record, its messages
 PAIRS = [  # record, its prompt; the answers are "good" and "bad"
     ({"prompt": "q", "chosen": "good", "rejected": "bad"}, say("q")),
     ({"prompt": [SYSTEM, *say("q")], "chosen": "good", "rejected": "bad"}, [SYSTEM, *say("q")]),
+    ({"prompt": "q", "system": "be brief", "chosen": "good", "rejected": "bad"}, [SYSTEM, *say("q")]),
+    (
+        {"prompt": "q", "system": "be brief", "chosen": say("q", "good"), "rejected": [SYSTEM, *say("q", "bad")]},
+        [SYSTEM, *say("q")],
+    ),
     ({"prompt": say("q"), "chosen": say("q", "good"), "rejected": say("q", "bad")}, say("q")),
     ({"prompt": "q", "chosen": say("q", "good")[1:], "rejected": {"role": "assistant", "content": "bad"}}, say("q")),
     (

@@ -53,7 +53,7 @@ def grade(row: Mapping, turn: int) -> Messages:
         names = ALIGN_BENCH.get(row["category"], _GENERAL)
         form = "{" + ", ".join(f"'{name}': 分数" for name in (*names, "综合得分")) + "}"
         instructions = ASPECTS.format(aspects="、".join(names), form=form)
-    parts = []
+    parts = [("系统提示", row["system"])] if row.get("system") else []
     for past in range(turn):
         parts += [*_question(row, past), (_numbered("助手的回答", row, past), row["answers"][past])]
     title = _numbered("助手的回答", row, turn) + ("（请只评价这一轮）" if len(row["turns"]) > 1 else "")
