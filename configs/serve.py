@@ -1,13 +1,14 @@
 """A checkpoint as an HTTP server in the words of OpenAI's API: chat and text completions, streams, one model.
 
     ctllm serve --config.model=runs/sft
-    curl http://127.0.0.1:8000/v1/chat/completions \\
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "sft@2000", "messages": [{"role": "user", "content": "你好"}]}'
 
 pip install 'ctllm-jax[serve]'. One device is enough: by estimate the 2B model needs 8.6 GB for its parameters and
 1.1 GB of bf16 cache for every slot of 4,096 tokens, the latter twice while a step is computed. It listens on this
 machine alone and asks nobody for a key: what others can reach (`--config.host=0.0.0.0`) belongs behind a proxy that
-does.
+does. Web pages cannot reach it through a browser: a body has to be application/json, and a server that listens on
+127.0.0.1 has to be called by that name or localhost.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -19,7 +19,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 from tiny_models import tiny_model
-from tiny_server import CONFIG, GREEDY, Running, serving, warm_decoder
+from tiny_server import CONFIG, GREEDY, JSON, Running, serving, warm_decoder
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.generate import generate
@@ -59,10 +59,16 @@ def chat(**changes) -> dict:
     return {"model": "tiny", "messages": QUESTION, **changes}
 
 
+def head_of(length: int, *more: str) -> bytes:
+    """The header of a chat's request."""
+    lines = (f"POST {CHAT} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", *more)
+    return "\r\n".join((*lines, f"Content-Length: {length}", "", "")).encode()
+
+
 def events(running: Running, path: str, body: dict) -> list:
     """What a stream's lines say; the last is "[DONE]"."""
     with contextlib.closing(running.connect()) as connection:
-        connection.request("POST", path, json.dumps(body))
+        connection.request("POST", path, json.dumps(body), JSON)
         response = connection.getresponse()
         assert response.status == 200 and response.getheader("Content-Type") == "text/event-stream"
         parts = response.read().decode().split("\n\n")
@@ -207,6 +213,44 @@ def test_what_is_not_supported_is_refused_in_openais_form(server):
     assert server.open() == 0
 
 
+def test_web_pages_of_others_reach_nothing(server):
+    """What a browser sends for them: forms and plain text without asking, and any name that they give this machine."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        status, _, found = server.request("POST", CHAT, chat(max_tokens=1), **{"Content-Type": kind})
+        assert status == 415 and "Content-Type: application/json" in found["error"]["message"]
+    assert (
+        server.request("POST", CHAT, chat(max_tokens=1), **{"Content-Type": "application/json; charset=utf-8"})[0]
+        == 200
+    )
+    assert server.request("OPTIONS", CHAT)[0] == 405  # what it asks before it sends JSON
+    for host in (
+        "evil.example",
+        f"evil.example:{server.port}",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "10.0.0.1",
+        "",
+    ):
+        for method, path, body in (("POST", CHAT, chat(max_tokens=1)), ("GET", "/v1/models", None)):
+            status, _, found = server.request(method, path, body, Host=host)
+            assert status == 403 and found["error"]["code"] == "foreign_host", host
+    for host in (
+        "localhost",
+        f"LocalHost:{server.port}",
+        "127.0.0.1:1",
+        "127.8.8.8",
+        "[::1]",
+        "[::1]:80",
+        "me.localhost",
+    ):
+        assert server.request("GET", "/v1/models", Host=host)[0] == 200, host
+
+
+def test_who_listens_for_others_is_asked_by_any_name(alone):
+    with serving(alone, host="0.0.0.0") as running:
+        assert running.request("POST", CHAT, chat(max_tokens=1), Host="models.example")[0] == 200
+
+
 def test_a_model_without_a_template_completes_texts_only(alone, model, monkeypatch):
     def none(tokenizer):
         raise UserError("no template")
@@ -218,7 +262,7 @@ def test_a_model_without_a_template_completes_texts_only(alone, model, monkeypat
         assert running.request("POST", TEXT, {"model": "tiny", "prompt": "水"})[0] == 200
 
 
-JSON = st.recursive(
+VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
@@ -228,7 +272,7 @@ KEYS = st.sampled_from(sorted({*protocol.CHAT_SAMPLING, *protocol.CHAT_NEUTRAL, 
 
 
 @hypothesis.settings(max_examples=400, deadline=None)
-@hypothesis.given(values=st.dictionaries(KEYS, JSON, max_size=4), whole=st.booleans(), is_chat=st.booleans())
+@hypothesis.given(values=st.dictionaries(KEYS, VALUES, max_size=4), whole=st.booleans(), is_chat=st.booleans())
 def test_any_body_is_read_or_refused(values, whole, is_chat):
     body = {**chat(), **values} if whole else {"model": "tiny", **values}
     try:
@@ -255,7 +299,7 @@ def raw(running: Running, data: bytes, seconds: float = 0.1) -> bytes:
 def test_malformed_requests_do_no_harm(server, data):
     """Sound requests with bytes cut, put in or changed; random bytes; headers that lie."""
     body = json.dumps(chat(max_tokens=2)).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = head_of(len(body), "Connection: close")
     request = head + body
     cut = data.draw(st.integers(0, len(request)))
     junk = data.draw(st.binary(max_size=30))
@@ -325,7 +369,7 @@ def start_stream(running: Running, **changes) -> socket.socket:
     """A client that has read the first words of a long answer."""
     body = json.dumps(chat(stream=True, max_tokens=200, **changes)).encode()
     client = socket.create_connection(("127.0.0.1", running.port), timeout=20)
-    client.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    client.sendall(head_of(len(body)) + body)
     seen = b""
     while seen.count(b"data: ") < 2:
         seen += client.recv(65_536)
@@ -338,7 +382,7 @@ def test_a_client_that_goes_frees_its_slot(server, alone, monkeypatch):
     assert server.open() == 4
     waiting = socket.create_connection(("127.0.0.1", server.port))  # one that goes while it waits, without a stream
     body = json.dumps(chat(max_tokens=200)).encode()
-    waiting.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    waiting.sendall(head_of(len(body)) + body)
     wait_until(lambda: server.open() == 5)
     for client in (*clients, waiting):
         client.close()
@@ -378,16 +422,18 @@ def test_connections_that_dawdle_are_closed_and_their_number_is_bounded(alone):
                         pass
             return time.monotonic() - start
 
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n".encode()
-        for data in (b"", b"POST /v1", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", head + b"{"):
+        head = head_of(100)
+        for data in (b"", b"POST /v1", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", head + b"{"):
             assert 0.3 < silent(data) < 4, data
         late = raw(running, head + b"{", seconds=5)
         assert late.startswith(b"HTTP/1.1 408 ") and b"the body did not come within 0.4 seconds" in late
         idle = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(3)]
-        assert raw(running, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n") == b""  # the fourth
+        assert raw(running, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") == b""  # the fourth
         for client in idle:
             client.close()
-        wait_until(lambda: b"200 OK" in raw(running, b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"))
+        wait_until(
+            lambda: b"200 OK" in raw(running, b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        )
 
 
 def test_a_client_that_does_not_read_is_left(alone):
@@ -399,7 +445,7 @@ def test_a_client_that_does_not_read_is_left(alone):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
             client.settimeout(20)
             client.connect(("127.0.0.1", running.port))
-            client.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            client.sendall(head_of(len(body)) + body)
             wait_until(lambda: running.open() == 1)
             wait_until(lambda: running.open() == 0)
             time.sleep(1)
@@ -423,7 +469,7 @@ def test_stopping_finishes_what_is_running_and_refuses_what_comes(alone, monkeyp
             wait_until(lambda: running.open() == 1)
             running.ask_to_stop()
             wait_until(lambda: running.server._stopping)
-            kept.request("POST", CHAT, json.dumps(chat()))
+            kept.request("POST", CHAT, json.dumps(chat()), JSON)
             assert kept.getresponse().status == 503
             with pytest.raises(OSError):
                 running.request("GET", "/health")
@@ -484,7 +530,7 @@ def test_a_signal_stops_the_real_program(model, tmp_path, number):
         port = int(line.rpartition(":")[2].removesuffix("/v1\n"))
         body = json.dumps(chat(model="hf", stream=True, max_tokens=200)).encode()
         with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
-            client.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            client.sendall(head_of(len(body)) + body)
             seen = client.recv(100)
             process.send_signal(number)
             while part := client.recv(65_536):

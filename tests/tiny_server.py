@@ -13,6 +13,7 @@ from ctllm_jax.serve.server import Server
 from ctllm_jax.serve.worker import warm_up
 from ctllm_jax.slots import Decoder
 
+JSON = {"Content-Type": "application/json"}
 GREEDY = SamplingConfig(max_tokens=10, temperature=0.0, top_k=0, top_p=1.0, seed=0)
 CONFIG = ServeConfig(
     model="",
@@ -71,11 +72,11 @@ class Running:
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
 
-    def request(self, method: str, path: str, body: object = None) -> tuple[int, dict, dict]:
+    def request(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict, dict]:
         """(status, headers, JSON body)."""
         with contextlib.closing(self.connect()) as connection:
             data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
-            connection.request(method, path, data)
+            connection.request(method, path, data, JSON | headers)
             response = connection.getresponse()
             return response.status, dict(response.getheaders()), json.loads(response.read())
 

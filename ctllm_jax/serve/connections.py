@@ -1,9 +1,13 @@
-"""Connections that take up room without asking anything: a limit of their number and of their time.
+"""Connections that take up room without asking anything, and requests that a browser was tricked into.
 
-aiohttp limits the size of headers and bodies, but waits for ever for the end of a header.
+aiohttp limits the size of headers and bodies, but waits for ever for the end of a header: here connections have a limit
+of their number and of their time. Web pages elsewhere reach a server of this machine through the browser of whoever
+looks at them; see `is_local`.
 """
 
 import asyncio
+import ipaddress
+import re
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -86,3 +90,18 @@ def watched(doorkeeper: Callable[[], Doorkeeper]):
             doorkeeper().answered(transport)
 
     return tell
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header (name or address, with or without port) names this machine itself.
+
+    A page whose own name is made to mean 127.0.0.1 once it is loaded (DNS rebinding) is of the same origin as a server
+    there to the browser, and may ask it anything; but it asks for that name.
+    """
+    name = re.sub(r":\d*$", "", host).lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False

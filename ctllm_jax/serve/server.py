@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import ipaddress
 import itertools
 import json
 import logging
@@ -16,11 +17,12 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.chat import ChatTemplate, own_template
 from ctllm_jax.generate import encode_prompt
 from ctllm_jax.serve.config import ServeConfig
-from ctllm_jax.serve.connections import Doorkeeper, watched
+from ctllm_jax.serve.connections import Doorkeeper, is_local, watched
 from ctllm_jax.serve.protocol import Answer, Ask, Refusal, read_ask
 from ctllm_jax.serve.worker import FAILED, STOPPED, Full, Worker
 from ctllm_jax.slots import Decoder, Request
 
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 ENDINGS = {STOPPED: (503, "the server is being stopped"), FAILED: (500, "the model failed; the server ends")}
 _quiet = logging.getLogger("ctllm_jax.serve.http")  # aiohttp tells the client what was malformed, that is enough
 _quiet.addHandler(logging.NullHandler())
@@ -73,7 +75,9 @@ class Server:
         await runner.setup()
         self._doorkeeper = Doorkeeper(runner.server, config.connections, config.header_seconds)
         try:
-            listening = await loop.create_server(self._doorkeeper, config.host, config.port)
+            listening = await loop.create_server(self._doorkeeper, config.host, config.port, start_serving=False)
+            self._local = all(ipaddress.ip_address(own.getsockname()[0]).is_loopback for own in listening.sockets)
+            await listening.start_serving()
         except OSError as error:
             self._worker.close()
             await runner.cleanup()
@@ -91,7 +95,7 @@ class Server:
         return not failed.is_set()
 
     def _application(self) -> web.Application:
-        middlewares = [watched(lambda: self._doorkeeper), _refusals]
+        middlewares = [watched(lambda: self._doorkeeper), _refusals, self._same_machine]
         application = web.Application(middlewares=middlewares, client_max_size=self._config.body_bytes)
         application.add_routes(
             [
@@ -103,6 +107,14 @@ class Server:
             ]
         )
         return application
+
+    @web.middleware
+    async def _same_machine(self, http: web.Request, handler: Handler) -> web.StreamResponse:
+        host = http.headers.get("Host", "")
+        if self._local and not is_local(host):
+            why = f"this server is for its own machine, where its name is localhost or 127.0.0.1, not {host[:100]!r}"
+            raise Refusal(403, f"{why}; a proxy before it must send one of them as Host", code="foreign_host")
+        return await handler(http)
 
     # ---- Routes
 
@@ -149,6 +161,8 @@ class Server:
             self._worker.cancel(request)
 
     async def _body(self, http: web.Request) -> bytes:
+        if http.content_type != "application/json":  # what a web page may send anywhere without being asked is not
+            raise Refusal(415, "the header must say: Content-Type: application/json", code="unsupported_media_type")
         seconds = self._config.header_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -225,7 +239,7 @@ async def _until_ended(events: asyncio.Queue, seconds: float) -> AsyncIterator[t
 
 
 @web.middleware
-async def _refusals(http: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]):
+async def _refusals(http: web.Request, handler: Handler) -> web.StreamResponse:
     """Every error in the form that OpenAI's clients read."""
     try:
         return await handler(http)
