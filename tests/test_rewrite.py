@@ -11,6 +11,7 @@ from data_pipeline.filters.rewrite import (
     RewriteConfig,
     reference_links,
     remove_links,
+    remove_links_as_released,
     take_licence_header,
     unify_punctuation,
 )
@@ -46,6 +47,28 @@ def test_web_addresses_go_and_nothing_else_does(text, without):
 def test_the_released_script_takes_names_and_versions_for_links():
     assert reference_links("用 numpy.array 升级到 v1.2.3.4 吧") == "用  升级到  吧"
     assert reference_links("用numpy.array") == "用numpy.array"  # right behind a Chinese character it does not
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://a" + ")]" * 200_000,
+        "http://a" + "(" * 200_000 + ")" * 400_000,
+        "见 www.a" + "!?" * 200_000,
+        "a.1 " * 100_000,
+        "a.b1-" * 100_000,
+        "[](http://" * 50_000,
+    ],
+    ids=lambda text: text[:10],
+)
+def test_links_are_removed_in_linear_time(text):
+    """Each would take minutes where time grows with the square of the length."""
+    assert remove_links(text) is not None and remove_links_as_released(text) is not None
+
+
+def test_of_a_name_the_character_behind_it_decides():
+    for text in ("x.com_a", "x.com.", "x.com", "y.b1 x.com", "a.com-b.1", "x.comé", "x.com水 a.b"):
+        assert remove_links_as_released(text) == reference_links(text)
 
 
 def test_punctuation_becomes_ascii_only_where_asked():

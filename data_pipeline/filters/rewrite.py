@@ -68,7 +68,7 @@ _MARKDOWN_LINK = re.compile(r"\[([^\[\]\n]{0,200})\]\((?:https?|ftp)://[^\s()<>]
 _WEB_LINK = re.compile(r"(?:(?:https?|ftp)://|(?<![a-zA-Z0-9_.])www\.)[^\s\"<>\\^`{|}\u0080-\U0010ffff]+")
 _HOSTED = r"(?:com|cn|net|org|edu|gov|top|xyz|info|cc|me|io|tv)"
 _BARE_LINK = re.compile(rf"(?<![a-zA-Z0-9_@./-])(?:[a-zA-Z0-9-]{{1,63}}\.){{1,4}}{_HOSTED}/[!#-;=?-Z_a-z~]+")
-_CLOSING = {")": "(", "]": "["}
+_OPENING = {")": "(", "]": "["}
 
 
 def remove_links(text: str) -> str:
@@ -87,15 +87,16 @@ def remove_links(text: str) -> str:
 def _trailing_marks(match: re.Match) -> str:
     """What of a matched address is the sentence's: marks at its end, brackets that it did not open."""
     link = match.group()
+    surplus = {closing: link.count(closing) - link.count(opening) for closing, opening in _OPENING.items()}
     end = len(link)
-    while end and (link[end - 1] in ".,;:!?'*" or _unopened(link, end)):
+    while end:
+        mark = link[end - 1]
+        if surplus.get(mark, 0) > 0:
+            surplus[mark] -= 1
+        elif mark not in ".,;:!?'*":
+            break
         end -= 1
     return link[end:]
-
-
-def _unopened(link: str, end: int) -> bool:
-    opening = _CLOSING.get(link[end - 1])
-    return opening is not None and link.count(opening, 0, end) < link.count(link[end - 1], 0, end)
 
 
 _RELEASED_LINK = re.compile(r"(?:https?://|www\.)[^\s,，\u4e00-\u9fff]*")
@@ -146,10 +147,10 @@ def _dotted(text: str, run: re.Match) -> tuple[int, int] | None:
 def _name(text: str, run: re.Match) -> tuple[int, int] | None:
     """From the first place where a name may begin to the last ending that looks like a top-level domain."""
     start = _NAME_START.search(text, run.start(), run.end())
+    if start is None:
+        return None
     end = None
-    for ending in _NAME_END.finditer(text, start.start() + 1) if start else ():
-        if ending.start() >= run.end():
-            break
+    for ending in _NAME_END.finditer(text, start.start() + 1, run.end() + 1):  # what follows decides on the last \b
         end = ending.end()
     return (start.start(), end) if end else None
 
