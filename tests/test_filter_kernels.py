@@ -53,6 +53,14 @@ def test_folding_by_table_is_nfkc_for_every_character_between_letters():
     assert strings(*fold(texts, *code_points(texts))) == [unicodedata.normalize("NFKC", text) for text in texts]
 
 
+def test_marks_without_end_fold_in_linear_time_and_as_many_as_scripts_have_exactly():
+    """Python takes the square of a run of marks to put them in order: minutes for the last text."""
+    texts = ["e" + "\u0301\u0316" * 128 + "か\u3099", "\u0316" * 256 + "x", "a" + "\u0301\u0316" * 300_000 + "b"]
+    first, second, last = strings(*fold(texts, *code_points(texts)))
+    assert [first, second] == [unicodedata.normalize("NFKC", text) for text in texts[:2]]
+    assert (last[:2], last[-1]) == ("\u00e1\u0316", "b") and sorted(last[1:-1]) == sorted(texts[2][2:-1])
+
+
 def test_tables_say_what_python_says_of_every_character():
     flags, categories = tables.flags(), tables.categories()
     for code in [*range(0x40000), *range(0x40000, 0x110000, 97), 0xE0001, 0x10FFFF]:

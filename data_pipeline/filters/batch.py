@@ -5,6 +5,7 @@ Shapes: N documents, T code points in all of them one after the other, L lines o
 
 import dataclasses
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from ctllm_jax.common.errors import UserError
 from data_pipeline.filters import kernels, tables
 
 _ENCODING = "utf-32-le"
+_MARKS_TOGETHER = 256  # of characters that join with the one before, normalised together at most
 _SENTENCE_OR_LINE = re.compile(f"[{re.escape(tables.SENTENCE_ENDS)}\\n]")
 
 
@@ -176,7 +178,8 @@ def fold(texts: Sequence[str], points_T: np.ndarray, ends_N: np.ndarray) -> tupl
     simple_N = sizes_N >= 0
     joining = {}
     for i in np.flatnonzero(~simple_N):
-        joining[i] = code_points([unicodedata.normalize("NFKC", texts[i])])[0]
+        begin, end = ends_N[i] - len(texts[i]), ends_N[i]
+        joining[i] = code_points([_nfkc(texts[i], table.joins[points_T[begin:end]])])[0]
         sizes_N[i] = len(joining[i])
     folded_ends_N = np.cumsum(sizes_N)
     out = np.empty(sizes_N.sum(), np.uint32)
@@ -184,6 +187,14 @@ def fold(texts: Sequence[str], points_T: np.ndarray, ends_N: np.ndarray) -> tupl
     for i, points in joining.items():
         out[folded_ends_N[i] - len(points) : folded_ends_N[i]] = points
     return out, folded_ends_N
+
+
+def _nfkc(text: str, joins_T: np.ndarray) -> str:
+    """The NFKC form. Python takes the square of a run of marks: one that no script has is cut in pieces."""
+    edges = np.concatenate([[-1], np.flatnonzero(~joins_T), [len(text)]])  # runs of marks lie between them
+    runs = np.flatnonzero(np.diff(edges) > _MARKS_TOGETHER + 1)
+    cuts = [cut for run in runs for cut in range(edges[run] + 1 + _MARKS_TOGETHER, edges[run + 1], _MARKS_TOGETHER)]
+    return "".join(unicodedata.normalize("NFKC", text[a:b]) for a, b in itertools.pairwise([0, *cuts, len(text)]))
 
 
 def _lengths(ends_N: np.ndarray) -> np.ndarray:

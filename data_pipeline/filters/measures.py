@@ -24,7 +24,7 @@ _BULLETS = (*tables.BULLETS, "- ", "* ")
 _STOP_WORDS = frozenset("the be to of and that have with".split())
 _GENERATED = re.compile(
     r"auto-?generated|automatically generated|generated automatically|this file (?:is|was) generated"
-    r"|code generated .*do not edit",  # Go's own mark
+    r"|\A(?>.*?code generated ).*do not edit",  # Go's own mark; behind the first is behind any
     re.IGNORECASE,
 )
 _HEAD = 5  # lines in which a file may say that it was generated
