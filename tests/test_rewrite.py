@@ -6,6 +6,7 @@ import pytest
 from test_filter_thresholds import config
 
 from ctllm_jax.common.errors import UserError
+from data_pipeline.filters import urls
 from data_pipeline.filters.lines import LineConfig, LineFilter
 from data_pipeline.filters.rewrite import (
     RewriteConfig,
@@ -151,6 +152,7 @@ def lists(tmp_path):
         ("http://www.good.com/bad?x", "adult/urls: good.com/bad"),
         ("http://good.com/badminton", None),
         ("http://good.com/", None),
+        ("http://www.other.com/~x?y", "adult/urls: www.other.com/~x"),  # the longest entry
         ("sho.rt/x", "adult/urls: sho.rt/x"),
         ("http://news.com/", "press/domains: news.com"),
         ("", None),
@@ -158,6 +160,25 @@ def lists(tmp_path):
 )
 def test_hosts_and_paths_match_at_their_boundaries(lists, url, entry):
     assert UrlLists(UrlConfig(str(lists), (), "boundaries")).find(url) == entry
+
+
+@pytest.mark.parametrize(
+    ("url", "entry"),
+    [
+        ("http://" + "x." * 20_000 + "bad.com/", "adult/domains: bad.com"),
+        ("http://good.com/" + "bad/" * 100_000, "adult/urls: good.com/bad"),
+        ("http://" + "a." * 20_000 + "cn/" + "b/" * 200_000, None),
+        ("http://" + "." * 1_000_000 + "/" * 1_000_000, None),
+    ],
+    ids=["host", "path", "both", "marks"],
+)
+def test_an_address_without_end_is_looked_up_in_what_the_lists_are_long(lists, url, entry, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(urls, "_hash", lambda entry, own=urls._hash: hashed.append(len(entry)) or own(entry))
+    listed = UrlLists(UrlConfig(str(lists), (), "boundaries"))
+    hashed.clear()
+    assert listed.find(url) == entry
+    assert sum(hashed) < 500  # characters
 
 
 def test_only_the_chosen_categories_block(lists):

@@ -79,12 +79,18 @@ class UrlLists:
             yield from (("urls", address[:n]) for n in self._lists["urls"].lengths if n <= len(address))
             return
         host, path = _split(address)
-        parts = host.split(".")
-        parents = [".".join(parts[i:]) for i in range(len(parts))]
-        yield from (("domains", parent) for parent in parents)
-        ends = [i for i, character in enumerate(path) if character in "/?#&;"] + [len(path)]
+        yield from (("domains", host[begin:]) for begin in _parents(host, self._lists["domains"].longest))
+        longest = self._lists["urls"].longest
         for name in dict.fromkeys((host, host.removeprefix("www."))):
-            yield from (("urls", name + path[:end]) for end in ends)
+            ends = [i for i, mark in enumerate(path[: max(0, longest + 1 - len(name))]) if mark in "/?#&;"]
+            whole = [len(path)] if len(name) + len(path) <= longest else []
+            yield from (("urls", name + path[:end]) for end in ends + whole)
+
+
+def _parents(host: str, longest: int) -> list[int]:
+    """Where the host and its parent domains begin that have at most so many characters, the longest first."""
+    begins = [0] if len(host) <= longest else []
+    return begins + [i + 1 for i in range(max(0, len(host) - longest - 1), len(host)) if host[i] == "."]
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -95,7 +101,11 @@ def _split(address: str) -> tuple[str, str]:
 
 
 class _List:
-    """The entries of one file of every category."""
+    """The entries of one file of every category. Addresses come from anybody: what is longer than all entries is not
+    compared with them, so the lists bound what an address costs.
+
+    lengths: those of the entries in characters, ascending; longest: the last of them.
+    """
 
     def __init__(self, files: list[pathlib.Path], exact: bool):
         hashes, owners, lengths = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint16)], set()
@@ -111,6 +121,7 @@ class _List:
         order = np.argsort(all_hashes, kind="stable")
         self._hashes, self._owners = all_hashes[order], np.concatenate(owners)[order]
         self.lengths = sorted(lengths)
+        self.longest = max(lengths, default=0)
 
     def __len__(self) -> int:
         return len(self._hashes)
