@@ -1,6 +1,7 @@
 """Deduplication: folding, signatures and clusters, each against its definition."""
 
 import functools
+import types
 import unicodedata
 
 import hypothesis
@@ -235,6 +236,31 @@ def test_rounds_on_parts_of_a_graph_end_in_its_components(edges, tmp_path):
     joined = np.concatenate([np.load(path) for path in rounds])
     assert (joined[np.argsort(joined[:, 1])] == np.load(whole[0])).all()
     assert not list(tmp_path.rglob("*.rows"))
+
+
+class Killed(Exception):
+    """What comes in the place of a signal."""
+
+
+def test_rounds_that_are_killed_while_an_earlier_one_is_deleted_end_in_the_same_components(tmp_path):
+    """First with all of its folder there, then with its results gone and the marks of its writers still there."""
+    edges = np.array([[1, 2], [2, 3], [3, 4], [4, 5], [5, 6]], np.uint64)
+    np.save(tmp_path / "edges.npy", edges)
+    arguments = [tmp_path / "edges.npy"], tmp_path / "many", -1, 2, RUNNER
+    for gone in ("", "*.out.npy"):
+
+        def die(folder, gone=gone):
+            for path in folder.glob(gone) if gone else ():
+                path.unlink()
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graph, "shutil", types.SimpleNamespace(rmtree=die))
+            with pytest.raises(Killed):
+                graph.join(*arguments)
+    joined = np.concatenate([np.load(path) for path in graph.join(*arguments)])
+    assert sorted(map(tuple, joined.tolist())) == [(1, i) for i in range(2, 7)]
+    assert len(list((tmp_path / "many").glob("*0"))) == 0
 
 
 def _numbers(seed, parts):

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from ctllm_jax.common.files import read_json, write_json
 from data_pipeline.dedup import cluster, kernels
-from data_pipeline.dedup.exchange import Chunk, mixed_part_of, run_through_files
+from data_pipeline.dedup.exchange import Chunk, mixed_part_of, outputs, run_through_files
 from data_pipeline.runner import BeamConfig
 from data_pipeline.shards import save_array
 
@@ -48,19 +49,33 @@ def _components(edges: Sequence[pathlib.Path]) -> np.ndarray:
 
 
 def _rounds(edges: Sequence[pathlib.Path], folder: pathlib.Path, parts: int, runner: BeamConfig) -> list[pathlib.Path]:
+    """Rounds until one changes nothing. `folder/round.json` names the last that ended, so that one that was killed,
+    be it while an earlier round was deleted, goes on behind it and looks at nothing before."""
     both = functools.partial(_chunks, parts=parts, both_ways=True)
     later = functools.partial(_chunks, parts=parts, both_ways=False)
-    number, before, earlier_folders = 0, None, []
+    mark = folder / "round.json"
+    ended = read_json(mark) if mark.exists() else {"number": -1, "digest": None, "joined": False}
     while True:
-        large, small = folder / f"large{number}", folder / f"small{number}"
+        number = ended["number"]
+        if number >= 0:
+            edges = outputs(folder / f"small{number}")
+            _delete_before(number, folder)
+        if ended["joined"]:
+            return edges
+        large, small = folder / f"large{number + 1}", folder / f"small{number + 1}"
         edges = run_through_files(runner, large, edges, both, parts, 2, cluster.large_star)
         edges = run_through_files(runner, small, edges, later, parts, 2, cluster.small_star)
-        now = sum(map(_digest, edges)) & 0xFFFFFFFFFFFFFFFF
-        for done in earlier_folders:
-            shutil.rmtree(done)
-        if now == before:
-            return edges
-        number, before, earlier_folders = number + 1, now, [large, small]
+        digest = sum(map(_digest, edges)) & 0xFFFFFFFFFFFFFFFF
+        ended = {"number": number + 1, "digest": digest, "joined": digest == ended["digest"]}
+        write_json(mark, ended)
+
+
+def _delete_before(number: int, folder: pathlib.Path) -> None:
+    """Deletes what rounds before this one have left, and a killed deletion too."""
+    for earlier in range(number):
+        for done in (folder / f"large{earlier}", folder / f"small{earlier}"):
+            if done.exists():
+                shutil.rmtree(done)
 
 
 def _chunks(path: pathlib.Path, parts: int, both_ways: bool) -> Iterator[Chunk]:
