@@ -12,9 +12,8 @@ from typing import Any, BinaryIO
 
 import orjson
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from data_pipeline import archives
+from data_pipeline import archives, parquet
 from data_pipeline.streams import Damaged, open_file, open_stream, refuse_bomb
 
 UNKNOWN = "unknown"  # where a record is counted whose source cannot be told
@@ -23,7 +22,6 @@ TEXT = re.compile(r"\.txt(\.gz|\.zst)?$")  # how a file ends that is one documen
 _PARQUET, _ARCHIVE = b"PAR1", b"WARC/"
 _SKIP = 1 << 20  # bytes read at a time while skipping an over-long record
 _NESTED = 200  # brackets from which on a line may be too deep to be written
-_ROWS, _DECODED = 64, 1 << 28  # of a Parquet file: decoded together at most, and bytes of their dictionary's texts
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,54 +161,30 @@ def _too_long(line: int, size: int, limit: int, raw: bytes, where: str = "") -> 
 
 
 def _rows(file: BinaryIO, limit: int) -> Iterator[Record | Malformed]:
-    size, given, number = file.seek(0, 2), 0, 0
+    size, given = file.seek(0, 2), 0
     try:
-        table = pq.ParquetFile(file, buffer_size=_SKIP)
-        for index in range(table.num_row_groups):
-            for row in _cells(table, index):
-                number += 1
-                length = sum(_bytes(cell) for cell in row.values())
-                given += length
-                refuse_bomb(given, size)
-                yield _too_long(number, length, limit, b"") if length > limit else _decoded(number, row)
-    except (pa.ArrowException, OSError) as error:
+        for number, (row, length) in enumerate(parquet.rows(file), 1):
+            given += length
+            refuse_bomb(given, size)
+            yield _too_long(number, length, limit, b"") if length > limit else _decoded(number, row)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         if getattr(error, "errno", None) is not None:  # of the disk, not of the file's content
             raise
         raise Damaged(f"{type(error).__name__}: {error}") from None
 
 
-def _cells(table: pq.ParquetFile, index: int) -> Iterator[dict[str, pa.Scalar]]:
-    """The rows of a row group, whose pages are read one after the other.
-
-    A dictionary may say a long text a thousand times in a few bytes: the larger it can be, the fewer rows are decoded
-    together.
-    """
-    group = table.metadata.row_group(index)
-    columns = [group.column(i) for i in range(group.num_columns)]
-    refuse_bomb(group.total_byte_size, sum(column.total_compressed_size for column in columns))
-    largest = max((c.total_uncompressed_size for c in columns if c.has_dictionary_page), default=1)
-    rows = min(max(1, _DECODED // max(largest, 1)), _ROWS)
-    for batch in table.iter_batches(batch_size=rows, row_groups=[index]):
-        named = dict(zip(batch.schema.names, batch.columns, strict=True))
-        for i in range(len(batch)):
-            yield {name: column[i] for name, column in named.items()}
-
-
-def _bytes(cell: pa.Scalar) -> int:
-    """Bytes of a text or binary value; 0 for any other."""
-    value = cell.value if isinstance(cell, pa.DictionaryScalar) and cell.is_valid else cell
-    return (
-        value.as_buffer().size if isinstance(value, (pa.BinaryScalar, pa.LargeBinaryScalar)) and value.is_valid else 0
-    )
-
-
-def _decoded(number: int, row: dict[str, pa.Scalar]) -> Record | Malformed:
+def _decoded(number: int, row: parquet.Row) -> Record | Malformed:
     """A row; what JSON has no form for is said as text."""
     try:
-        values = {name: cell.as_py() for name, cell in row.items()}
-        return Record(number, orjson.loads(orjson.dumps(values, default=_as_text)))
+        values = {name: parquet.plain(cell) for name, cell in row.items()}
+        raw = orjson.dumps([[[values]]], default=_as_text)  # it will be a part of other records
+        return Record(number, orjson.loads(raw)[0][0][0])
     except UnicodeDecodeError as error:
         return Malformed(number, "invalid_utf8", str(error), excerpt(error.object[: 4 * EXCERPT]))
+    except orjson.JSONEncodeError as error:  # nothing else is wrong with what was made of cells
+        return Malformed(number, "nested_too_deep", str(error), "")
+    except (ValueError, LookupError, OverflowError, pa.ArrowException) as error:
+        return Malformed(number, "unreadable_value", f"{type(error).__name__}: {error}", "")
 
 
 def _as_text(value: Any) -> str | None:
