@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import orjson
 import pyarrow as pa
 
+from ctllm_jax.common.files import shown
 from data_pipeline import archives, parquet
 from data_pipeline.streams import Damaged, open_file, open_stream, refuse_bomb
 
@@ -84,21 +85,22 @@ def excerpt(raw: bytes) -> str:
 
 def _text(path: str, number: int, limit: int) -> Record | Malformed:
     """A file as one record, whose id is its path; line ends are those of Unix."""
+    name = shown(path)
     try:
         with open_stream([path]) as stream:
             raw = stream.read(limit + 1)
             size = len(raw) + sum(map(len, iter(lambda: stream.read(_SKIP), b""))) if len(raw) > limit else len(raw)
     except Damaged as damage:
-        return Malformed(number, "damaged_file", f"{path}: {damage}", "")
+        return Malformed(number, "damaged_file", f"{name}: {damage}", "")
     if size > limit:
-        return _too_long(number, size, limit, raw, f"{path}: ")
+        return _too_long(number, size, limit, raw, f"{name}: ")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"{path}: {error}; if it is in GB 18030: iconv -f gb18030 -t utf-8 FILE > NEW.txt"
+        what = f"{name}: {error}; if it is in GB 18030: iconv -f gb18030 -t utf-8 FILE > NEW.txt"
         return Malformed(number, "invalid_utf8", what, excerpt(raw))
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return Record(number, {"id": path, "text": text}, has_own_keys=True)
+    return Record(number, {"id": name, "text": text}, has_own_keys=True)
 
 
 # ---- JSON lines

@@ -6,6 +6,7 @@ line and reason. A record longer than the limit is skipped piece by piece and ne
 
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import orjson
 import xxhash
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import expand
+from ctllm_jax.common.files import expand, shown
 from data_pipeline.containers import EXCERPT as EXCERPT
 from data_pipeline.containers import TEXT, UNKNOWN, Malformed, Record, excerpt, read_records
 from data_pipeline.streams import PART, Damaged
@@ -61,7 +62,7 @@ class InputFile:
     @property
     def label(self) -> str:
         """What it is called in reports; its records' lines count in there."""
-        return f"{self.path} to {self.rest[-1]}" if self.rest and TEXT.search(self.path) else self.path
+        return shown(f"{self.path} to {self.rest[-1]}" if self.rest and TEXT.search(self.path) else self.path)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,9 +124,9 @@ def single_files(paths: Sequence[str]) -> list[InputFile]:
 
 def file_names(paths: Sequence[str]) -> list[str]:
     """Names each file by its stem, or by as much of its path as sets it apart."""
+    paths = list(map(shown, paths))
     parts = [(*pathlib.PurePath(path).parts[:-1], pathlib.PurePath(path).name.split(".jsonl")[0]) for path in paths]
-    names = list(paths)
-    unnamed, depth = list(range(len(parts))), 1
+    names, unnamed, depth = paths, list(range(len(parts))), 1
     while any(depth == 1 or depth <= len(parts[i]) for i in unnamed):
         counts = Counter(parts[i][-depth:] for i in unnamed)
         shared = [i for i in unnamed if counts[parts[i][-depth:]] > 1]
@@ -203,7 +204,7 @@ class DocumentReader:
 
 def _place(path: str, line: int) -> float:
     """A number in [0, 1) that a record's place decides."""
-    return xxhash.xxh3_64_intdigest(f"{path}:{line}".encode()) / 2**64
+    return xxhash.xxh3_64_intdigest(os.fsencode(f"{path}:{line}")) / 2**64
 
 
 def _malformed(record: Record, reason: str, detail: str, source: str = UNKNOWN) -> Malformed:

@@ -7,6 +7,7 @@ part of what grows with the documents.
 
 import dataclasses
 import math
+import os
 import pathlib
 import sys
 import tempfile
@@ -70,7 +71,7 @@ def sample(files: list[InputFile], share: float) -> tuple[list[InputFile], float
     if not 0 < share < 1:
         raise UserError(f"pilot: {share} is not a share between 0 and 1; 0.01 is one document in a hundred")
     number = min(len(files), max(_LEAST, math.ceil(share * len(files))))
-    by_hash = sorted(files, key=lambda file: xxhash.xxh3_64_intdigest(file.path.encode()))
+    by_hash = sorted(files, key=lambda file: xxhash.xxh3_64_intdigest(os.fsencode(file.path)))
     chosen = sorted(by_hash[:number], key=lambda file: file.index)
     within = min(1.0, share * _bytes(files) / max(_bytes(chosen), 1))
     return [dataclasses.replace(file, index=i) for i, file in enumerate(chosen)], within

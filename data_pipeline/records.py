@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path
+from ctllm_jax.common.files import as_path, shown
 from ctllm_jax.data.chat import ChatTemplate, check_messages
 from data_pipeline.documents import file_names
 from data_pipeline.formats import Unusable, normalise
@@ -60,7 +60,7 @@ def read_records(files: Sequence[str], check: Callable[[dict], str | None]) -> R
                     unique = record["id"] if record["id"] not in seen else f"{name}/{record['id']}"
                     kept.append({**record, "id": unique})
             except Unusable as problem:
-                rejected.append({"file": str(file), "line": number, "reason": str(problem)})
+                rejected.append({"file": shown(file), "line": number, "reason": str(problem)})
         seen |= own
     return Records(kept, rejected)
 

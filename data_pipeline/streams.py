@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from ctllm_jax.common.files import as_path
+from ctllm_jax.common.files import as_path, shown
 
 EXPANSION, JUDGED = 200, 1 << 27  # times its size that a file may expand to, once it has so many bytes
 PART = re.compile(r"\.part(\d+)$")  # how the pieces of a file end that was cut by bytes
@@ -104,7 +104,7 @@ def open_file(path: str) -> BinaryIO:
     try:
         return as_path(path).open("rb")
     except FileNotFoundError:
-        raise Damaged(f"{path}: no such file") from None
+        raise Damaged(f"{shown(path)}: no such file") from None
 
 
 class _Unpacked(io.RawIOBase):

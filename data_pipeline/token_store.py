@@ -23,7 +23,16 @@ import seqio
 import tensorflow as tf
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import atomic_file, expand, file_digest, identity, read_json, write_atomic, write_json
+from ctllm_jax.common.files import (
+    atomic_file,
+    expand,
+    file_digest,
+    identity,
+    read_json,
+    shown,
+    write_atomic,
+    write_json,
+)
 from ctllm_jax.common.manifest import open_stage, stage_fingerprint
 from ctllm_jax.common.progress import Watch
 from ctllm_jax.data.chat import LEARN, load_template
@@ -140,7 +149,7 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
         "kind": config.kind,
         "sequence_length": config.sequence_length,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest},
-        "made_from": [os.path.abspath(file) for file in files],
+        "made_from": [shown(os.path.abspath(file)) for file in files],
         "splits": _collect(stage.folder, windows, config),
         "rejected_records": len(found.rejected),
     }

@@ -79,6 +79,9 @@ def harm(folder, size: int) -> None:
     records = [entry("response", record, url=f"http://a/{i}") for i, record in enumerate(pages)]
     (folder / "pages.warc.gz").write_bytes(by_member(*records))
     (folder / "%2e%2e%2f$(wicked).jsonl").write_bytes(lines(*texts(1)))
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text(texts(1)[0])
+    odd = {"text": texts(1), "id": ["late"], "date": pa.array([2**62], pa.timestamp("us"))}
+    pq.write_table(pa.table(odd), folder / "late.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +137,8 @@ def test_damage_is_counted_and_reported_file_by_file(built):
 
 def test_an_id_or_a_name_like_a_path_stays_an_id(built):
     folder, _ = built
-    for name in ("../" * 8 + "wicked0", "/etc/wicked\0\n", "%2e%2e%2f$(wicked):1"):
+    text = f"{folder}/harm/caf\\xe9.txt"  # its name is no UTF-8
+    for name in ("../" * 8 + "wicked0", "/etc/wicked\0\n", "%2e%2e%2f$(wicked):1", text, "late"):
         assert map_cc.find(folder / "out" / "corpus" / "map_cc", name).id == name
     outside = [path for path in folder.rglob("*wicked*") if "harm" not in path.parts]
     assert outside == [] and [path.name for path in (folder / "out").iterdir()] == ["corpus"]

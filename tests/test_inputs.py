@@ -1,5 +1,6 @@
 """Input formats: what stands in them arrives, and what is wrong with them is said and costs little."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -304,3 +305,20 @@ def test_texts_of_one_subset_are_read_by_hundreds(tmp_path):
     assert len({file.name for file in found}) == 3
     assert found[1].label == f"{tmp_path}/000.txt to {tmp_path}/099.txt" and found[0].label == found[0].path
     assert [len(file.paths) for file in find_inputs([f"{tmp_path}/*.txt"])] == [256, 44]
+
+
+def test_a_file_whose_name_is_no_utf8_is_read_and_named_in_text(tmp_path):
+    names = [b"caf\xe9.txt", b"empty\xff.txt", b"\xd6\xd0.jsonl"]
+    for name, content in zip(names, (b"text", b" ", b'{"text": "t"}\nbad\n'), strict=True):
+        written(tmp_path / os.fsdecode(name), content)
+    files = find_inputs([f"{tmp_path}/*"])
+    items = [item for file in files for item in DocumentReader(file, FIELDS, "zh_cc", 1 << 20)]
+    assert {item.id for item in items if isinstance(item, Document)} == {f"{tmp_path}/caf\\xe9.txt", "\\xd6\\xd0:1"}
+    assert [item.reason for item in items if isinstance(item, Malformed)] == ["empty_text", "invalid_json"]
+    json_line({"items": [str(item) for item in items], "files": [[file.name, file.label] for file in files]})
+    for left in tmp_path.iterdir():
+        left.unlink()
+    for file in files:
+        reader = DocumentReader(dataclasses.replace(file, share=0.5), FIELDS, "zh_cc", 1 << 20)
+        json_line({"items": [str(item) for item in reader], "damage": reader.damage})
+    assert "\\xd6\\xd0.jsonl: no such file" in reader.damage

@@ -32,6 +32,11 @@ def as_path(location: str | os.PathLike) -> Any:
         raise UserError(f"{location}: cannot be reached ({error}); gs:// needs: pip install 'ctllm-jax[gcs]'") from None
 
 
+def shown(path: str | os.PathLike) -> str:
+    r"""A path as a text that can be written: file names are bytes, and those that are no UTF-8 are said as `\xff`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def cache_folder(name: str) -> pathlib.Path:
     """~/.cache/ctllm-jax/NAME, or the like below XDG_CACHE_HOME."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ctllm-jax" / name

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ctllm_jax.common.files import expand, file_digest, identity
+from ctllm_jax.common.files import expand, file_digest, identity, shown
 from ctllm_jax.common.manifest import stage_fingerprint
 from ctllm_jax.data.store import open_store
 from data_pipeline.documents import SUBSETS, DocumentReader, Fields, InputFile, Malformed, input_files, single_files
@@ -102,7 +102,7 @@ def _documents(shard: Shard, fields: Fields) -> Iterator[Text | None]:
     file = InputFile(shard.index, shard.file, shard.name, rest=shard.rest)
     reader = DocumentReader(file, fields, SUBSETS[0], MAX_RECORD_BYTES)
     for item in reader:
-        where = {"file": shard.file, "line": item.line}
+        where = {"file": shown(shard.file), "line": item.line}
         yield None if isinstance(item, Malformed) else Text(item.id, item.source, item.text, where)
     if reader.damage:
         yield None
@@ -118,7 +118,7 @@ def _records(shard: Shard, fields: Fields) -> Iterator[Text | None]:
             yield None
             continue
         name = entry.get("id") if entry.get("id") not in (None, "") else f"{shard.name}:{number}"
-        yield Text(str(name), shard.name, said, {"file": shard.file, "line": number})
+        yield Text(str(name), shard.name, said, {"file": shown(shard.file), "line": number})
 
 
 def _said(body: Mapping[str, Any]) -> Iterator[str]:
