@@ -135,12 +135,14 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
     if stage.done:
         return stage.result
 
-    names, found = _register(config, tokenizer)
+    found = _read_records(config, tokenizer, stage.folder)
+    names = _register(config, tokenizer, stage.folder)
     write_json(stage.folder / "rejected.json", found.rejected)
     if found.rejected:
         print(f"tokenize: {len(found.rejected)} records rejected, see {stage.folder}/rejected.json", file=sys.stderr)
     windows = _windows(names, config.shards)
     _build(windows, _inputs_of(names) or len(found.kept), config, stage.folder)
+    shutil.rmtree(_records(stage.folder), ignore_errors=True)
     tokenizer.copy_to(stage.folder / "tokenizer")  # whoever has the store can read it
     if config.kind != "pretrain":  # what is trained on it speaks this template
         write_atomic(stage.folder / "tokenizer" / "chat_template.jinja", settings["template"])
@@ -162,11 +164,11 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
     return stage.finish(result)
 
 
-def _register(config: TokenizeConfig, tokenizer: Tokenizer) -> tuple[dict[str, str], records.Records]:
-    """Registers the tasks with SeqIO, as every process that evaluates them must; ({source: task}, the records)."""
+def _read_records(config: TokenizeConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> records.Records:
+    """Reads and checks the records of kinds chat and preference, and writes the usable ones to where workers find them:
+    each of them reads its own alone."""
     if config.kind == "pretrain":
-        folders = map_cc.subset_folders(config.corpus)
-        return tasks.corpus_tasks(folders, tokenizer, config.validation_share), records.Records([], [])
+        return records.Records([], [])
     files = expand(config.input)
     template = load_template(config.template, tokenizer)
     if config.kind == "chat":
@@ -180,9 +182,25 @@ def _register(config: TokenizeConfig, tokenizer: Tokenizer) -> tuple[dict[str, s
         found = dataclasses.replace(
             found, kept=chat_tasks.in_ratio(chat_tasks.with_languages(found.kept), config.ratio)
         )
+    shutil.rmtree(_records(folder), ignore_errors=True)  # of a killed run
+    chat_tasks.write_divided(chat_tasks.divide(found.kept, config.kind, config.validation_share), _records(folder))
+    return found
+
+
+def _register(config: TokenizeConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, str]:
+    """Registers the tasks with SeqIO, as every process that evaluates them must; {source: task}."""
+    if config.kind == "pretrain":
+        folders = map_cc.subset_folders(config.corpus)
+        return tasks.corpus_tasks(folders, tokenizer, config.validation_share)
+    divided, template = chat_tasks.read_divided(_records(folder)), load_template(config.template, tokenizer)
     if config.kind == "chat":
-        return chat_tasks.chat_tasks(found.kept, tokenizer, config.validation_share, template, config.learn), found
-    return chat_tasks.preference_tasks(found.kept, tokenizer, config.validation_share, template), found
+        return chat_tasks.chat_tasks(divided, tokenizer, template, config.learn)
+    return chat_tasks.preference_tasks(divided, tokenizer, template)
+
+
+def _records(folder: pathlib.Path) -> pathlib.Path:
+    """Usable records by source and split, until the store is finished."""
+    return folder / "records"
 
 
 def _windows(names: Mapping[str, str], shards: int) -> list[Window]:
@@ -229,7 +247,7 @@ class BuildShard(beam.DoFn):
         config, folder = self._config, pathlib.Path(self._folder)
         with _registering:
             if window.task not in seqio.TaskRegistry.names():  # a process of its own
-                _register(config, load_tokenizer(config.tokenizer))
+                _register(config, load_tokenizer(config.tokenizer), folder)
         counts = collections.Counter()
         with open(_progress(folder, window), "w") as progress:
             documents = list(_documents(window, config, counts, progress))

@@ -284,7 +284,7 @@ def test_tasks_hold_what_the_template_renders_under_their_source(theirs):
         {"id": "b", "language": "zh", "messages": messages["b"]},
         {"id": "c", "messages": messages["c"]},
     ]
-    names = chat_tasks.chat_tasks(records, theirs.tokenizer, 1e-6, theirs, "last")
+    names = chat_tasks.chat_tasks(chat_tasks.divide(records, "chat", 1e-6), theirs.tokenizer, theirs, "last")
     assert names == {"web-qa": "chat_web.qa", "zh": "chat_zh", "chat": "chat_chat"}
     found = {source: examples(task) for source, task in names.items()}
     assert {source: list(own) for source, own in found.items()} == {"web-qa": ["a"], "zh": ["b"], "chat": ["c"]}
@@ -298,7 +298,8 @@ def test_tasks_hold_what_the_template_renders_under_their_source(theirs):
 @needs_reference
 def test_of_a_pair_only_the_answers_are_learned(theirs):
     record = {"id": "p", "prompt": say("问", "答", "再问"), "chosen": "好", "rejected": "no"}
-    (task,) = chat_tasks.preference_tasks([record], theirs.tokenizer, 1e-6, theirs).values()
+    divided = chat_tasks.divide([record], "preference", 1e-6)
+    (task,) = chat_tasks.preference_tasks(divided, theirs.tokenizer, theirs).values()
     example = examples(task)["p"]
     for side in ("chosen", "rejected"):
         ids, mask = theirs.render([*record["prompt"], {"role": "assistant", "content": record[side]}], "last")

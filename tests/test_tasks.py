@@ -110,7 +110,7 @@ def test_every_document_is_in_one_split_which_its_id_alone_decides(root, seqio_e
     assert ids["validation"] and len(ids["validation"]) < len(ids["train"])
     # The same id among other records, in another kind of store, falls into the same split.
     records = [{"id": name, "messages": say("问", "答")} for name in sorted(ids["train"] | ids["validation"])]
-    names = chat_tasks.chat_tasks(records, load_tokenizer(root / "tokenizer"), 0.25)
+    names = chat_tasks.chat_tasks(chat_tasks.divide(records, "chat", 0.25), load_tokenizer(root / "tokenizer"))
     for split, expected in ids.items():
         assert {example["id"].decode() for example in dataset_of(names["chat"], split)} == expected
 

@@ -10,6 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
+import seqio
 from tiny_models import tiny_tokenizer, write_jsonl
 from tiny_records import CHAT_REASONS, PAIR_REASONS, chats, contents, pairs, say, segments
 from tiny_stages import LENGTH, assembled, config_of, dataset_of, documents, stages
@@ -21,7 +22,7 @@ from ctllm_jax.data.chat import CtllmTemplate
 from ctllm_jax.data.record import ID_ENTRY, Row, id_hash, ids_name
 from ctllm_jax.data.store import open_store
 from ctllm_jax.data.tokenizer import ASSISTANT, CHAT_PIECES, END, load_tokenizer
-from data_pipeline import map_cc, tasks, token_store
+from data_pipeline import chat_tasks, map_cc, records, tasks, token_store
 from data_pipeline.packing import chunks, pack
 
 
@@ -281,6 +282,25 @@ def test_lines_that_are_no_records_are_rejected_with_their_place(root, tmp_path)
     ]
     assert result["rejected_records"] == 4
     assert sum(entry["documents"] for split in result["splits"].values() for entry in split.values()) == 12
+
+
+@pytest.mark.parametrize(("kind", "documents"), [("chat", 35), ("preference", 23)])
+def test_each_shard_reads_its_own_records_alone(root, tmp_path, monkeypatch, kind, documents):
+    files, read = [], []
+    whole, one = records.read_records, chat_tasks.StoredRecords.__getitem__
+    monkeypatch.setattr(records, "read_records", lambda *given: files.append(given) or whole(*given))
+    monkeypatch.setattr(chat_tasks.StoredRecords, "__getitem__", lambda own, i: read.append((own, i)) or one(own, i))
+    build = token_store.BuildShard.process
+
+    def in_a_process_of_its_own(self, window):
+        seqio.TaskRegistry.remove(window.task)
+        yield from build(self, window)
+
+    monkeypatch.setattr(token_store.BuildShard, "process", in_a_process_of_its_own)
+    result = token_store.run(config_of(root, kind, shards=4), str(tmp_path / "store"))
+    assert len(files) == 1 and len(read) == documents
+    assert sum(entry["documents"] for split in result["splits"].values() for entry in split.values()) == documents
+    assert not (tmp_path / "store" / "records").exists()
 
 
 # ---- The same bytes
