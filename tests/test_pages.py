@@ -1,9 +1,13 @@
 """HTML pages: their text, in whatever encoding; and pages that are made to cost."""
 
 import gzip
+import re
 import time
 import zlib
 
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
 import pytest
 from tiny_archives import answer, by_member, entry, page
 
@@ -11,6 +15,7 @@ from data_pipeline.archives import Unusable
 from data_pipeline.documents import DocumentReader, Fields, InputFile
 
 pages = pytest.importorskip("data_pipeline.pages", exc_type=ImportError)
+HTMLTree = pages.HTMLTree
 
 FIELDS = Fields(id="id", url="url", source="source", text="text")
 PARAGRAPHS = [f"第{i}段讲述黄河下游的水利工程，泥沙在这里沉积了几千年，两岸的人们修筑堤坝。" for i in range(6)]
@@ -77,6 +82,12 @@ def test_a_resource_is_read_by_its_own_content_type(tmp_path):
     assert (first.text, second.reason) == (TEXT, "no_page")
 
 
+def test_an_encoding_said_a_thousand_times_is_tried_once():
+    started = time.process_time()
+    pages.text_of(b"\xff" * pages.MAX_PAGE, "text/html; " + "charset=big5; charset=euc-kr;" * 1000)
+    assert time.process_time() - started < 10
+
+
 def nested(depth: int) -> bytes:
     """So many elements in one another below the body, beside enough others to be worth a look."""
     return b"<body>" + b"<div>" * depth + TEXT.encode() + b"</div>" * depth + b"<br>" * 5000
@@ -90,7 +101,7 @@ def crowded(attributes: int) -> bytes:
     ("good", "bad", "reason"),
     [
         (nested(pages.MAX_DEPTH), nested(pages.MAX_DEPTH + 1), "page_too_deep"),
-        (crowded(1999), crowded(2000), "page_too_deep"),
+        (crowded(pages.MAX_ATTRIBUTES), crowded(pages.MAX_ATTRIBUTES + 1), "page_too_deep"),
         (b"x" * pages.MAX_PAGE, b"x" * (pages.MAX_PAGE + 1), "page_too_large"),
     ],
     ids=["depth", "attributes", "size"],
@@ -101,11 +112,17 @@ def test_each_bound_from_both_sides(tmp_path, good, bad, reason):
 
 
 ENTITIES = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 30))
+MANY = b" ".join(b"a%d" % i for i in range(500_000)) + b">"
 EVIL = {
     "billion laughs": f'<!DOCTYPE html [<!ENTITY l0 "lol">{ENTITIES}]><body>&l29;'.encode(),
     "a million deep": b"<div>" * 900_000,
     "a million deep, foreign": b"<svg>" + b"<td>" * 900_000,
     "attributes": b"<div " + b"a b c/d\n" * 200_000,
+    "attributes behind a comment": b"<!-- <script> --><p " + MANY,
+    "attributes in a style sheet that is none": b"<svg><style><a " + MANY,
+    "tags that never end": b"<a" * 2_500_000,
+    "tags with spaces that never end": b"<a b" * 1_200_000,
+    "tags with quotation marks": b"<a b=\"'" * 600_000,
     "quotation marks": b"<a '\"" * 200_000 + b'<a "' * 300_000,
     "scripts that never end": b"<script>" * 500_000,
     "styles within a script": b"<script>" + b"<style" * 500_000,
@@ -113,6 +130,27 @@ EVIL = {
     "open brackets": b"<" * 4_000_000,
     "tables": b"<table><tr><td>" * 300_000,
 }
+
+
+S = " \t\n\f\r"
+VALUE = rf"(?:\"[^\"]*(?:\"|\Z)|'[^']*(?:'|\Z)|[^{S}>\"'][^{S}>]*)?"
+ATTRIBUTE = re.compile(rf"[{S}/]*[^{S}/>][^{S}/>=]*(?:[{S}]*=[{S}]*{VALUE})?")
+TAGS = st.lists(st.sampled_from(["<a", "<", "a", "b", "=", '"', "'", "/", ">", " ", "\n", "<!--", "é"]), max_size=40)
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(TAGS.map("".join))
+def test_attributes_are_counted_as_the_standard_reads_each_tag_and_never_fewer_than_the_parser_finds(html):
+    most = 0
+    for name in re.finditer(rf"(?=(<[a-zA-Z][^{S}/>]*))", html):  # one may hold another's beginning
+        count, place = 0, name.end(1)
+        while found := ATTRIBUTE.match(html, place):
+            count, place = count + 1, found.end()
+        most = max(most, count)
+    counted = pages.most_attributes(np.frombuffer(html.encode(), np.uint8))
+    assert counted == most
+    elements = HTMLTree.parse(html).document.query_selector_all("*")
+    assert counted >= max((len(element.attrs) for element in elements), default=0)
 
 
 @pytest.mark.parametrize("name", EVIL)
