@@ -1,6 +1,7 @@
 """The training step of the 2B model on the accelerator at hand: tokens/s and MFU, by attention backend and rows.
 
-    python benchmarks/step.py [--model ct_llm_2b] [--try BACKEND:REMAT:ROWS ...] [--profile FOLDER]
+    python benchmarks/step.py [--model ct_llm_2b] [--try BACKEND:REMAT:ROWS ...]
+        [--deterministic] [--profile FOLDER]
 
 A step is the trainer's own program with its update: one microbatch of ROWS packed rows of random tokens, eight
 documents of unequal length in each. Every device of the machine is used. Time is of completed steps, each dispatched
@@ -38,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ct_llm_2b", help="architecture of configs/models.py")
     parser.add_argument("--try", nargs="*", dest="tries", default=DEFAULT, metavar="BACKEND:REMAT:ROWS")
+    parser.add_argument("--deterministic", action="store_true", help="as in the config")
     parser.add_argument("--profile", help="folder for a trace of the last try")
     options = parser.parse_args()
     rows, figures = [], {}
@@ -45,7 +47,7 @@ def main() -> None:
         backend, remat, count = text.split(":")
         profile = options.profile if number == len(options.tries) - 1 else None
         try:
-            found = measure(config_of(options.model, backend, remat, int(count)), profile)
+            found = measure(config_of(options, backend, remat, int(count)), profile)
         except Exception as error:  # out of memory, or not on this device: the others still count
             rows.append((text, f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"))
             continue
@@ -57,9 +59,10 @@ def main() -> None:
     finish(figures | {"device": device})
 
 
-def config_of(model: str, backend: str, remat: str, rows: int) -> TrainConfig:
+def config_of(options: argparse.Namespace, backend: str, remat: str, rows: int) -> TrainConfig:
     """The shipped config with `rows` rows a device."""
-    config = pretrain.get_config(model)
+    config = pretrain.get_config(options.model)
+    config.deterministic = options.deterministic
     config.model.update(attention=backend, remat=remat)
     config.batch_size = rows * len(jax.devices())
     return build(TrainConfig, config.to_dict())
@@ -71,7 +74,8 @@ def measure(config: TrainConfig, profile: str | None) -> dict[str, float]:
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, model, config.clock(model.max_length))
         layout = state_shardings(model, optimizer, mesh)
-        step = jit_step(make_objective(config.objective, model, 1), optimizer, 1, layout, config.xla_options)
+        options = config.compiler_options(jax.default_backend())
+        step = jit_step(make_objective(config.objective, model, 1), optimizer, 1, layout, options)
         draw = jax.jit(lambda key: init_params(model, key), out_shardings=layout.params)
         state = start_state(draw(jax.random.key(0)), optimizer, layout)
         batch = random_batch(config, mesh)

@@ -1,6 +1,6 @@
-"""The trainer on this machine's CPU: its step beside PyTorch's, what the loop, a save and a start cost.
+"""The trainer on this machine: its step beside PyTorch's, what the loop, a save and a start cost.
 
-    python benchmarks/train.py [--quick] [--part PART] [--folder DIR]
+    python benchmarks/train.py [--quick] [--part PART] [--folder DIR] [--width WIDTH] [--rows ROWS]
 
 step    tokens/s of a model of 6.8 M parameters, beside Hugging Face's Llama under PyTorch: same weights, same batches
 loop    what the loop of `ctllm train` adds to steps of about 100 ms
@@ -42,7 +42,6 @@ from ctllm_jax.step import jit_step, start_state, state_shardings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PARTS = ("step", "loop", "save", "start")
-BATCH_OF_LOOP = 4  # rows of 256: a step of about 100 ms on two cores
 
 
 def main() -> None:
@@ -51,6 +50,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds, a small state to save")
     parser.add_argument("--part", choices=PARTS, help="only this one")
     parser.add_argument("--folder", help="keeps what is prepared, and finds what an earlier run prepared")
+    parser.add_argument("--width", type=int, help="of the model of loop and save: another than two CPU cores can bear")
+    parser.add_argument("--rows", type=int, default=4, help="of 256 tokens in loop's batch, for steps of about 100 ms")
     options = parser.parse_args()
     parts, figures = [options.part] if options.part else PARTS, {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -58,9 +59,11 @@ def main() -> None:
         if "step" in parts:
             figures |= step(prepared(folder, LENGTH), scratch, rounds=3 if options.quick else 12)
         if "loop" in parts:
-            figures |= loop(prepared(folder, 256), scratch, pairs=6 if options.quick else 60)
+            pairs = 6 if options.quick else 60
+            figures |= loop(prepared(folder, 256), scratch, options.width, options.rows, pairs)
         if "save" in parts:
-            figures |= save(scratch, width=256 if options.quick else 1024, rounds=3 if options.quick else 7)
+            width = options.width or (256 if options.quick else 1024)
+            figures |= save(scratch, width, rounds=3 if options.quick else 7)
         if "start" in parts:
             figures |= start(prepared(folder, 256), scratch, rounds=1 if options.quick else 3)
     figures |= {"cores": cores(), "jax": jax.__version__, "quick": options.quick}
@@ -128,28 +131,34 @@ class Turns:
         return clock.spent()
 
 
-def loop(store: pathlib.Path, scratch: pathlib.Path, pairs: int, block: int = 10) -> dict:
+def of_width(width: int) -> dict[str, int]:
+    """Changes of configs/pretrain.py:tiny that make its model so wide."""
+    return {"model.d_model": width, "model.d_ff": 11 * width // 4, "model.head_dim": width // 4}
+
+
+def loop(store: pathlib.Path, scratch: pathlib.Path, width: int | None, rows: int, pairs: int, block: int = 10) -> dict:
     """What the trainer's loop adds to its step; evaluation and saving are not in it."""
     steps = (pairs + 1) * block
     rare = {"eval.every": steps, "eval.batches": 1, "checkpoints.every": steps, "checkpoints.minutes": 0.0}
-    config, turns = config_of(store, batch_size=BATCH_OF_LOOP, duration=f"{steps} steps", **rare), Turns(block)
+    changes = rare | (of_width(width) if width else {})
+    config, turns = config_of(store, batch_size=rows, duration=f"{steps} steps", **changes), Turns(block)
     replaced = {"jit_step": turns.jit_step, "prefetched": turns.prefetched}
     with mock.patch.multiple(train, **replaced), contextlib.redirect_stderr(io.StringIO()):
         train.run(config, str(scratch / "loop"))
-    rows, figures = [], {}
+    lines, figures = [], {}
     for kind in ("wall", "host"):
         bare = [getattr(spent, kind) / block for spent in turns.bare]
         whole = [getattr(spent, kind) / block for spent in turns.loop]
         added = [own - (before + after) / 2 for own, before, after in zip(whole, bare[:-1], bare[1:], strict=True)]
         more = statistics.median(added)
         doubt = 1.25 * statistics.stdev(added) / len(added) ** 0.5  # of a median, were the differences normal
-        rows.append((kind, 1000 * statistics.median(bare), 1000 * more, 1000 * doubt))
+        lines.append((kind, 1000 * statistics.median(bare), 1000 * more, 1000 * doubt))
         figures |= {f"loop_{kind}_added_s": more, f"loop_{kind}_added_error_s": doubt}
     table(
         f"loop: {pairs} blocks of {block} steps between blocks of the bare step; a line is logged every "
         f"{config.log.every} steps",
         ("", "ms a bare step", "ms added", "+-"),
-        rows,
+        lines,
     )
     step = statistics.median(spent.wall for spent in turns.bare) / block
     shares = {f"loop_{kind}_share": figures[f"loop_{kind}_added_s"] / step for kind in ("wall", "host")}
@@ -188,8 +197,7 @@ class Clock:
 
 def save(scratch: pathlib.Path, width: int, rounds: int) -> dict:
     """How long a save in the background holds up a loop whose next step takes over the state's memory."""
-    size = {"model.d_model": width, "model.d_ff": 11 * width // 4, "model.head_dim": width // 4}
-    config = config_of(scratch, **size)
+    config = config_of(scratch, **of_width(width))
     mesh, clock = make_mesh(config.mesh), config.clock(config.model.max_length)
     optimizer = make_optimizer(config.optimizer, config.model, clock)
     layout = state_shardings(config.model, optimizer, mesh)

@@ -157,7 +157,7 @@ def own_step(config: TrainConfig, store: TokenStore, scratch: pathlib.Path) -> O
     )
     write_json(scratch / "settings.json", dataclasses.asdict(config.optimizer))
     objective = make_objective(config.objective, config.model, len(store.sources("train")))
-    take = jit_step(objective, optimizer, 1, layout, config.xla_options)
+    take = jit_step(objective, optimizer, 1, layout)
     return Ours(config, start_state(params, optimizer, layout), take, itertools.cycle(batches), [])
 
 

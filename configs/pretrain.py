@@ -59,6 +59,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
             ),
             checkpoints=dict(every=2000, minutes=30.0, kept=3, keep_every=50_000, keep_best=0, best="lowest loss"),
             watch=dict(stall_minutes=15.0, slow_minutes=60.0, stop_minutes=10.0, notices=""),
+            deterministic=False,
             xla_options=dict(),
         )
     )

@@ -18,7 +18,7 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     config.model = config_dict.placeholder(object)
     config.init_from = config_dict.placeholder(str)
     config.data.rates = ConfigDict()
-    config.optimizer.update(learning_rate=2e-5, final_learning_rate=0.0, warmup="100 steps")
+    config.optimizer.update(learning_rate=2e-5, final_learning_rate=0.0, warmup="3%")
     config.update(batch_size=128, duration="3 epochs")
     config.eval.every = 500
     config.eval.prompts = ("怎样泡一壶好茶？", "为什么天空是蓝色的？", "How can I sleep better?")

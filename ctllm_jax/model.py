@@ -24,6 +24,7 @@ from ctllm_jax.attention import attention, prefix
 from ctllm_jax.attention.flash import LSE_NAME, OUTPUT_NAME
 from ctllm_jax.lora import NO_ADAPTERS, Adapters, ranks_in
 from ctllm_jax.precision import wide
+from ctllm_jax.products import head_logits, product
 from ctllm_jax.rotary import RopeScaling, frequencies, rotate
 from ctllm_jax.sharding import constrain
 
@@ -132,7 +133,7 @@ class Block(nnx.Module):
 
     def _product(self, equation: str, x: jax.Array, name: str) -> jax.Array:
         """x times a matrix, and what the matrix's adapter adds where it has one."""
-        y = jnp.einsum(equation, x, getattr(self, name)[...].astype(x.dtype))
+        y = product(equation, x, getattr(self, name)[...].astype(x.dtype))
         adapter = getattr(getattr(self, "adapters", None), name, None)
         return y if adapter is None else y + adapter(x)
 
@@ -240,34 +241,10 @@ class Transformer(nnx.Module):
         x_BLD, cache = self.hidden_states(tokens_BL, positions_BL, segments_BL, cache, owner_B)
         head_DV = self.embed[...].T if cfg.tie_embeddings else self.head[...]
         logits_BLV = constrain(head_logits(x_BLD, head_DV), "batch", "length", "vocab")
-        # The released model could sample ids that its tokenizer cannot decode; ours cannot.
-        logits_BLV = jnp.where(jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size, logits_BLV, -jnp.inf)
+        if cfg.vocab_size < cfg.padded_vocab_size:
+            # The released model could sample ids that its tokenizer cannot decode; ours cannot.
+            logits_BLV = jnp.where(jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size, logits_BLV, -jnp.inf)
         return logits_BLV, cache
-
-
-@jax.custom_vjp
-def head_logits(x_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """x times the head in x's dtype, added up in fp32 [B, L, V].
-
-    In the backward pass the fp32 cotangent is rounded to x's dtype first. A TPU does that anyway; a GPU would multiply
-    in TF32, at half the speed.
-    """
-    return jnp.einsum("BLD,DV->BLV", x_BLD, head_DV.astype(x_BLD.dtype), preferred_element_type=wide(x_BLD.dtype))
-
-
-def _head_logits_forward(x_BLD, head_DV):
-    return head_logits(x_BLD, head_DV), (x_BLD, head_DV)
-
-
-def _head_logits_backward(kept, dlogits_BLV):
-    x_BLD, head_DV = kept
-    product = functools.partial(jnp.einsum, preferred_element_type=wide(x_BLD.dtype))
-    dlogits_BLV = dlogits_BLV.astype(x_BLD.dtype)
-    dx_BLD = product("BLV,DV->BLD", dlogits_BLV, head_DV.astype(x_BLD.dtype)).astype(x_BLD.dtype)
-    return dx_BLD, product("BLD,BLV->DV", x_BLD, dlogits_BLV).astype(head_DV.dtype)
-
-
-head_logits.defvjp(_head_logits_forward, _head_logits_backward)
 
 
 def _abstract(cfg: ModelConfig, ranks: Mapping[str, int]) -> tuple[nnx.GraphDef, nnx.State]:

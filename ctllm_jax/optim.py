@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ctllm_jax.common.errors import UserError
 from ctllm_jax.duration import Clock, parse
 from ctllm_jax.lora import NO_ADAPTERS, trained
 from ctllm_jax.model import ModelConfig, logical_axes
@@ -22,13 +23,13 @@ class OptimizerConfig:
     learning_rate: float  # [1] peak
     final_learning_rate: float  # [1] at the end of the run
     schedule: str  # one of SCHEDULES
-    warmup: str  # duration of the rise from 0 to the peak
+    warmup: str  # duration of the rise from 0, the rate of the first step, to the peak
     decay: str  # wsd: duration of the fall at the end; the others: "", cosine and linear fall from warm-up to end
     beta1: float  # [1] decay of the mean of gradients
     beta2: float  # [1] decay of the mean of their squares
     epsilon: float  # [1] added to the root of that mean
     weight_decay: float  # [1] times the learning rate, of matrices
-    clip_norm: float  # [norm] gradients of a larger global norm are scaled down to it
+    clip_norm: float  # [norm] gradients of a larger global norm are scaled down to it (0: none are)
     spike_window: int  # [steps] gradient norms that a new one is compared with
     spike_deviations: float  # [deviations] from so many above their mean on, a step is skipped (0: none is)
     ema_half_life: str = ""  # duration, of the moving average of the parameters; "": none is kept
@@ -38,6 +39,18 @@ class OptimizerConfig:
             raise ValueError(f"schedule {self.schedule!r} is unknown; there are: {', '.join(SCHEDULES)}")
         if (self.schedule == "wsd") != bool(self.decay):
             raise ValueError("decay is for schedule wsd, which needs it; for the others leave it empty")
+        if self.learning_rate <= 0 or self.final_learning_rate < 0:
+            raise ValueError(
+                f"learning_rate {self.learning_rate} is to be above 0, final_learning_rate {self.final_learning_rate} "
+                "0 or above"
+            )
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.epsilon > 0):
+            raise ValueError(
+                f"AdamW takes beta1 {self.beta1} and beta2 {self.beta2} from 0 up to but not 1, and epsilon "
+                f"{self.epsilon} above 0"
+            )
+        if min(self.weight_decay, self.clip_norm, self.spike_deviations) < 0:
+            raise ValueError("weight_decay, clip_norm and spike_deviations are 0 or above; 0 turns each of them off")
         if self.spike_window < 1:
             raise ValueError("spike_window must be at least 1; spike_deviations of 0 calls no gradient a spike")
         for text in filter(None, (self.warmup, self.decay, self.ema_half_life)):
@@ -70,7 +83,7 @@ def make_optimizer(
     With `ranks`, those of LoRA adapters by matrix, it is the adapters' alone.
     """
     direction = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, decay_mask(model, ranks)),
     )
@@ -79,8 +92,21 @@ def make_optimizer(
 
 
 def schedule(config: OptimizerConfig, clock: Clock) -> optax.Schedule:
-    """Learning rate as a function of the step, over `clock.run` steps in all."""
+    """Learning rate as a function of the step, which counts from 0, over `clock.run` steps in all.
+
+    The rate of step `clock.run`, which the run does not take, would be the final one; that of its last is just above.
+
+    Raises:
+      UserError: warm-up and decay are longer than the run.
+    """
     peak, final, warmup = config.learning_rate, config.final_learning_rate, clock.steps(config.warmup)
+    fall = max(clock.steps(config.decay), 1) if config.schedule == "wsd" else 0
+    if warmup + fall > clock.run:
+        decay = f" and {fall} steps of decay ({config.decay!r})" if fall else ""
+        raise UserError(
+            f"a run of {clock.run} steps is too short for optimizer.warmup {config.warmup!r}, {warmup} steps{decay}: "
+            "shorten them, for example to shares of the run such as '3%', or lengthen duration"
+        )
     parts, starts = [optax.linear_schedule(0.0, peak, warmup)], [warmup]
     rest = max(clock.run - warmup, 1)
     if config.schedule == "cosine":
@@ -90,7 +116,6 @@ def schedule(config: OptimizerConfig, clock: Clock) -> optax.Schedule:
     else:
         parts.append(optax.constant_schedule(peak))
     if config.schedule == "wsd":
-        fall = max(clock.steps(config.decay), 1)
         parts.append(optax.linear_schedule(peak, final, fall))
         starts.append(clock.run - fall)
     return optax.join_schedules(parts, starts)

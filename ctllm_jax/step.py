@@ -227,12 +227,12 @@ def jit_step(
     optimizer: Optimizer,
     microbatches: int,
     layout: TrainState,
-    xla_options: dict[str, str] | None = None,
+    compiler_options: dict[str, str] | None = None,
 ) -> Callable[[TrainState, dict | None, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """`train_step` compiled for states that lie as `layout` says; the state given to it is used up."""
     return jax.jit(
         functools.partial(train_step, objective=objective, optimizer=optimizer, microbatches=microbatches),
         out_shardings=(layout, layout.step),  # metrics lie everywhere, as the counters do
         donate_argnums=0,
-        compiler_options=xla_options or None,
+        compiler_options=compiler_options or None,
     )

@@ -8,6 +8,7 @@ there two runs agree in what they see, not in the last bits of what they learn.
 import contextlib
 import dataclasses
 import io
+import math
 import shutil
 import sys
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 
 from ctllm_jax import __version__, processes
 from ctllm_jax.checkpoint import Checkpoints, save_params
+from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import write_json
 from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.common.progress import Progress
@@ -127,7 +129,8 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
     # ---- Compiled steps, the stream of batches, the books
     objective = make_objective(config.objective, job.model, len(sources))
     layout = state_shardings(job.model, optimizer, job.mesh, config.lora.ranks)
-    step_fn = jit_step(adapted(config.lora, objective), optimizer, config.microbatches, layout, config.xla_options)
+    options = config.compiler_options(job.mesh.devices.flat[0].platform)
+    step_fn = jit_step(adapted(config.lora, objective), optimizer, config.microbatches, layout, options)
     held_out = HeldOut(config.eval, store, config.batch_size, config.data.mask_documents, job.mesh, objective)
     in_loop = InLoop(held_out, job.probes, job.model, job.mesh)
     samples = SamplesLog(job.stage.folder, first, writes=jax.process_index() == 0)
@@ -137,9 +140,10 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
 
     # ---- The loop: dispatch a step, then read the metrics of the one before
     vote = processes.Vote(job.mesh)
-    whole = joined(config.lora, state.model, frozen)
-    held = in_loop.look(whole, frozen)
-    config.checkpoints.check_known(held)
+    if first in (0, steps):
+        whole = joined(config.lora, state.model, frozen)
+        held = in_loop.look(whole, frozen)
+        config.checkpoints.check_known(held)
     if first == 0:
         log.write("eval", 0, {**held, **job.probes.chance})
         samples.write(0, in_loop.sample(whole))
@@ -158,6 +162,7 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
                 meter.pause("evaluation")
                 whole = joined(config.lora, state.model, frozen)
                 held = in_loop.look(whole, frozen)
+                config.checkpoints.check_known(held)
                 samples.write(step, in_loop.sample(whole))
                 log.write("eval", step, {**held, **meter.go_on()})
                 job.folder.publish()
@@ -188,6 +193,11 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
     if stop:
         print(f"train: stopped by {stopping.reason}, step {step} is saved; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_RESUME)
+    if diverged := [name for name, value in held.items() if not math.isfinite(value)]:
+        raise UserError(
+            f"{job.stage.folder}: the model has diverged: after the last step {', '.join(diverged)} of held-out data "
+            "is no number. `ctllm report` shows since when; a smaller learning rate may help, in another folder"
+        )
     return {
         "step": steps,
         "validation": held,

@@ -21,7 +21,7 @@ from ctllm_jax.sharding import RULES, MeshConfig
 from ctllm_jax.watch import WatchConfig
 
 # Settings that do not decide the result, so that a run may go on with others.
-_FREE = ("mesh", "distributed", "microbatches", "log", "eval", "checkpoints", "watch", "xla_options")
+_FREE = ("mesh", "distributed", "microbatches", "log", "eval", "checkpoints", "watch", "deterministic", "xla_options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class TrainConfig:
     eval: InLoopConfig  # looks at held-out data
     checkpoints: CheckpointConfig  # what is saved
     watch: WatchConfig  # what is done where nothing moves
+    deterministic: bool  # a run that is taken up gives the same bits on a GPU too, at a price (docs/profiles.md)
     xla_options: dict[str, str]  # options of the step's compiler, as XLA names them; a truth value is 'True' or 'False'
 
     def __post_init__(self):
@@ -70,6 +71,11 @@ class TrainConfig:
     def sides(self) -> int:
         """Sequences of an example: two for preference pairs."""
         return 2 if self.objective.name == "dpo" else 1
+
+    def compiler_options(self, platform: str) -> dict[str, str]:
+        """What a step is compiled with. GPUs alone add up in any order, by kernels that are chosen by their time."""
+        fixed = {"xla_gpu_deterministic_ops": "True"} if self.deterministic and platform == "gpu" else {}
+        return fixed | self.xla_options
 
     def clock(self, length: int, rows: int | None = None) -> Clock:
         """What the run's durations are measured by, over rows of `length` tokens.
@@ -153,9 +159,9 @@ def check_fit(config: TrainConfig, model: ModelConfig, origin: FoundModel | None
 
 
 def check_layout(config: TrainConfig, store: TokenStore, mesh: Mesh) -> None:
-    """A batch divides over the mesh, or UserError."""
+    """A microbatch divides over the mesh, or UserError."""
     for what, size, axes in (
-        ("batch_size", config.batch_size, RULES["batch"]),
+        ("batch_size / microbatches =", config.batch_size // config.microbatches, RULES["batch"]),
         ("the rows' length", store.sequence_length, RULES["length"]),
     ):
         ways = math.prod(mesh.shape[axis] for axis in axes)

@@ -71,10 +71,9 @@ def value_and_gradients(function, q, k, v, dout):
         out, pull = jax.vjp(function, q, k, v)
         return out, *pull(dout)
 
-    # The interpreter's loops compile for longer than they run.
-    run = jax.jit(
-        run, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    )
+    # The interpreter's loops, and plain attention's products on a GPU, compile for longer than they run.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    run = jax.jit(run, compiler_options=options if jax.default_backend() == "cpu" else {"xla_gpu_autotune_level": 0})
     return [np.asarray(x, np.float64) for x in run(q, k, v, dout)]
 
 

@@ -18,8 +18,9 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.cross_entropy import DENSE_SHARE, UNKNOWN_MEMORY, choose_form, dense_bytes, label_logprobs
 from ctllm_jax.hardware import CHIPS
 from ctllm_jax.losses import lm_loss, token_logprobs
-from ctllm_jax.model import abstract_params, head_logits, logical_axes
+from ctllm_jax.model import abstract_params, logical_axes
 from ctllm_jax.objectives import make_objective
+from ctllm_jax.products import head_logits
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings, spec
 
 B, L, D, V = 8, 16, 24, 48  # V is padded

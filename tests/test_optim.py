@@ -122,6 +122,33 @@ def test_ct_llms_schedule_has_its_published_values():
 
 
 @pytest.mark.parametrize(
+    ("changes", "steps", "message"),
+    [
+        ({}, 9, "a run of 9 steps is too short for optimizer.warmup '10 steps', 10 steps: shorten them"),
+        (
+            {"schedule": "wsd", "decay": "60%", "warmup": "50%"},
+            10,
+            r"5 steps and 6 steps of decay \('60%'",
+        ),
+    ],
+)
+def test_a_schedule_longer_than_its_run_is_refused(changes, steps, message):
+    with pytest.raises(UserError, match=message):
+        rates(dataclasses.replace(BASE, **changes), steps, [0])
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e9])
+def test_a_clip_norm_of_0_clips_nothing(norm):
+    model = tiny_config()
+    grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 3.0), abstract_params(model))
+    optimizer = make_optimizer(dataclasses.replace(CONSTANT, clip_norm=norm), model, clock(10))
+    state = optimizer.direction.init(grads)
+    _, (_, moments, _) = optimizer.direction.update(grads, state, grads)
+    for leaf in jax.tree.leaves(moments.mu):
+        np.testing.assert_allclose(leaf, 3.0 * (1 - BASE.beta1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"schedule": "step"}, "schedule 'step' is unknown; there are: constant, cosine, linear, wsd"),
@@ -129,6 +156,11 @@ def test_ct_llms_schedule_has_its_published_values():
         ({"decay": "10%"}, "decay is for schedule wsd, which needs it; for the others leave it empty"),
         ({"warmup": "10"}, "'10' is no duration: give a number of steps, tokens, epochs or %"),
         ({"warmup": "-1 steps"}, "is no duration"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0 is to be above 0"),
+        ({"final_learning_rate": -1.0}, "final_learning_rate -1.0 0 or above"),
+        ({"beta1": 1.0}, "beta1 1.0 and beta2 .* up to but not 1"),
+        ({"epsilon": 0.0}, "epsilon 0.0 above 0"),
+        ({"clip_norm": -1.0}, "0 turns each of them off"),
         ({"spike_window": 0}, "spike_window must be at least 1"),
     ],
 )

@@ -390,6 +390,10 @@ def test_a_run_that_only_skips_ends_and_says_why(stores, tmp_path):
     config = config_of(stores["pretrain"], optimizer__learning_rate=1e30, optimizer__clip_norm=1e30)
     with pytest.raises(UserError, match="the last 5 steps, .* changed nothing: the gradient is not finite"):
         train.run(config, str(tmp_path / "run"))
+    patient = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, spike_window=100))
+    for _ in range(2):
+        with pytest.raises(UserError, match="has diverged: after the last step loss, .* is no number"):
+            train.run(patient, str(tmp_path / "patient"))
 
 
 # ---- Alignment

@@ -39,7 +39,8 @@ def test_what_does_not_go_together_is_refused_before_the_folder_is_claimed(store
     ("change", "message"),
     [
         ({"mesh__fsdp": 3}, "does not fit 8 devices"),
-        ({"batch_size": 12}, r"batch_size 12 does not divide over 8 devices \(mesh: slice x data x fsdp\)"),
+        ({"batch_size": 12}, r"batch_size / microbatches = 12 does not divide over 8 devices .*slice x data x fsdp"),
+        ({"microbatches": 2}, r"batch_size / microbatches = 4 does not divide over 8 devices"),
         (
             {"mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 1, "mesh__context": 8, "data__store": "short"},
             "length 30",

@@ -31,8 +31,9 @@ from ctllm_jax.evaluate.prompts import head as opening
 from ctllm_jax.evaluate.prompts import option_prompts
 from ctllm_jax.evaluate.scoring import encode_pairs
 from ctllm_jax.generate import bucket, decodable, encode_prompt
-from ctllm_jax.model import ModelConfig, head, head_logits, hidden_states
+from ctllm_jax.model import ModelConfig, head, hidden_states
 from ctllm_jax.objectives import Batch, Objective
+from ctllm_jax.products import head_logits
 from ctllm_jax.sharding import RULES
 from ctllm_jax.step import batch_sharding
 
