@@ -79,28 +79,8 @@ def _synthetic(folder: pathlib.Path, tokens: int) -> pathlib.Path:
 
 
 def tokenize(inputs: Inputs, python: str, scratch: pathlib.Path, rounds: int) -> dict:
-    """CPU seconds of whole processes, ours and datatrove's, and of the same on a few documents: what a start costs."""
-    tokenizers = {"ctllm": inputs.model}
-    if rounds > 1:
-        tokenizers["ctllm, tokenizer.json"] = inputs.tokenizer_json
-
-    def ours(tokenizer: pathlib.Path, corpus: pathlib.Path, output: str) -> Cost:
-        shutil.rmtree(scratch / output, ignore_errors=True)
-        flags = [f"--config.corpus={corpus}", f"--config.tokenizer={tokenizer}", f"--workdir={scratch / output}"]
-        return measure([sys.executable, "-m", "ctllm_jax.cli", "tokenize", *flags])
-
-    def theirs(documents: pathlib.Path, output: str) -> Cost:
-        shutil.rmtree(scratch / output, ignore_errors=True)
-        arguments = [str(documents), str(inputs.tokenizer_json), str(scratch / output), EOS]
-        one_thread = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-        return measure([python, str(HERE / "datatrove_tokenize.py"), *arguments], **one_thread)
-
-    full = {name: functools.partial(ours, file, inputs.corpus, name) for name, file in tokenizers.items()}
-    full["datatrove"] = functools.partial(theirs, inputs.documents, "datatrove")
-    few = {name: functools.partial(ours, file, inputs.few, "few") for name, file in tokenizers.items()}
-    few["datatrove"] = functools.partial(theirs, inputs.few_documents, "few")
-    starts, costs = take_turns(few, rounds), take_turns(full, rounds)
-
+    """What tokenizing costs us and datatrove, with and without what a start costs, and whether both agree."""
+    starts, costs = _tokenizing_costs(inputs, python, scratch, rounds)
     own, other = _our_documents(scratch / "ctllm"), _their_documents(scratch / "datatrove")
     differing = sum((collections.Counter(own) - collections.Counter(other)).values())
     tokens = sum(len(document) for document in other) // 4
@@ -134,6 +114,32 @@ def tokenize(inputs: Inputs, python: str, scratch: pathlib.Path, rounds: int) ->
     if "ctllm, tokenizer.json" in net:
         figures["tokenize_same_library_ratio"] = net["datatrove"] / net["ctllm, tokenizer.json"]
     return figures
+
+
+def _tokenizing_costs(
+    inputs: Inputs, python: str, scratch: pathlib.Path, rounds: int
+) -> tuple[dict[str, list[Cost]], dict[str, list[Cost]]]:
+    """CPU seconds of whole processes, ours and datatrove's: on a few documents (what a start costs), and on all."""
+    tokenizers = {"ctllm": inputs.model}
+    if rounds > 1:
+        tokenizers["ctllm, tokenizer.json"] = inputs.tokenizer_json
+
+    def ours(tokenizer: pathlib.Path, corpus: pathlib.Path, output: str) -> Cost:
+        shutil.rmtree(scratch / output, ignore_errors=True)
+        flags = [f"--config.corpus={corpus}", f"--config.tokenizer={tokenizer}", f"--workdir={scratch / output}"]
+        return measure([sys.executable, "-m", "ctllm_jax.cli", "tokenize", *flags])
+
+    def theirs(documents: pathlib.Path, output: str) -> Cost:
+        shutil.rmtree(scratch / output, ignore_errors=True)
+        arguments = [str(documents), str(inputs.tokenizer_json), str(scratch / output), EOS]
+        one_thread = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+        return measure([python, str(HERE / "datatrove_tokenize.py"), *arguments], **one_thread)
+
+    full = {name: functools.partial(ours, file, inputs.corpus, name) for name, file in tokenizers.items()}
+    full["datatrove"] = functools.partial(theirs, inputs.documents, "datatrove")
+    few = {name: functools.partial(ours, file, inputs.few, "few") for name, file in tokenizers.items()}
+    few["datatrove"] = functools.partial(theirs, inputs.few_documents, "few")
+    return take_turns(few, rounds), take_turns(full, rounds)
 
 
 def _our_documents(folder: pathlib.Path) -> list[bytes]:

@@ -84,14 +84,7 @@ class Theirs:
 def step(store_folder: pathlib.Path, scratch: pathlib.Path, rounds: int, batch_size: int = 4, steps: int = 3) -> dict:
     """Tokens per second of both, by turns, and whether they did the same work."""
     store = open_store(store_folder)
-    vocabulary = store.tokenizer.vocab_size
-    shape = dict(num_layers=6, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=688, tie_embeddings=True)
-    shape["remat"] = "matmuls"  # on a CPU, memory that is written once and read once costs more than a softmax
-    shape |= dict(vocab_size=vocabulary, padded_vocab_size=vocabulary, max_length=LENGTH)
-    changes = {f"model.{name}": value for name, value in shape.items()}
-    # No documents apart in a row, which would cost Hugging Face's attention its fast path.
-    changes |= {"data.mask_documents": False, "optimizer.schedule": "constant", "optimizer.warmup": "0 steps"}
-    config = config_of(store_folder, batch_size=batch_size, **changes)
+    config = _step_config(store_folder, store.tokenizer.vocab_size, batch_size)
     ours = own_step(config, store, scratch)
     with contextlib.ExitStack() as stack:
         contestants = {"ctllm-jax": ours}
@@ -138,6 +131,17 @@ def step(store_folder: pathlib.Path, scratch: pathlib.Path, rounds: int, batch_s
         "step_best_peer": best,
         "step_loss_distance": distance,
     }
+
+
+def _step_config(store: pathlib.Path, vocab_size: int, batch_size: int) -> TrainConfig:
+    """The model and settings that both take."""
+    shape = dict(num_layers=6, d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=688, tie_embeddings=True)
+    shape["remat"] = "matmuls"  # on a CPU, memory that is written once and read once costs more than a softmax
+    shape |= dict(vocab_size=vocab_size, padded_vocab_size=vocab_size, max_length=LENGTH)
+    changes = {f"model.{name}": value for name, value in shape.items()}
+    # No documents apart in a row, which would cost Hugging Face's attention its fast path.
+    changes |= {"data.mask_documents": False, "optimizer.schedule": "constant", "optimizer.warmup": "0 steps"}
+    return config_of(store, batch_size=batch_size, **changes)
 
 
 def own_step(config: TrainConfig, store: TokenStore, scratch: pathlib.Path) -> Ours:

@@ -59,32 +59,15 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     """
     file = folder / "config.json"
     values = read_json(file)
-
-    def refuse(key: str, value: Any, wanted: str):
-        raise UserError(f"{file}: {key} is {value!r}; only {wanted} can be read")
+    _check_supported(file, values)
 
     def need(key: str) -> Any:
         if key not in values:
             raise UserError(f"{file}: key {key!r} is missing")
         return values[key]
 
-    if values.get("architectures") != ["LlamaForCausalLM"]:
-        refuse("architectures", values.get("architectures"), "['LlamaForCausalLM']")
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if values.get(key, plain) != plain:
-            refuse(key, values[key], repr(plain))
-    if values.get("quantization_config"):
-        refuse("quantization_config", values["quantization_config"], "unquantised weights")
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = values.get(key) or rope
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", *KINDS):
-            refuse(f"{key}.rope_type", kind, ", ".join(("default", *KINDS)))
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     heads = need("num_attention_heads")
-    dtype = values.get("dtype", values.get("torch_dtype")) or "float32"
-    if dtype not in DTYPES:
-        refuse("dtype", dtype, " or ".join(DTYPES))
     try:
         return ModelConfig(
             num_layers=need("num_hidden_layers"),
@@ -102,7 +85,7 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
             tie_embeddings=values.get("tie_word_embeddings", False),
             qk_norm=False,
             init_std=values.get("initializer_range", 0.02),
-            dtype="float32" if dtype == "float32" else "bfloat16",
+            dtype="float32" if _stored_dtype(values) == "float32" else "bfloat16",
             param_dtype="float32",  # holds every stored dtype exactly, and is what training goes on from
             remat="none",
             attention="xla",
@@ -113,8 +96,35 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
         raise UserError(f"{file}: {error}") from None
 
 
+def _check_supported(file: pathlib.Path, values: Mapping[str, Any]) -> None:
+    def refuse(key: str, value: Any, wanted: str):
+        raise UserError(f"{file}: {key} is {value!r}; only {wanted} can be read")
+
+    if values.get("architectures") != ["LlamaForCausalLM"]:
+        refuse("architectures", values.get("architectures"), "['LlamaForCausalLM']")
+    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if values.get(key, plain) != plain:
+            refuse(key, values[key], repr(plain))
+    if values.get("quantization_config"):
+        refuse("quantization_config", values["quantization_config"], "unquantised weights")
+    for key in ("rope_scaling", "rope_parameters"):
+        kind = _rope_kind(values.get(key) or {})
+        if kind not in ("default", *KINDS):
+            refuse(f"{key}.rope_type", kind, ", ".join(("default", *KINDS)))
+    if _stored_dtype(values) not in DTYPES:
+        refuse("dtype", _stored_dtype(values), " or ".join(DTYPES))
+
+
+def _stored_dtype(values: Mapping[str, Any]) -> str:
+    return values.get("dtype", values.get("torch_dtype")) or "float32"
+
+
+def _rope_kind(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _rope_kind(rope)
     if kind == "default":
         return None
     if kind == "linear":

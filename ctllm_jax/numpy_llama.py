@@ -17,14 +17,7 @@ from safetensors import safe_open
 def logits(folder: pathlib.Path, tokens_L: list[int]) -> np.ndarray:
     """Logits [L, V] of one document under the checkpoint in `folder` (safetensors, single or sharded)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    files = [folder / "model.safetensors"]
-    if not files[0].exists():
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        files = sorted({folder / name for name in index["weight_map"].values()})
-    where = {}
-    for file in files:
-        with safe_open(file, "np") as tensors:
-            where.update(dict.fromkeys(tensors.keys(), file))
+    where = _tensor_files(folder)
 
     def tensor(name: str) -> np.ndarray:
         with safe_open(where[name], "np") as tensors:
@@ -69,6 +62,19 @@ def logits(folder: pathlib.Path, tokens_L: list[int]) -> np.ndarray:
         hidden_LD = hidden_LD + (gate / (1 + np.exp(-gate)) * up) @ tensor(prefix + "mlp.down_proj.weight").T
     head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
     return norm(hidden_LD, "model.norm.weight") @ tensor(head).T
+
+
+def _tensor_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{name of a tensor: the file that has it}."""
+    files = [folder / "model.safetensors"]
+    if not files[0].exists():
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        files = sorted({folder / name for name in index["weight_map"].values()})
+    where = {}
+    for file in files:
+        with safe_open(file, "np") as tensors:
+            where.update(dict.fromkeys(tensors.keys(), file))
+    return where
 
 
 def _scaled(frequency: np.ndarray, rope: dict) -> np.ndarray:

@@ -47,9 +47,11 @@ class QuickstartConfig:
 
 def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
     """The stages in order: {folder below `out`: `ctllm` arguments without --workdir}."""
+    return _data_stages(config, out) | _training_stages(config, out) | _evaluation_stages(config, out)
 
-    def items(name: str, values: tuple[str, ...]) -> str:
-        return f"--config.{name}={said(tuple(values))}"
+
+def _data_stages(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
+    """Documents to token stores."""
 
     def tokenize(kind: str, share: float) -> list[str]:
         return [
@@ -60,6 +62,25 @@ def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
             f"--config.validation_share={share}",
         ]
 
+    share = config.alignment_validation_share
+    return {
+        "corpus": ["corpus", _flag("input", _absolute(config.input))],
+        "tokenizer": [
+            "tokenizer",
+            f"--config.corpus={out}/corpus",
+            f"--config.vocab_size={config.vocab_size}",
+            f"--config.character_coverage={config.character_coverage}",
+            f"--config.sample_bytes={config.sample_bytes}",
+        ],
+        "store/pretrain": [*tokenize("pretrain", config.validation_share), f"--config.corpus={out}/corpus"],
+        "store/sft": [*tokenize("chat", share), _flag("input", _absolute(config.chats))],
+        "store/preference": [*tokenize("preference", share), _flag("input", _absolute(config.preferences))],
+    }
+
+
+def _training_stages(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
+    """Token stores to models, each from the one before it."""
+
     def train(name: str, store: str, steps: int, origin: str | None) -> list[str]:
         return [
             "train",
@@ -69,42 +90,36 @@ def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
             *([f"--config.init_from={out}/train/{origin}"] if origin else []),
         ]
 
+    model_size = [f"--config.model.{name}vocab_size={config.vocab_size}" for name in ("", "padded_")]
+    model_size.append(f"--config.model.max_length={config.sequence_length}")
+    return {
+        "train/pretrain": [*train("pretrain", "pretrain", config.pretrain_steps, None), *model_size],
+        "train/sft": train("sft", "sft", config.sft_steps, "pretrain"),
+        "train/dpo": train("dpo", "preference", config.dpo_steps, "sft"),
+    }
+
+
+def _evaluation_stages(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
+    """Models to scores and samples, of the last one also by way of its Hugging Face folder."""
+
     def evaluate(model: str, prompts: tuple[str, ...], chat: bool) -> list[str]:
         return [
             "eval",
             f"--config.model={out}/{model}",
             f"--config.perplexity.store={out}/store/pretrain",
             f"--config.perplexity.rows={config.evaluation_rows}",
-            items("benchmarks", _found(config.tasks)),
-            items("prompts", prompts),
+            _flag("benchmarks", _found(config.tasks)),
+            _flag("prompts", prompts),
             f"--config.chat={chat}",
             f"--config.sampling.max_tokens={config.max_tokens}",
         ]
 
-    chats, pairs = items("input", _absolute(config.chats)), items("input", _absolute(config.preferences))
-    share = config.alignment_validation_share
-    model_size = [f"--config.model.{name}vocab_size={config.vocab_size}" for name in ("", "padded_")]
-    model_size.append(f"--config.model.max_length={config.sequence_length}")
     return {
-        "corpus": ["corpus", items("input", _absolute(config.input))],
-        "tokenizer": [
-            "tokenizer",
-            f"--config.corpus={out}/corpus",
-            f"--config.vocab_size={config.vocab_size}",
-            f"--config.character_coverage={config.character_coverage}",
-            f"--config.sample_bytes={config.sample_bytes}",
-        ],
-        "store/pretrain": [*tokenize("pretrain", config.validation_share), f"--config.corpus={out}/corpus"],
-        "store/sft": [*tokenize("chat", share), chats],
-        "store/preference": [*tokenize("preference", share), pairs],
-        "train/pretrain": [*train("pretrain", "pretrain", config.pretrain_steps, None), *model_size],
-        "train/sft": train("sft", "sft", config.sft_steps, "pretrain"),
-        "train/dpo": train("dpo", "preference", config.dpo_steps, "sft"),
         "eval/pretrain": evaluate("train/pretrain", config.prompts, False),
         "eval/pretrain-chat": [
             "generate",
             f"--config.model={out}/train/pretrain",
-            items("prompts", config.questions),
+            _flag("prompts", config.questions),
             "--config.chat=True",
             "--config.sampling.temperature=0.0",
             f"--config.sampling.max_tokens={config.max_tokens}",
@@ -114,6 +129,10 @@ def commands(config: QuickstartConfig, out: str) -> dict[str, list[str]]:
         "huggingface": ["convert", f"--config.source={out}/train/dpo", "--config.dtype=float32"],
         "eval/huggingface": evaluate("huggingface/model", config.questions, True),
     }
+
+
+def _flag(key: str, values: tuple[str, ...]) -> str:
+    return f"--config.{key}={said(tuple(values))}"
 
 
 def run(config: QuickstartConfig, workdir: str) -> dict:

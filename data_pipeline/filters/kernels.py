@@ -140,16 +140,22 @@ def count_text(points_T, ends_N, flags, suffixes):
 
 
 @_compiled
+def _longest(ends_N):
+    """Length of the longest document."""
+    longest, begin = 0, 0
+    for end in ends_N:
+        longest = max(longest, end - begin)
+        begin = end
+    return longest
+
+
+@_compiled
 def count_folded(points_T, ends_N, flags):
     """([N, len(FOLDED_COUNTS)], [N] entropy of the characters, in nats)."""
     counts = np.zeros((len(ends_N), len(FOLDED_COUNTS)), np.int64)
     entropy_N = np.zeros(len(ends_N))
     times = np.zeros(CODES, np.int32)
-    longest, begin = 0, 0
-    for document in range(len(ends_N)):
-        longest = max(longest, ends_N[document] - begin)
-        begin = ends_N[document]
-    seen = np.empty(longest, np.uint32)
+    seen = np.empty(_longest(ends_N), np.uint32)
     begin = 0
     for document in range(len(ends_N)):
         end = ends_N[document]
@@ -202,6 +208,69 @@ def count_bracketed(points_T, ends_N):
 
 
 @_compiled
+def _slot(key, keys, owner, mark, mask):
+    """Where the key is in a hash table, or the free slot where it belongs: one whose owner is not `mark`."""
+    slot = key * np.uint64(0x9E3779B97F4A7C15)
+    slot = (slot ^ (slot >> np.uint64(32))) & mask
+    while owner[slot] == mark and keys[slot] != key:
+        slot = (slot + np.uint64(1)) & mask
+    return slot
+
+
+@_compiled
+def _classify(symbols_T, n, alive, living, class_at, times, opening, table, mark):
+    """Numbers the n-grams at the positions alive[:living]; class_at has the classes of their first n-1 symbols.
+
+    Returns:
+      (classes, positions): how many there are; alive[:positions] are those where n symbols fit, class_at, times and
+      opening tell of their n-grams.
+    """
+    keys, owner, classes = table
+    # a table as large as this document needs keeps short documents in the cache
+    mask = np.uint64(15)
+    while mask < np.uint64(2 * living):
+        mask = mask * np.uint64(2) + np.uint64(1)
+    found, kept = 0, 0
+    for a in range(living):
+        i = alive[a]
+        if i + n > len(symbols_T):
+            continue
+        key = (np.uint64(class_at[i]) << np.uint64(32)) | np.uint64(symbols_T[i + n - 1])
+        slot = _slot(key, keys, owner, mark, mask)
+        if owner[slot] != mark:
+            owner[slot], keys[slot], classes[slot] = mark, key, found
+            times[found], opening[found] = 0, i
+            found += 1
+        class_at[i] = classes[slot]
+        times[class_at[i]] += 1
+        alive[kept] = i
+        kept += 1
+    return found, kept
+
+
+@_compiled
+def _cover(n, only, alive, positions, class_at, times, opening, before):
+    """Keeps in `alive` where an n-gram begins that came up twice, and weighs what later occurrences cover.
+
+    Returns:
+      (living, covered): alive[:living] are those positions; weight of the symbols that lie in an occurrence after the
+      first, of class `only` or, where that is -1, of any.
+    """
+    covered = reached = living = 0
+    for a in range(positions):
+        i = alive[a]
+        ngram = class_at[i]
+        if times[ngram] < 2:
+            continue
+        alive[living] = i
+        living += 1
+        if opening[ngram] != i and (only < 0 or ngram == only):
+            covered += before[i + n] - before[max(i, reached)]
+            reached = i + n
+    return living, covered
+
+
+@_compiled
 def count_repeats(symbols_T, weights_T, ends_N, top, last):
     """How much of each document (of its first REPEATS_WITHIN symbols) its repeated n-grams cover, n = 2 ... last.
 
@@ -217,22 +286,19 @@ def count_repeats(symbols_T, weights_T, ends_N, top, last):
     covered = np.zeros((len(ends_N), last - 1), np.int64)
     most = np.zeros((len(ends_N), last - 1), np.int64)
     total_N = np.zeros(len(ends_N), np.int64)
-    longest, begin = 1, 0
-    for document in range(len(ends_N)):
-        longest = max(longest, min(ends_N[document] - begin, REPEATS_WITHIN))
-        begin = ends_N[document]
+    longest = max(1, min(_longest(ends_N), REPEATS_WITHIN))
     room = 16
     while room <= 2 * longest:
         room *= 2
-    keys, owner, classes = np.empty(room, np.uint64), np.zeros(room, np.int64), np.empty(room, np.int32)
+    table = np.empty(room, np.uint64), np.zeros(room, np.int64), np.empty(room, np.int32)  # keys, owner, classes
     class_at = np.empty(longest, np.int32)  # of the n-gram that begins here
     alive = np.empty(longest, np.int32)  # positions, ascending, that may begin a repeated n-gram
     times, opening = np.empty(longest, np.int32), np.empty(longest, np.int32)  # by class: count, first position
     before = np.zeros(longest + 1, np.int64)  # weight before a position
     mark, begin = 0, 0
     for document in range(len(ends_N)):
-        end = ends_N[document]
-        length = min(end - begin, REPEATS_WITHIN)
+        length = min(ends_N[document] - begin, REPEATS_WITHIN)
+        symbols = symbols_T[begin : begin + length]
         for i in range(length):
             before[i + 1] = before[i] + weights_T[begin + i]
             class_at[i], alive[i] = 0, i
@@ -240,48 +306,12 @@ def count_repeats(symbols_T, weights_T, ends_N, top, last):
         living = length
         for n in range(1, last + 1):
             mark += 1
-            # a table as large as this document needs keeps short documents in the cache
-            mask = np.uint64(15)
-            while mask < np.uint64(2 * living):
-                mask = mask * np.uint64(2) + np.uint64(1)
-            found, best, kept = 0, -1, 0
-            for a in range(living):
-                i = alive[a]
-                if i + n > length:
-                    continue
-                key = (np.uint64(class_at[i]) << np.uint64(32)) | np.uint64(symbols_T[begin + i + n - 1])
-                place = key * np.uint64(0x9E3779B97F4A7C15)
-                place = (place ^ (place >> np.uint64(32))) & mask
-                while owner[place] == mark and keys[place] != key:
-                    place = (place + np.uint64(1)) & mask
-                if owner[place] != mark:
-                    owner[place], keys[place], classes[place] = mark, key, found
-                    times[found], opening[found] = 0, i
-                    found += 1
-                own = classes[place]
-                class_at[i] = own
-                times[own] += 1
-                alive[kept] = i
-                kept += 1
-            for c in range(found):
-                if best < 0 or times[c] > times[best]:
-                    best = c
-            reached = 0
-            living = 0
-            for a in range(kept):
-                i = alive[a]
-                own = class_at[i]
-                if times[own] < 2:
-                    continue
-                alive[living] = i
-                living += 1
-                if n > 1 and opening[own] != i and (n > top or own == best):
-                    covered[document, n - 2] += before[i + n] - before[max(i, reached)]
-                    reached = i + n
+            found, positions = _classify(symbols, n, alive, living, class_at, times, opening, table, mark)
+            best = times[:found].argmax() if found else -1
+            only = best if n <= top else -1
+            living, weight = _cover(n, only, alive, positions, class_at, times, opening, before)
             if n > 1:
-                if best >= 0:
-                    most[document, n - 2] = times[best]
-                elif length >= n:
-                    most[document, n - 2] = 1
-        begin = end
+                covered[document, n - 2] = weight
+                most[document, n - 2] = times[best] if found else length >= n
+        begin = ends_N[document]
     return covered, most, total_N
