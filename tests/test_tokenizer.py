@@ -1,4 +1,4 @@
-"""Tokenizers as the rest of the house sees them: ids equal to other tools', nothing forged, nothing cut."""
+"""Tokenizers as the rest of the code sees them: ids equal to other tools', nothing forged, nothing cut."""
 
 import json
 import pathlib
