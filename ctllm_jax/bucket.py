@@ -195,7 +195,7 @@ class Claim:
             holder = self._holder()
             if holder.get("owner", self._owner) != self._owner:
                 who = f"process {holder.get('pid')} on {holder.get('host')}"
-                processes.leave(f"{self._folder.url} has been taken over by another job ({who})")
+                processes.exit_lost(f"{self._folder.url} has been taken over by another job ({who})")
 
     def _holder(self) -> dict:
         """Who has the claim by now; empty where nobody has, or nobody can be made out."""

@@ -158,7 +158,7 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None
     return settings, values.workdir, values.print_config
 
 
-def said(value: Any) -> str:
+def flag_value(value: Any) -> str:
     """A config's value as a flag says it; texts in a tuple get double quotes, which stay as they are in single ones."""
     if value and isinstance(value, tuple) and all(isinstance(item, str) for item in value):
         return "(" + "".join(f"{json.dumps(item, ensure_ascii=False)}," for item in value) + ")"

@@ -79,9 +79,9 @@ def run_folder(workdir: str) -> Iterator[RunFolder]:
         return
     first = jax.process_index() == 0
     with processes.first_process_first():
-        claim = _patiently(functools.partial(Claim, workdir)) if first else None
+        claim = _retry_while_unreachable(functools.partial(Claim, workdir)) if first else None
         try:
-            mirror = _patiently(functools.partial(Mirror, workdir))
+            mirror = _retry_while_unreachable(functools.partial(Mirror, workdir))
         except BaseException:
             if claim:
                 claim.release()
@@ -104,18 +104,18 @@ def run_folder(workdir: str) -> Iterator[RunFolder]:
         sys.exit(EXIT_RESUME)
 
 
-def _patiently(action: Callable[[], T]) -> T:
+def _retry_while_unreachable(action: Callable[[], T]) -> T:
     """Does something, again and again while the storage does not answer."""
-    until, said = time.monotonic() + _START, False
+    until, reported = time.monotonic() + _START, False
     while True:
         try:
             return action()
         except Unreachable as error:
             if time.monotonic() > until:
                 raise UserError(f"{error}; nothing was changed") from error
-            if not said:
+            if not reported:
                 print(f"train: {error}; trying again", file=sys.stderr)
-            said = True
+            reported = True
             time.sleep(_PAUSES[2])
 
 
@@ -184,11 +184,11 @@ class Mirror(RunFolder):
 
     def publish(self) -> None:
         """Has changes copied; returns at once."""
-        self._wish()
+        self._request_copy()
 
     def close(self, patience: float) -> bool:
         """Copies what is left, for at most so many seconds; whether all has arrived."""
-        ticket, until = self._wish(), time.monotonic() + patience
+        ticket, until = self._request_copy(), time.monotonic() + patience
         with self._changed:
             self._changed.wait_for(lambda: self._arrived >= ticket, until - time.monotonic())
             self._leaving = True
@@ -201,12 +201,12 @@ class Mirror(RunFolder):
         Raises:
           OSError: it has not, for five minutes.
         """
-        ticket = self._wish()
+        ticket = self._request_copy()
         with self._changed:
             if not self._changed.wait_for(lambda: self._arrived >= ticket, _PATIENCE):
                 raise OSError(f"{self._remote.url} has not taken the metrics before it for {_PATIENCE:.0f} s")
 
-    def _wish(self) -> int:
+    def _request_copy(self) -> int:
         with self._changed:
             self._ticket += 1
             self._changed.notify_all()

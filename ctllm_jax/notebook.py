@@ -70,7 +70,7 @@ def command(verb: str, base: str, config: ConfigDict, workdir: str | os.PathLike
     """
     about, wanted, start = _verb(verb), config.to_dict(), f"--config={base}"
     changed = _changed(_parsed(verb, about, start), wanted)
-    flags = [start, *(f"--config.{path}={cli.said(value)}" for path, value in changed)]
+    flags = [start, *(f"--config.{path}={cli.flag_value(value)}" for path, value in changed)]
     if left := list(_changed(_parsed(verb, about, *flags), wanted)):
         raise UserError(
             f"{verb}: config.{left[0][0]} = {left[0][1]!r} cannot be said by a flag beside {base}; write a config file "

@@ -24,8 +24,8 @@ from ctllm_jax.data.chat import ROLES
 from ctllm_jax.data.conversations import read_prompts
 from ctllm_jax.evaluate.judged import prompts
 from ctllm_jax.evaluate.judged.client import Endpoint, JudgeConfig
-from ctllm_jax.evaluate.judged.collect import Ask, BudgetConfig, CallConfig, Collector
-from ctllm_jax.evaluate.judged.run import asked_for, decides
+from ctllm_jax.evaluate.judged.collect import BudgetConfig, CallConfig, Collector, JudgeRequest
+from ctllm_jax.evaluate.judged.run import decides, judge_request
 from ctllm_jax.evaluate.judged.verdict import read_mark
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.samples import Encoder, sample_kept
@@ -86,7 +86,7 @@ def run(config: PairsConfig, workdir: str) -> dict:
             rows = _earlier(config.earlier, "answers.jsonl")
             write_jsonl(stage.folder / "answers.jsonl", rows)  # so that this folder can be `earlier` to another
             _finish(stage, config, reward, rows, result["rejected"])
-        return _told(stage)
+        return _print_result(stage)
     model, files = load_model(config.model, config.step, config.dtype), expand(config.input)
     settings |= {"dtype": config.dtype, "answers": config.answers, "sampling": dataclasses.asdict(config.sampling)}
     inputs = {"model": model.digest, "input": [file_digest(file) for file in files]}
@@ -95,7 +95,7 @@ def run(config: PairsConfig, workdir: str) -> dict:
         rows, rejected = _answers(stage.folder, model, config, files)
         write_jsonl(stage.folder / "rejected.jsonl", rejected)
         _finish(stage, config, reward, rows, len(rejected))
-    return _told(stage)
+    return _print_result(stage)
 
 
 def _ranking(config: PairsConfig) -> dict:
@@ -185,26 +185,26 @@ def _judged(folder: pathlib.Path, config: PairsConfig, rows: list[dict]) -> Mark
     endpoints = {name: Endpoint(judge) for name, judge in config.asked.items()}
     collector = Collector(endpoints, folder / "replies", config.calls, config.budget)
 
-    def asks(row: dict, answer: dict) -> list[Ask]:
+    def requests(row: dict, answer: dict) -> list[JudgeRequest]:
         if not _candidate(answer):
             return []
         question = _question(row, answer["text"], config.references)
         messages = prompts.grade(question, len(question["turns"]) - 1)
         return [
-            asked_for(config.asked, judge, sample, messages)
+            judge_request(config.asked, judge, sample, messages)
             for judge in config.asked
             for sample in range(config.samples)
         ]
 
-    asked = [[asks(row, answer) for answer in row["answers"]] for row in rows]
-    collector.run([ask for row in asked for own in row for ask in own])
+    requested = [[requests(row, answer) for answer in row["answers"]] for row in rows]
+    collector.run([request for row in requested for answer in row for request in answer])
 
-    def mean(own: list[Ask]) -> float | None:
-        values = [read_mark(read_json(collector.path(ask)).get("text", "")).value for ask in own]
+    def mean(requests_of_answer: list[JudgeRequest]) -> float | None:
+        values = [read_mark(read_json(collector.path(request)).get("text", "")).value for request in requests_of_answer]
         values = [value for value in values if value is not None]
         return sum(values) / len(values) if values else None
 
-    return [[mean(own) for own in row] for row in asked]
+    return [[mean(answer) for answer in row] for row in requested]
 
 
 def _question(row: dict, answer: str, references: bool) -> dict:
@@ -242,9 +242,9 @@ def _finish(stage: Stage, config: PairsConfig, reward: Reward | None, rows: list
     if marks is not None:
         write_jsonl(
             stage.folder / "marks.jsonl",
-            [{"id": row["id"], "marks": own} for row, own in zip(rows, marks, strict=True)],
+            [{"id": row["id"], "marks": given} for row, given in zip(rows, marks, strict=True)],
         )
-        found = [pair_of(row, own, config.margin) for row, own in zip(rows, marks, strict=True)]
+        found = [pair_of(row, given, config.margin) for row, given in zip(rows, marks, strict=True)]
         pairs = [pair for pair in found if isinstance(pair, dict)]
         write_jsonl(stage.folder / "pairs.jsonl", pairs)
         counts |= {"pairs": len(pairs)} | {why: found.count(why) for why in WITHOUT}
@@ -266,14 +266,14 @@ def pair_of(row: dict, marks: list[float | None], margin: float) -> dict | str:
     ]
     if len(marked) < 2:
         return "too few marks"
-    (best, chosen), (worst, rejected) = max(marked, key=lambda own: own[0]), min(marked, key=lambda own: own[0])
+    (best, chosen), (worst, rejected) = max(marked, key=lambda pair: pair[0]), min(marked, key=lambda pair: pair[0])
     if best == worst or best - worst < margin or chosen == rejected:
         return "level"
     labels = {key: row[key] for key in ("id", "language", "source") if key in row}
     return {**labels, "prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "marks": [best, worst]}
 
 
-def _told(stage: Stage) -> dict:
+def _print_result(stage: Stage) -> dict:
     """The result, which is also printed."""
     counts = stage.result
     total = f"{counts['answers']:,} answers to {counts['prompts']:,} prompts"

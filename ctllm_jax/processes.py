@@ -29,8 +29,8 @@ _BEAT = 5.0  # seconds between two signs of life
 _SILENCE = 20.0  # seconds without one after which a process counts as gone
 _JAX_SILENCE = 60  # JAX notices after half of it at the earliest: later than _SILENCE + 2 * _BEAT
 _VERDICT = _SILENCE + 3 * _BEAT  # by then it is known whether one is gone
-_PARTING = 3.0  # seconds that a failed process has to print its error
-_SIGNS, _NEWS, _BOARDS = "ctllm/signs/", "ctllm/news/", "ctllm/boards/"  # keys at the service, one a process each
+_GRACE = 3.0  # seconds that a failed process has to print its error
+_SIGNS, _MESSAGES, _BOARDS = "ctllm/signs/", "ctllm/news/", "ctllm/boards/"  # keys at the service, one a process each
 _CALLS = (  # what its client must know
     "blocking_key_value_get",
     "key_value_delete",
@@ -123,7 +123,7 @@ class _Watch:
         with self._signing, contextlib.suppress(jax.errors.JaxRuntimeError):
             self._leaving.set()
             self._client.key_value_delete(f"{_SIGNS}{self._index}")
-            self._client.key_value_set(f"{_NEWS}{self._index}", "it leaves", allow_overwrite=True)
+            self._client.key_value_set(f"{_MESSAGES}{self._index}", "it leaves", allow_overwrite=True)
         self._thread.join()  # a thread that is inside JAX when Python ends aborts the process
 
     def failed(self, error: BaseException) -> None:
@@ -133,17 +133,17 @@ class _Watch:
             print(f"process {self._index}: {summary}; waiting to hear of the others", file=sys.stderr, flush=True)
             self._thread.join(_VERDICT)  # it ends this process where another one is gone
         self._leaving.set()
-        self._tell(f"process {self._index} failed ({summary})")
+        self._broadcast(f"process {self._index} failed ({summary})")
         # As Python ends, JAX and Orbax wait for the others, who are not coming.
         status = {UserError: EXIT_MISTAKE, KeyboardInterrupt: 130}.get(type(error), 1)  # as cli.main has it
-        parting = threading.Timer(_PARTING * (2 if self._index == 0 else 1), os._exit, (status,))
-        parting.daemon = True
-        parting.start()
+        exit_timer = threading.Timer(_GRACE * (2 if self._index == 0 else 1), os._exit, (status,))
+        exit_timer.daemon = True
+        exit_timer.start()
 
-    def _tell(self, news: str) -> None:
+    def _broadcast(self, message: str) -> None:
         for index in range(jax.process_count()):
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one told it first, or process 0 is gone
-                self._client.key_value_set(f"{_NEWS}{index}", news)
+                self._client.key_value_set(f"{_MESSAGES}{index}", message)
 
     def _run(self) -> None:
         while True:
@@ -151,15 +151,15 @@ class _Watch:
                 self._sign()
                 if self._index == 0:
                     self._count_signs()
-                news = self._client.blocking_key_value_get(f"{_NEWS}{self._index}", int(_BEAT * 1000))
+                message = self._client.blocking_key_value_get(f"{_MESSAGES}{self._index}", int(_BEAT * 1000))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" in str(error):  # no news
                     continue
-                news = f"process 0 is gone ({first_line(error)})"
+                message = f"process 0 is gone ({first_line(error)})"
             else:  # who fails by itself says more than we can; process 0 ends last, so that all hear it
-                self._leaving.wait(2 * _PARTING if self._index == 0 else _PARTING + 1)
+                self._leaving.wait(2 * _GRACE if self._index == 0 else _GRACE + 1)
             if not self._leaving.is_set():
-                leave(news)
+                exit_lost(message)
             return
 
     def _sign(self) -> None:
@@ -177,18 +177,19 @@ class _Watch:
         gone = sorted(int(key.rpartition("/")[2]) for key in signs if now - self._seen[key][1] > _SILENCE)
         if gone:
             who = f"process {gone[0]} is" if len(gone) == 1 else f"processes {', '.join(map(str, gone))} are"
-            self._tell(f"{who} gone (no sign of life for {_SILENCE:.0f} s)")
+            self._broadcast(f"{who} gone (no sign of life for {_SILENCE:.0f} s)")
 
 
-def leave(news: str) -> None:
-    """Ends this process with EXIT_LOST, whatever its threads are waiting for; `news` says why.
+def exit_lost(message: str) -> None:
+    """Ends this process with EXIT_LOST, whatever its threads are waiting for; `message` says why.
 
     Process 0 gives the others a moment to do the same: with it goes what they talk over, and JAX aborts them.
     """
     index = jax.process_index()
     if index == 0 and jax.process_count() > 1:
-        time.sleep(_PARTING)
-    text = f"ctllm: error: {news}; process {index} ends: start the job again and it goes on from its last checkpoint\n"
+        time.sleep(_GRACE)
+    advice = "start the job again and it goes on from its last checkpoint"
+    text = f"ctllm: error: {message}; process {index} ends: {advice}\n"
     os.write(sys.__stderr__.fileno(), text.encode())  # not through sys.stderr: another thread may hold it
     os._exit(EXIT_LOST)
 
@@ -217,27 +218,27 @@ class Vote:
         if jax.process_count() > 1:
             spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             self._ballots = [
-                jax.make_array_from_callback((mesh.size,), spread, lambda _, wish=wish: np.array([wish], np.int32))
-                for wish in (0, 1)
+                jax.make_array_from_callback((mesh.size,), spread, lambda _, vote=vote: np.array([vote], np.int32))
+                for vote in (0, 1)
             ]
             self._count = jax.jit(lambda ballots: ballots.max(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def cast(self, wish: bool) -> bool:
+    def cast(self, vote: bool) -> bool:
         """Casts this process's vote and returns the outcome of the call before, so that no device is waited for.
 
-        A job of one process gets its own wish back at once.
+        A job of one process gets its own vote back at once.
         """
         if jax.process_count() == 1:
-            return wish
-        before, self._pending = self._pending, self._count(self._ballots[wish])
+            return vote
+        before, self._pending = self._pending, self._count(self._ballots[vote])
         return before is not None and bool(before)
 
 
-def votes(*own: bool) -> np.ndarray:
+def votes(*answers: bool) -> np.ndarray:
     """What every process says [processes, questions]; all must ask at the same point."""
     if jax.process_count() == 1:
-        return np.array([own], bool)
-    return np.asarray(multihost_utils.process_allgather(np.array(own, bool)))
+        return np.array([answers], bool)
+    return np.asarray(multihost_utils.process_allgather(np.array(answers, bool)))
 
 
 def together(action: Callable[[], T]) -> T:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from ctllm_jax import __version__
-from ctllm_jax.cli import said
+from ctllm_jax.cli import flag_value
 from ctllm_jax.common.children import die_with_parent
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import ROOT, expand, file_digest, identity, read_json, write_atomic, write_json
@@ -132,7 +132,7 @@ def _evaluation_stages(config: QuickstartConfig, out: str) -> dict[str, list[str
 
 
 def _flag(key: str, values: tuple[str, ...]) -> str:
-    return f"--config.{key}={said(tuple(values))}"
+    return f"--config.{key}={flag_value(tuple(values))}"
 
 
 def run(config: QuickstartConfig, workdir: str) -> dict:

@@ -130,7 +130,7 @@ def load_params(run_dir: str | os.PathLike, abstract: Any, step: int) -> dict:
     folder = checkpoints_folder(run_dir)
     try:
         with _answering(folder):
-            _look(folder / str(step))
+            _check_files(folder / str(step))
             return _read(folder / str(step) / "params", abstract)
     except Damaged as damage:
         others = [other for other in checkpoint_steps(run_dir) if other != step]
@@ -146,7 +146,7 @@ def load_params(run_dir: str | os.PathLike, abstract: Any, step: int) -> dict:
 def _attempt(folder: epath.Path, params: Any, optimizer: Any) -> tuple[Any, Any, dict] | Damaged:
     """(params, optimizer, record) of a step's folder, or what is wrong with it."""
     try:
-        _look(folder)
+        _check_files(folder)
         record = _json(folder / "record" / "metadata")
         if missing := {"checksums", "ledger", "rates"} - record.keys():
             raise Damaged(f"{folder / 'record' / 'metadata'} lacks {', '.join(sorted(missing))}")
@@ -166,7 +166,7 @@ def _compared(folder: epath.Path, params: Any, optimizer: Any, record: dict) -> 
     return Restored(int(folder.name), params, optimizer, record)
 
 
-def _look(folder: epath.Path) -> None:
+def _check_files(folder: epath.Path) -> None:
     """Looks at a step's small files; reads no arrays.
 
     Raises:
@@ -275,7 +275,7 @@ def _put_aside_unreadable(folder: epath.Path) -> None:
         return
     for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if folder.exists() else ():
         try:
-            _look(folder / str(step))
+            _check_files(folder / str(step))
         except Damaged as damage:
             _put_aside(folder / str(step), damage)
 

@@ -67,11 +67,11 @@ class Encoder:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Raises UserError for what cannot be continued."""
-        talk = self._chat or isinstance(prompt, list)
-        if talk and not self._template:
+        is_chat = self._chat or isinstance(prompt, list)
+        if is_chat and not self._template:
             self._template = own_template(self._model.tokenizer)
             self.stop_ids |= {*self._template.end_ids}
-        ids = encode_prompt(self._model.tokenizer, prompt, self._template if talk else None)
+        ids = encode_prompt(self._model.tokenizer, prompt, self._template if is_chat else None)
         limit = self._model.config.max_length
         if len(ids) >= limit:
             raise UserError(f"the prompt has {len(ids)} tokens; there must be 1 to {limit - 1} ({self._model.name})")

@@ -29,7 +29,7 @@ class SaveBarrier:
 
     def absent(self) -> None:
         """Says that this process comes to no barrier of the save any more."""
-        self._tell("absent")
+        self._announce("absent")
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         """Returns when all processes have called it with this key.
@@ -40,23 +40,23 @@ class SaveBarrier:
         """
         in_background = threading.current_thread() is not threading.main_thread()
         if in_background and sys.exc_info()[1] is not None:
-            self._tell("failed")
+            self._announce("failed")
         # At the end of the save a failed process is there; before, it is waited for in vain.
-        news = {"absent", "failed"} if any(name in key for name in _SKIPPED) else {"absent"}
+        fatal = {"absent", "failed"} if any(name in key for name in _SKIPPED) else {"absent"}
         self._uses[key] += 1
-        here, left = (f"{self._prefix}{key}/{self._uses[key]}/{what}" for what in ("here", "left"))
+        arrived, departed = (f"{self._prefix}{key}/{self._uses[key]}/{what}" for what in ("here", "left"))
         until, pause = time.monotonic() + timeout_ms / 1000, _SHORTEST
-        self._client.key_value_increment(here, 1)
-        while int(self._client.key_value_try_get(here)) < jax.process_count():
-            if news & {name.rpartition("/")[2] for name, _ in self._client.key_value_dir_get(f"{self._prefix}news/")}:
+        self._client.key_value_increment(arrived, 1)
+        while int(self._client.key_value_try_get(arrived)) < jax.process_count():
+            if fatal & {name.rpartition("/")[2] for name, _ in self._client.key_value_dir_get(f"{self._prefix}news/")}:
                 raise RuntimeError("another process could not write its part, and says why")
             if time.monotonic() > until:
                 raise TimeoutError(f"not all processes came to {key} within {timeout_ms / 1000:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST)
-        if self._client.key_value_increment(left, 1) == jax.process_count():
-            self._client.key_value_delete(here)
-            self._client.key_value_delete(left)
+        if self._client.key_value_increment(departed, 1) == jax.process_count():
+            self._client.key_value_delete(arrived)
+            self._client.key_value_delete(departed)
 
-    def _tell(self, news: str) -> None:
-        self._client.key_value_set(f"{self._prefix}news/{news}", "", allow_overwrite=True)
+    def _announce(self, state: str) -> None:
+        self._client.key_value_set(f"{self._prefix}news/{state}", "", allow_overwrite=True)

@@ -76,7 +76,7 @@ def run(config: SelectConfig, workdir: str) -> dict:
         if not stage.done:
             counts = {name: earlier[name] for name in ("unusable", "cut")}
             _select(stage, config, _scored(config.scores), [], counts)
-        return _told(stage)
+        return _print_result(stage)
     keep_compiled()
     model = load_model(config.model, config.step, config.dtype)
     files = expand(config.input)
@@ -92,7 +92,7 @@ def run(config: SelectConfig, workdir: str) -> dict:
         scored, cut = _score(stage.folder, model, template, config.batch_tokens, records)
         write_jsonl(stage.folder / "scored.jsonl", scored)
         _select(stage, config, scored, unusable, {"unusable": len(unusable), "cut": cut})
-    return _told(stage)
+    return _print_result(stage)
 
 
 # ---- Scoring
@@ -244,7 +244,7 @@ def _quantiles(values: list[dict]) -> dict[str, dict[str, float]]:
     }
 
 
-def _told(stage: Stage) -> dict:
+def _print_result(stage: Stage) -> dict:
     """The result, which is also printed."""
     result = stage.result
     print(

@@ -73,7 +73,7 @@ def stop_on_notice(server: str, stopping: Stopping) -> Iterator[None]:
         yield
         return
     leaving = threading.Event()
-    thread = threading.Thread(target=_heed, args=(server, stopping, leaving), name="notices", daemon=True)
+    thread = threading.Thread(target=_watch_notices, args=(server, stopping, leaving), name="notices", daemon=True)
     thread.start()
     try:
         yield
@@ -82,12 +82,12 @@ def stop_on_notice(server: str, stopping: Stopping) -> Iterator[None]:
         thread.join(_PATIENCE)
 
 
-def _heed(server: str, stopping: Stopping, leaving: threading.Event) -> None:
+def _watch_notices(server: str, stopping: Stopping, leaving: threading.Event) -> None:
     known: dict[str, str] | None = None  # what it said before
     silent = False
     while not stopping.requested:
         try:
-            said = {key: _ask(server, key) for key in _KEYS}
+            values = {key: _read_value(server, key) for key in _KEYS}
         except (OSError, http.client.HTTPException) as error:
             if not silent:
                 print(f"train: {server} does not answer ({error}); no notice is heard until it does", file=sys.stderr)
@@ -95,14 +95,14 @@ def _heed(server: str, stopping: Stopping, leaving: threading.Event) -> None:
         else:
             silent = False
             for key, end in _KEYS.items():
-                if said[key] == end and known is not None and known[key] != end:
+                if values[key] == end and known is not None and known[key] != end:
                     stopping.request(f"a notice ({key}: {end})")
-            known = said
+            known = values
         if leaving.wait(_PAUSE):
             return
 
 
-def _ask(server: str, key: str) -> str:
+def _read_value(server: str, key: str) -> str:
     url = f"{server.rstrip('/')}/computeMetadata/v1/instance/{key}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on the machine's own link

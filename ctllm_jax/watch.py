@@ -110,9 +110,9 @@ class LoopWatch:
 
     def _run(self) -> None:
         while not self._leaving.wait(_TICK):
-            self.look(time.monotonic())
+            self.check(time.monotonic())
 
-    def look(self, now: float) -> None:
+    def check(self, now: float) -> None:
         """Does what is due at a time (`time.monotonic`)."""
         self._check_stop(now)
         self._check_stall(now)
@@ -132,9 +132,9 @@ class LoopWatch:
     def _check_stop(self, now: float) -> None:
         since, bound = self._stopping.since, self._bounds[2]
         if since is not None and now - since > bound:
-            news = f"the run was to stop ({self._stopping.reason}) but has not in {_minutes(bound)}"
-            self._write(self._place, news)
-            processes.leave(news)
+            reason = f"the run was to stop ({self._stopping.reason}) but has not in {_minutes(bound)}"
+            self._write(self._place, reason)
+            processes.exit_lost(reason)
 
     def _check_stall(self, now: float) -> None:
         place = self._place
@@ -143,28 +143,28 @@ class LoopWatch:
             self._reported = place
             self._write(place, f"nothing has moved for {_minutes(place.bound)}")
         elif over >= 2:
-            news = f"nothing has moved for {_minutes(2 * place.bound)}"
-            self._write(place, news)
-            processes.leave(news)
+            reason = f"nothing has moved for {_minutes(2 * place.bound)}"
+            self._write(place, reason)
+            processes.exit_lost(reason)
 
-    def _write(self, place: _Place, news: str) -> None:
+    def _write(self, place: _Place, reason: str) -> None:
         """Writes the stacks of all threads to a file and says so; neither the disk nor process 0 is waited for."""
         index = jax.process_index()
-        said = f"process {index}: {news}, at {place.name} of step {place.step}"
+        summary = f"process {index}: {reason}, at {place.name} of step {place.step}"
         path = self._folder / f"process-{index}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.txt"
         written = threading.Event()
-        threading.Thread(target=self._write_file, args=(path, said, written), daemon=True).start()
+        threading.Thread(target=self._write_file, args=(path, summary, written), daemon=True).start()
         terminal = sys.__stderr__.fileno()  # the loop may hold sys.stderr
         if written.wait(_WRITE):
-            os.write(terminal, f"train: {said}; stacks of all its threads in {path}\n".encode())
+            os.write(terminal, f"train: {summary}; stacks of all its threads in {path}\n".encode())
         else:
-            os.write(terminal, f"train: {said}; {path} could not be written, so they are here:\n".encode())
+            os.write(terminal, f"train: {summary}; {path} could not be written, so they are here:\n".encode())
             faulthandler.dump_traceback(terminal, all_threads=True)
 
-    def _write_file(self, path: pathlib.Path, said: str, written: threading.Event) -> None:
+    def _write_file(self, path: pathlib.Path, summary: str, written: threading.Event) -> None:
         self._post(time.monotonic())
         with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.write(f"{said}\n")
+            file.write(f"{summary}\n")
             for index, word in _words().items():
                 file.write(f"process {index} said last: at {word['place']} of step {word['step']}\n")
             file.flush()

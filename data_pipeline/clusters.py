@@ -26,10 +26,10 @@ def examples(corpora: Corpora) -> list[dict[str, Any]]:
     """
     chosen = [cluster for step in SHOWN for cluster in _clusters(corpora, step)]
     texts = _texts(corpora, {place for _, first, copies in chosen for place in (first, *(copy for copy, _ in copies))})
-    return [_told(cluster, texts) for cluster in chosen]
+    return [_example(cluster, texts) for cluster in chosen]
 
 
-def _told(cluster: Cluster, texts: Mapping[Place, Mapping[str, str]]) -> dict[str, Any]:
+def _example(cluster: Cluster, texts: Mapping[Place, Mapping[str, str]]) -> dict[str, Any]:
     step, first, copies = cluster
     shared = len(os.path.commonprefix([texts[place]["text"] for place in (first, *(copy for copy, _ in copies))]))
     begin = max(0, shared - _LEAD)

@@ -95,7 +95,7 @@ def _build(files: list[InputFile], config: CorpusConfig, workdir: str) -> dict:
         found = report.collect(files, corpora, config.filters, seen)
         write_json(layout.report("json"), found)
         write_atomic(layout.report("html"), page(found))
-        _tell(found, os.path.join(workdir, "report.html"))
+        _print_summary(found, os.path.join(workdir, "report.html"))
         _write_map_cc(found, len(files), layout, config.beam)
         stage.finish(report.summary(found))
     shutil.rmtree(layout.work, ignore_errors=True)
@@ -142,7 +142,7 @@ def _count(files: list[InputFile], where: Callable[[int], pathlib.Path]) -> int:
     return sum(where(file.index).exists() for file in files)
 
 
-def _tell(found: dict, page: str) -> None:
+def _print_summary(found: dict, page: str) -> None:
     """Says on standard error what a reader must not overlook; no surviving document is an error."""
     for entry in found["damaged_files"]:
         print(f"corpus: {entry['file']} is damaged: {entry['damage']}; read up to there", file=sys.stderr)

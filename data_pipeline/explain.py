@@ -66,7 +66,7 @@ def run(config: ExplainConfig, workdir: str) -> dict:
             if config.json:
                 print(json.dumps(story, ensure_ascii=False))
             else:
-                print("\n".join(map(_printable, _told(story, config.text_chars))))
+                print("\n".join(map(_printable, _story_lines(story, config.text_chars))))
     return found
 
 
@@ -167,7 +167,7 @@ def _printable(line: str) -> str:
     return "".join(c if c.isprintable() else " " for c in line)
 
 
-def _told(story: Mapping[str, Any], text_chars: int) -> Iterator[str]:
+def _story_lines(story: Mapping[str, Any], text_chars: int) -> Iterator[str]:
     """The lines of a story."""
     yield f"{story['id']}: {story['outcome']}"
     yield f"  came from   {story['file']}, line {story['line']}, as {story['source']}"

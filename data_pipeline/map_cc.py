@@ -141,7 +141,7 @@ def read_record(file: BinaryIO) -> Mapping[str, tf.train.Feature] | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class MapCcDocument:
     """A document of MAP-CC, with `meta` and `signals` decoded."""
 
     id: str
@@ -152,7 +152,7 @@ class Found:
     signals: dict
 
 
-def find(folder: str | os.PathLike, identity: str) -> Found | None:
+def find(folder: str | os.PathLike, identity: str) -> MapCcDocument | None:
     """The document called `identity` in `folder` (MAP-CC, or one of its subsets), or None.
 
     Reads the index through a memory map and one record. Raises UserError if there is no index in the folder.
@@ -171,5 +171,5 @@ def find(folder: str | os.PathLike, identity: str) -> Found | None:
                 feature = read_record(file)
             values = {name: feature[name].bytes_list.value[0].decode() for name in FIELDS}
             if values["id"] == identity:
-                return Found(**values | {name: orjson.loads(values[name]) for name in ("meta", "signals")})
+                return MapCcDocument(**values | {name: orjson.loads(values[name]) for name in ("meta", "signals")})
     return None

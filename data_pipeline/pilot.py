@@ -58,7 +58,7 @@ def estimate(
         "bytes": {name: round(_whole(half[name], all_of_it[name], len(chosen) / len(files), real)) for name in half},
         "funnel": [[stage, round(count / real)] for stage, count in result["totals"]["funnel"]],
     }
-    _tell(found, result["totals"]["read"])
+    _print_summary(found, result["totals"]["read"])
     return found
 
 
@@ -97,7 +97,7 @@ def _sizes(folder: pathlib.Path) -> dict[str, int]:
     }
 
 
-def _tell(found: dict[str, Any], read: int) -> None:
+def _print_summary(found: dict[str, Any], read: int) -> None:
     hours, rest = divmod(found["seconds"], 3600)
     print(f"corpus: pilot of {found['share']:.2%} ({read:,} records); the whole, as it is run here:", file=sys.stderr)
     print(f"  time    {hours}:{rest // 60:02d}:{rest % 60:02d}", file=sys.stderr)

@@ -31,7 +31,7 @@ _COUNTED = (
     "bytes",
 )
 _SHOWN = ("histograms", "limits", "examples", "samples", "duplicates")  # what is only for the page
-_SAMPLES, _EXCERPT, _LOOKED_AT = 4, 600, 4096  # kept documents shown, characters of each, documents to choose from
+_SAMPLES, _EXCERPT, _CANDIDATES = 4, 600, 4096  # kept documents shown, characters of each, documents to choose from
 FUNNEL = ("read", "well-formed", "rules", "language", "unique id", "exact dedup", "near dedup")
 
 
@@ -55,7 +55,7 @@ def collect(
       samples: {subset: some kept {id, url, excerpt}}; duplicates: see `clusters.examples`;
       files, empty_files, damaged_files, benchmarks.
     """
-    layout, looked = corpora.layout, benchmarks is not None
+    layout, with_benchmarks = corpora.layout, benchmarks is not None
     subsets: dict[str, dict[str, Any]] = {}
     examples: dict[str, list] = {}
     histograms: dict[str, dict[str, Counter]] = {}
@@ -66,7 +66,7 @@ def collect(
             damaged.append({"file": file.label, "damage": counts["damage"], "records": counts["records"]})
         elif not counts["records"]:
             empty.append(file.label)
-        later = [layout.outcome(file.index), *([layout.cleaned(file.index)] if looked else [])]
+        later = [layout.outcome(file.index), *([layout.cleaned(file.index)] if with_benchmarks else [])]
         for part in (counts, *map(read_json, later)):
             for subset, values in part["subsets"].items():
                 _add(subsets.setdefault(subset, _zero()), values)
@@ -82,8 +82,8 @@ def collect(
     order = [name for name in (*SUBSETS, UNKNOWN) if name in subsets]
     return {
         "map_cc": layout.map_cc.name,
-        "totals": _finished(totals, looked),
-        "subsets": {name: _finished(subsets[name], looked) for name in order},
+        "totals": _finished(totals, with_benchmarks),
+        "subsets": {name: _finished(subsets[name], with_benchmarks) for name in order},
         "histograms": {name: histograms[name] for name in order if name in histograms},
         "limits": {name: _limits(filters, name) for name in order if name in histograms},
         "examples": dict(sorted(examples.items())),
@@ -115,7 +115,7 @@ def _samples(layout: Layout, subset: str, shards: int) -> list[dict[str, str]]:
     """Kept documents of the first shard that has any: of its first thousands, those with the least hashes of ids."""
     for shard in range(shards):
         if layout.written(shard, subset).exists():
-            records = itertools.islice(read_lines(layout.written(shard, subset)), _LOOKED_AT)
+            records = itertools.islice(read_lines(layout.written(shard, subset)), _CANDIDATES)
             chosen = heapq.nsmallest(_SAMPLES, records, key=lambda r: xxhash.xxh3_64_intdigest(r["id"].encode()))
             if chosen:
                 return [{"id": r["id"], "url": r["url"], "excerpt": r["text"][:_EXCERPT]} for r in chosen]
@@ -134,14 +134,14 @@ def _add(target: dict[str, Any], values: Mapping[str, Any]) -> None:
             target[name] += value
 
 
-def _finished(values: dict[str, Any], looked: bool) -> dict[str, Any]:
-    """Sorted by frequency, with the funnel: documents left after each stage. looked: whether for benchmarks."""
+def _finished(values: dict[str, Any], with_benchmarks: bool) -> dict[str, Any]:
+    """Sorted by frequency, with the funnel: documents left after each stage, that of benchmarks only if asked for."""
     left = [values["read"], values["well_formed"], values["passed_rules"], values["passed_language"]]
-    for name in (*DUPLICATES, *([CONTAMINATED] if looked else [])):
+    for name in (*DUPLICATES, *([CONTAMINATED] if with_benchmarks else [])):
         left.append(left[-1] - values[name])
     if left[-1] != values["kept"]:
         raise AssertionError(f"documents lost: {left[-1]} should be left, {values['kept']} are")
-    stages = (*FUNNEL, *(["no benchmark"] if looked else []))
+    stages = (*FUNNEL, *(["no benchmark"] if with_benchmarks else []))
     ordered = {
         name: dict(sorted(values[name].items(), key=lambda item: (-item[1], item[0])))
         for name in ("malformed", "rules", "masked")

@@ -204,14 +204,14 @@ def _duplicates(found: Mapping[str, Any]) -> str:
 
 def _cluster(cluster: Mapping[str, Any]) -> str:
     first, copies = cluster["first"], cluster["copies"]
-    columns = [(f"{first['id']}: stays", _own(first["excerpt"], copies[0]["excerpt"]))]
+    columns = [(f"{first['id']}: stays", _diff(first["excerpt"], copies[0]["excerpt"]))]
     for copy in copies:
         heading = f"{copy['id']}: {cluster['kind']} duplicate, similarity {copy['similarity']:.2f}"
-        columns.append((heading, _own(copy["excerpt"], first["excerpt"])))
+        columns.append((heading, _diff(copy["excerpt"], first["excerpt"])))
     return html.side_by_side(columns)
 
 
-def _own(text: str, other: str) -> list[tuple[str, bool]]:
+def _diff(text: str, other: str) -> list[tuple[str, bool]]:
     """A text in pieces, with whether each is missing in another."""
     blocks = difflib.SequenceMatcher(None, other, text, autojunk=False).get_opcodes()
     return [(text[begin:end], kind != "equal") for kind, _, _, begin, end in blocks]

@@ -155,7 +155,7 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
         "splits": _collect(stage.folder, windows, config),
         "rejected_records": len(found.rejected),
     }
-    _tell(result["splits"])
+    _print_summary(result["splits"])
     if config.kind != "pretrain":
         for sentence in answers.warnings(result["splits"]["train"], config.kind, config.sequence_length, tokenizer):
             print(f"tokenize: {sentence}", file=sys.stderr)
@@ -370,7 +370,7 @@ def _collect(folder: pathlib.Path, windows: Sequence[Window], config: TokenizeCo
     return splits
 
 
-def _tell(splits: Mapping[str, Mapping[str, Mapping]]) -> None:
+def _print_summary(splits: Mapping[str, Mapping[str, Mapping]]) -> None:
     """Prints what a store holds as a table on standard error."""
     names = ("documents", "rows", "tokens", "padding", "truncated", "dropped")
     print(f"{'':24}" + "".join(f"{name:>15}" for name in names), file=sys.stderr)

@@ -108,11 +108,11 @@ def run(config: TokenizerConfig, workdir: str) -> dict:
     report = {"origin": origin, "vocab_size": tokenizer.vocab_size, "notes": notes, "sample": sample, **measured}
     write_json(stage.folder / "report.json", report)
     write_atomic(stage.folder / "report.html", tokenizer_report.page(report))
-    _tell(measured["subsets"], os.path.join(workdir, "report.html"))
+    _print_summary(measured["subsets"], os.path.join(workdir, "report.html"))
     return stage.finish(report)
 
 
-def _tell(subsets: Mapping[str, dict], page: str) -> None:
+def _print_summary(subsets: Mapping[str, dict], page: str) -> None:
     """Says on standard error how well it fits."""
     for name, found in subsets.items():
         if not found["tokens"]:

@@ -48,7 +48,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
         shown = [_yaml(entry) for entry in jobset.files(job_id, name, plan, text, "UID", shown=True)]
         _describe(cluster, plan, (job_id, name), made, shown, options["keep"])
         return 0
-    owner = json.loads(cluster.ask(cluster.create("--output=json"), made))["metadata"]["uid"]
+    owner = json.loads(cluster.run(cluster.create("--output=json"), made))["metadata"]["uid"]
     handle = {"context": context, "namespace": options["namespace"], "name": name, "forward": list(plan.secrets)}
     handle |= {"groups": shape.groups, "hosts": shape.hosts, **{key: options[key] for key in _KEPT}}
     words = (payload.verb, *payload.arguments)
@@ -56,10 +56,10 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     job.save()
     try:
         entries = jobset.files(job_id, name, plan, text, owner)
-        cluster.ask(cluster.create("--output=name"), json.dumps({"apiVersion": "v1", "kind": "List", "items": entries}))
+        cluster.run(cluster.create("--output=name"), json.dumps({"apiVersion": "v1", "kind": "List", "items": entries}))
     except UserError:
         dataclasses.replace(job, status=EXIT_MISTAKE).save()
-        cluster.ask(cluster.delete(name))
+        cluster.run(cluster.delete(name))
         raise
     pods.write_down(job)
     say(f"job {job_id} is JobSet {name}; it goes on without this terminal: `ctllm launch attach {job_id}`")
@@ -92,7 +92,7 @@ def _describe(
     print(f"git -C {code.root} archive --format=tar.gz {code.tree}  # the archive, in parts code.NNN")
     print(shlex.join(cluster.create("--output=json")), "# reads:", made, sep="\n")
     print(shlex.join(cluster.create("--output=name")), "# reads; UID is the JobSet's:", "---\n".join(shown), sep="\n")
-    print("# while it runs, every few seconds", shlex.join(cluster.look(names[0])), sep="\n")
+    print("# while it runs, every few seconds", shlex.join(cluster.get(names[0])), sep="\n")
     print("# while pods wait", shlex.join(cluster.warnings()), sep="\n")
     print("# of every pod", shlex.join(cluster.logs("POD", "")), sep="\n")
     if not keep:
@@ -118,7 +118,7 @@ def state(job: Job) -> State:
         return State("done" if job.status == 0 else f"ended with status {job.status}", job.status)
     pods.write_down(job)
     try:
-        return State(pods.describe(job, pods.look(job)))
+        return State(pods.describe(job, pods.fetch_status(job)))
     except UserError as error:  # it may come back
         return State(str(error))
 
@@ -126,9 +126,9 @@ def state(job: Job) -> State:
 def cancel(job: Job, now: bool) -> None:
     """Deletes the JobSet: its pods are asked to save and end; `now` they have a second."""
     cluster = pods.cluster(job)
-    cluster.ask(cluster.delete(job.handle["name"]))
+    cluster.run(cluster.delete(job.handle["name"]))
     if now:
-        cluster.ask(cluster.kill(job.id))
+        cluster.run(cluster.kill(job.id))
 
 
 _LEAST = {"nodes": 0, "slices": 0, "gpus": 0, "chips": 0, "queue_minutes": 0, "start_minutes": 0, "save_seconds": 1}

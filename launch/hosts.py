@@ -111,14 +111,14 @@ def set_up(plan: Plan, hosts: Sequence[Host], say: Callable[[str], None]) -> Non
     place, wait = plan.place, plan.options["wait"]
     hosts = list({host.name: host for host in hosts}.values())
     there = dict(zip(hosts, everywhere(hosts, place.probe(), wait, "does not answer"), strict=True))
-    without_code = [host for host, said in there.items() if "code" not in said.split()]
+    without_code = [host for host, reply in there.items() if "code" not in reply.split()]
     if without_code:
         say(f"shipping {place.code.revision} to {_names(without_code)}")
         with tempfile.TemporaryDirectory() as folder:
             archive = pathlib.Path(folder) / "code.tar.gz"
             place.code.archive(archive)
             everywhere(without_code, place.unpack(), 5 * wait, "could not take the code", archive)
-    bare = [host for host, said in there.items() if "environment" not in said.split()]
+    bare = [host for host, reply in there.items() if "environment" not in reply.split()]
     if bare and place.environment:
         raise UserError(f"launch: {_names(bare)}: no {place.interpreter}; leave --environment out, and one is made")
     if bare:
@@ -150,14 +150,14 @@ def everywhere(
     Raises:
       UserError: it failed somewhere, or did not end in time: `problem`, the first host, its last words, how many.
     """
-    until, failures, said = time.monotonic() + seconds, [], []
+    until, failures, replies = time.monotonic() + seconds, [], []
     with _started(hosts, script, stdin) as running:
         for host, (process, out, err) in zip(hosts, running, strict=True):
             try:
                 status, words = process.wait(max(until - time.monotonic(), 0.1)), _words(err)
             except subprocess.TimeoutExpired:
                 status, words = None, f"nothing came for {seconds:g} s"
-            said.append(_words(out))
+            replies.append(_words(out))
             if status != 0:
                 last = words.splitlines()[-1].strip() if words.strip() else f"status {status}"
                 failures.append((f"{host.name} {problem} ({last})", shlex.join(host.reach("true"))))
@@ -165,7 +165,7 @@ def everywhere(
         count = f" ({len(failures)} of {len(hosts)} hosts)" if len(hosts) > 1 else ""
         trouble, by_hand = failures[0]
         raise UserError(f"launch: {trouble}{count}; nothing was started; to try it by hand: {by_hand}")
-    return said
+    return replies
 
 
 @contextlib.contextmanager

@@ -176,20 +176,20 @@ def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
         raise UserError(f"launch gke: --name={name}: must be up to 36 of a-z, 0-9 and -, from a letter on")
     queue = {"kueue.x-k8s.io/queue-name": options["queue"]} if options["queue"] else {}
     # All hosts of a slice in one node pool, and no other slice there.
-    alone = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     rules = [
         _rule("mistake", "FailJobSet", f"exit code {EXIT_MISTAKE} matching"),
         {"name": "failure", "action": "RestartJobSet", "onJobFailureReasons": ["BackoffLimitExceeded"]},
         _rule("resume", "RestartJobSetAndIgnoreMaxRestarts", f"exit code {EXIT_RESUME} matching"),
     ]
     # Its message has the status, by which the rules above go.
-    told = {"containerName": "main", "operator": "In", "values": [EXIT_MISTAKE, EXIT_RESUME]}
+    exit_codes = {"containerName": "main", "operator": "In", "values": [EXIT_MISTAKE, EXIT_RESUME]}
     child = {
         "completionMode": "Indexed",
         "parallelism": hosts.hosts,
         "completions": hosts.hosts,
         "backoffLimit": 0,  # one pod lost, all lost
-        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": told}]},
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": exit_codes}]},
         "template": overlaid(_template(job_id, name, plan, hosts, options), pod),
     }
     return {
@@ -198,7 +198,7 @@ def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
         "metadata": {
             "name": name,
             "labels": {"ctllm-job": job_id, **queue},
-            "annotations": alone if hosts.tpu and hosts.hosts > 1 else {},
+            "annotations": exclusive if hosts.tpu and hosts.hosts > 1 else {},
         },
         "spec": {
             "ttlSecondsAfterFinished": _LEFT,

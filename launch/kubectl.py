@@ -29,14 +29,14 @@ class Cluster:
     def __init__(self, context: str, namespace: str, wait: float):
         self._where, self._wait = [f"--context={context}", f"--namespace={namespace}"], wait
 
-    def ask(self, command: Sequence[str], text: str = "") -> str:
+    def run(self, command: Sequence[str], text: str = "") -> str:
         """What a command prints that reads `text`; raises UserError as `kubectl`."""
         return kubectl(command, self._wait, text)
 
     def create(self, *flags: str) -> list[str]:
         return ["kubectl", "create", *self._where, "--filename=-", *flags]
 
-    def look(self, job_id: str) -> list[str]:
+    def get(self, job_id: str) -> list[str]:
         """Prints the JobSet of a job and its pods."""
         kinds = "jobsets.jobset.x-k8s.io,pods"
         return ["kubectl", "get", kinds, *self._where, f"--selector=ctllm-job={job_id}", "--output=json"]

@@ -65,7 +65,7 @@ class Pod:
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class JobSetStatus:
     """A JobSet as Kubernetes has it.
 
     Attributes:
@@ -95,20 +95,20 @@ def cluster(job: Job) -> Cluster:
     return Cluster(job.handle["context"], job.handle["namespace"], job.handle["wait"])
 
 
-def look(job: Job) -> Look:
+def fetch_status(job: Job) -> JobSetStatus:
     """How a job stands; raises UserError where kubectl does."""
-    found = json.loads(cluster(job).ask(cluster(job).look(job.id)))["items"]
+    found = json.loads(cluster(job).run(cluster(job).get(job.id)))["items"]
     pods = [_pod(item, job.handle["hosts"]) for item in found if item["kind"] == "Pod"]
     made = next((item for item in found if item["kind"] == "JobSet"), None)
     if made is None:
-        return Look(False, "", "", max((pod.attempt for pod in pods), default=0), 0, pods)
+        return JobSetStatus(False, "", "", max((pod.attempt for pod in pods), default=0), 0, pods)
     status = made.get("status", {})
     true = {
         entry["type"]: entry.get("message", "") for entry in status.get("conditions", ()) if entry["status"] == "True"
     }
     end = next((name for name in ("Completed", "Failed") if name in true), "")
     why = true.get("Failed", "it is suspended: it waits in its queue" if "Suspended" in true else "")
-    return Look(True, end, why, status.get("restarts", 0), status.get("restartsCountTowardsMax", 0), pods)
+    return JobSetStatus(True, end, why, status.get("restarts", 0), status.get("restartsCountTowardsMax", 0), pods)
 
 
 def _pod(item: Mapping[str, Any], hosts: int) -> Pod:
@@ -126,7 +126,7 @@ def _pod(item: Mapping[str, Any], hosts: int) -> Pod:
     return Pod(name, item["metadata"]["name"], attempt, ended["exitCode"] if ended else None, waits)
 
 
-def describe(job: Job, seen: Look) -> str:
+def describe(job: Job, seen: JobSetStatus) -> str:
     """For who asks how the job stands."""
     count = job.handle["groups"] * job.handle["hosts"]
     started, why = seen.waiting(count)
@@ -137,8 +137,8 @@ def describe(job: Job, seen: Look) -> str:
 
 def culprit(statuses: Iterable[int]) -> int:
     """The status of the process that ended the others, from all of theirs."""
-    own = [status for status in statuses if status not in (0, EXIT_RESUME)]
-    return min(own, key=lambda status: (status in ECHOES, status != EXIT_MISTAKE), default=EXIT_RESUME)
+    failed = [status for status in statuses if status not in (0, EXIT_RESUME)]
+    return min(failed, key=lambda status: (status in ECHOES, status != EXIT_MISTAKE), default=EXIT_RESUME)
 
 
 def write_down(job: Job) -> None:
@@ -188,12 +188,12 @@ class Writer:
             try:
                 if self._secrets is None:
                     self._secrets = self._forwarded()
-                seen = look(self._job)
+                seen = fetch_status(self._job)
                 pause = _SOON if self._take(seen) or _busy(seen) else min(2 * pause, _LATER)
                 if seen.end or not (seen.there or seen.pods):
                     break
             except UserError as error:  # a network that comes back, most likely
-                self._tell(str(error))
+                self._say_once(str(error))
                 pause = _LATER
             self._pump(pause)
         self._pump(_REST, last=True)
@@ -204,10 +204,10 @@ class Writer:
         names = self._job.handle["forward"]
         if all(name in os.environ for name in names):
             return {name: os.environ[name] for name in names}
-        held = json.loads(self._cluster.ask(self._cluster.secret(f"{self._job.handle['name']}-variables")))
+        held = json.loads(self._cluster.run(self._cluster.secret(f"{self._job.handle['name']}-variables")))
         return {name: base64.b64decode(value).decode() for name, value in held["data"].items()}
 
-    def _take(self, seen: Look) -> bool:
+    def _take(self, seen: JobSetStatus) -> bool:
         """Acts on what was seen; says whether it was something new."""
         before = (self._attempt, self._given_up, len(self._streams), dict(self._statuses))
         for pod in seen.pods:
@@ -236,7 +236,7 @@ class Writer:
         for pipe in stream.streams:
             self._selector.register(pipe, selectors.EVENT_READ, (pod.id, stream))
 
-    def _wait(self, seen: Look) -> None:
+    def _wait(self, seen: JobSetStatus) -> None:
         """Says what pods wait for, and gives the job up when that takes too long."""
         (started, why), now, limits = seen.waiting(self._count), time.monotonic(), self._job.handle
         if not why:
@@ -250,19 +250,19 @@ class Writer:
         if waited > min(limit, _EVENTS) and now - self._asked > _EVENTS:
             self._asked = now
             with contextlib.suppress(UserError):
-                self._warning = _last_warning(json.loads(self._cluster.ask(self._cluster.warnings())), limits["name"])
+                self._warning = _last_warning(json.loads(self._cluster.run(self._cluster.warnings())), limits["name"])
         text = f"{started} of {self._count} pods have started; {why}"
         text += f"; {self._warning}" if self._warning and self._warning not in text else ""
         step = next((step for sign, step in _NEXT.items() if sign in text), "")
         text += f"; {step}" if step else ""
         if waited > limit and not self._given_up:
-            self._cluster.ask(self._cluster.delete(limits["name"]))
+            self._cluster.run(self._cluster.delete(limits["name"]))
             self._given_up = f"given up after {waited / 60:.1f} minutes: {text}"
             self._output.say(self._given_up)
         elif waited > min(limit, _LATER):
-            self._tell(text)
+            self._say_once(text)
 
-    def _tell(self, text: str) -> None:
+    def _say_once(self, text: str) -> None:
         """Says something unless it was the last that was said."""
         if text != self._said:
             self._said = text
@@ -282,7 +282,7 @@ class Writer:
             if not self._selector.get_map():
                 time.sleep(_TICK)
             for pod, stream in self._streams.items():
-                if stream.look():
+                if stream.poll():
                     said = _ENDED.fullmatch(stream.streams[stream.popen.stdout][1].last)
                     if said:
                         self._statuses[pod] = int(said[1])
@@ -291,12 +291,12 @@ class Writer:
                             self._selector.unregister(pipe)
                     stream.drop()  # its pipes: a long job has many attempts
 
-    def _finish(self, seen: Look) -> int:
+    def _finish(self, seen: JobSetStatus) -> int:
         for stream in self._streams.values():
             stream.drop()
         if seen.there and not self._job.handle["keep"]:
             try:
-                self._cluster.ask(self._cluster.delete(self._job.handle["name"]))
+                self._cluster.run(self._cluster.delete(self._job.handle["name"]))
             except UserError as error:
                 self._output.say(f"{error}; JobSet {self._job.handle['name']} is left")
         statuses = [status for pod, status in self._statuses.items() if self._attempts[pod] == self._attempt]
@@ -312,7 +312,7 @@ class Writer:
         return EXIT_RESUME if EXIT_RESUME in statuses else 143
 
 
-def _busy(seen: Look) -> bool:
+def _busy(seen: JobSetStatus) -> bool:
     """Whether a pod is being made, whose output could be there and gone; one without a node can take hours."""
     return any(pod.waits and not pod.waits.startswith("Unschedulable") for pod in seen.pods)
 

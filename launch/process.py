@@ -101,7 +101,7 @@ class Running:
     def __init__(self, process: Process, output: Output):
         self.name = process.name
         self.status: int | None = None  # as a shell has it: 128 + N for signal N
-        self.asked = self.killed = False  # whether we have told it to end, or ended it
+        self.asked_to_end = self.killed = False  # whether we have told it to end, or ended it
         self._process, self._output = process, output
         self._beaten, self._farewell = time.monotonic(), float("inf")
         self.popen = subprocess.Popen(
@@ -118,10 +118,10 @@ class Running:
         for pipe in self.streams:
             os.set_blocking(pipe.fileno(), False)
         if process.order is not None:
-            self._tell(process.first_line())
+            self._send(process.first_line())
             os.set_blocking(self.popen.stdin.fileno(), False)
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         """Whether it has ended just now; then nothing that it started here is left either."""
         if self.status is not None:
             return False
@@ -142,25 +142,25 @@ class Running:
         now = time.monotonic()
         if self._process.order is not None and now - self._beaten > _BEAT:
             self._beaten = now
-            self._tell(keeper.BEAT)
+            self._send(keeper.BEAT)
         if now > self._farewell:
             self._signal(signal.SIGKILL)
 
-    def ask(self) -> None:
+    def terminate(self) -> None:
         """Asks it, and not what it has started, to end."""
-        self.asked = True
-        self._say(keeper.STOP, signal.SIGTERM)
+        self.asked_to_end = True
+        self._send_or_signal(keeper.STOP, signal.SIGTERM)
 
     def show(self) -> None:
         """Asks it, and not what it has started, to show what it is doing."""
-        self._say(keeper.SHOW, signal.SIGQUIT)
+        self._send_or_signal(keeper.SHOW, signal.SIGQUIT)
 
     def kill(self) -> None:
         """Ends it with all that it has started; on a host that does not answer, what leads there."""
         if self._process.order is None:
             self._signal(signal.SIGKILL)
         elif not self.killed:
-            self._tell(keeper.KILL)
+            self._send(keeper.KILL)
             self._farewell = time.monotonic() + _FAREWELL
         self.killed = True
 
@@ -173,14 +173,14 @@ class Running:
             if pipe:
                 pipe.close()
 
-    def _say(self, word: bytes, number: int) -> None:
+    def _send_or_signal(self, word: bytes, number: int) -> None:
         if self._process.order is None:
             os.kill(self.popen.pid, number)
         else:
-            self._tell(word)
+            self._send(word)
 
-    def _tell(self, words: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError, BlockingIOError):  # it has ended, or nothing gets through: see `look`
+    def _send(self, words: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError, BlockingIOError):  # it has ended, or nothing gets through: see `poll`
             self.popen.stdin.write(words)
 
     def _signal(self, number: int) -> None:

@@ -41,11 +41,11 @@ def supervise(
       UserError: the first attempt could not be started, as `start` says. Later ones count as failures.
     """
     output, failures, processes = output or Output(), 0, _interruptible(start)
-    with _received(*_STOPS) as stops, _received(signal.SIGQUIT) as looks:
+    with _received(*_STOPS) as stops, _received(signal.SIGQUIT) as shows:
         while True:
             try:
                 processes = processes or _interruptible(start)
-                status, reason = _Attempt(processes, stops, looks, patience, output).run()
+                status, reason = _Attempt(processes, stops, shows, patience, output).run()
             except UserError as error:
                 status, reason = EXIT_LOST, str(error)
             except KeyboardInterrupt:
@@ -111,9 +111,9 @@ class _Attempt:
     """One start of all processes."""
 
     def __init__(
-        self, processes: Sequence[Process], stops: list[int], looks: list[int], patience: float, output: Output
+        self, processes: Sequence[Process], stops: list[int], shows: list[int], patience: float, output: Output
     ):
-        self._processes, self._stops, self._looks = processes, stops, looks
+        self._processes, self._stops, self._shows = processes, stops, shows
         self._patience, self._output = patience, output
         self._running: list[Running] = []
         self._failed: list[Running] = []  # those that failed on their own account
@@ -139,22 +139,22 @@ class _Attempt:
         for key, _ in selector.select(_TICK):
             if key.data.pump(key.fileobj) == b"":
                 selector.unregister(key.fileobj)
-        left = [running for running in self._running if not running.look() and running.status is None]
+        left = [running for running in self._running if not running.poll() and running.status is None]
         for running in self._running:
             if running.status in (None, 0, EXIT_RESUME) or running in self._failed:
                 continue
-            if not running.killed and not (running.asked and running.status == 128 + signal.SIGTERM):
+            if not running.killed and not (running.asked_to_end and running.status == 128 + signal.SIGTERM):
                 self._failed.append(running)
-        if self._looks:
-            self._looks.clear()
+        if self._shows:
+            self._shows.clear()
             for running in left:
                 running.show()
         if self._failed and self._deadline is None and left:
             self._deadline = time.monotonic() + self._patience
         if self._failed or self._stops:
             for running in left:
-                if not running.asked:
-                    running.ask()
+                if not running.asked_to_end:
+                    running.terminate()
         if len(self._stops) > 1 or (self._deadline and time.monotonic() > self._deadline):
             for running in left:
                 running.kill()

@@ -53,7 +53,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     plan, slices = hosts.plan(payload, options), Slices(options)
     if dry_run:
         listed = [host for node in slices.nodes for host in slices.hosts(node, 1)]
-        print("# the slices", *map(_line, (slices.look(), slices.create())), sep="\n")
+        print("# the slices", *map(_line, (slices.describe_request(), slices.create())), sep="\n")
         print(*(_line(slices.describe(node)) for node in slices.nodes), sep="\n")
         print("# on every host, here worker 0 of each slice", hosts.describe_set_up(plan, listed), sep="\n")
         print("# the processes", *hosts.processes(plan, listed, None), sep="\n")
@@ -95,7 +95,7 @@ class Slices:
         count = options["slices"]
         self.nodes = [name] if count == 1 else [f"{name}-{index}" for index in range(count)]
 
-    def look(self) -> list[str]:
+    def describe_request(self) -> list[str]:
         return self._queued("describe", "--format=json")
 
     def create(self) -> list[str]:
@@ -159,7 +159,7 @@ class Slices:
 
     def _state(self) -> str:
         """As Google has it; empty where there is no such resource."""
-        found = gcloud(self.look(), allowed="NOT_FOUND")
+        found = gcloud(self.describe_request(), allowed="NOT_FOUND")
         return json.loads(found)["state"]["state"] if found.strip() else ""
 
 

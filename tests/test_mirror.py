@@ -128,7 +128,7 @@ def test_a_holder_that_died_on_this_machine_is_not_waited_for(server, quick):
 
 def test_a_holder_that_finds_another_in_its_place_leaves(server, quick, monkeypatch):
     left = threading.Event()
-    monkeypatch.setattr(bucket.processes, "leave", lambda news: "taken over by another job" in news and left.set())
+    monkeypatch.setattr(bucket.processes, "exit_lost", lambda news: "taken over by another job" in news and left.set())
     claim = Claim(RUN)
     claim_of_another(server)
     assert left.wait(10)

@@ -26,7 +26,7 @@ from ctllm_jax.generate import generate
 from ctllm_jax.hf_export import export
 from ctllm_jax.samples import sample
 from ctllm_jax.serve import protocol
-from ctllm_jax.serve.protocol import Refusal, read_ask
+from ctllm_jax.serve.protocol import Refusal, parse_request
 from ctllm_jax.serve.server import Server
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -276,11 +276,11 @@ KEYS = st.sampled_from(sorted({*protocol.CHAT_SAMPLING, *protocol.CHAT_NEUTRAL, 
 def test_any_body_is_read_or_refused(values, whole, is_chat):
     body = {**chat(), **values} if whole else {"model": "tiny", **values}
     try:
-        ask = read_ask(json.dumps(body).encode(), is_chat, "tiny", GREEDY)
+        parsed = parse_request(json.dumps(body).encode(), is_chat, "tiny", GREEDY)
     except Refusal as refusal:
         assert refusal.status in (400, 404) and refusal.body["error"]["message"]
     else:
-        assert ask.messages if is_chat else ask.prompt
+        assert parsed.messages if is_chat else parsed.prompt
 
 
 def raw(running: Running, data: bytes, seconds: float = 0.1) -> bytes:

@@ -312,7 +312,7 @@ def test_who_ended_the_others_is_told_by_the_statuses():
 def test_a_real_kubectl_takes_the_commands():
     forms = [
         (CLUSTER.create("--output=json"), '{"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "a"}}'),
-        (CLUSTER.look("a"), ""),
+        (CLUSTER.get("a"), ""),
         (CLUSTER.warnings(), ""),
         (CLUSTER.secret("a"), ""),
         (CLUSTER.logs("a", "2026-01-01T00:00:00Z"), ""),

@@ -36,10 +36,10 @@ class Left(Exception):
 
 @pytest.fixture
 def clock(monkeypatch):
-    def leave(news):
+    def exit_lost(news):
         raise Left(news)
 
-    monkeypatch.setattr(processes, "leave", leave)
+    monkeypatch.setattr(processes, "exit_lost", exit_lost)
     return Clock(monkeypatch)
 
 
@@ -58,7 +58,7 @@ def steady(run_dir, clock, asked: Stopping | None = None) -> LoopWatch:
 
 def look(loop: LoopWatch, clock: Clock, minutes: float) -> None:
     clock.now += 60 * minutes
-    loop.look(clock.now)
+    loop.check(clock.now)
 
 
 def test_a_loop_that_stands_still_is_shown_once_and_ended_after_as_long_again(tmp_path, clock, capfd):
@@ -163,7 +163,7 @@ def test_time_spent_waiting_for_input_is_what_is_posted(tmp_path, clock, monkeyp
     clock.now += 100
     loop.at("input", 5)
     clock.now += 5
-    loop.look(clock.now)
+    loop.check(clock.now)
     assert words == [{"place": "input", "step": 5, "clock": clock.now, "waited": 12.0}]
 
 

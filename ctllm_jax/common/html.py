@@ -16,7 +16,7 @@ Points = Sequence[tuple[float, float]]
 
 _COLOURS = ("#2f6fde", "#d9730d", "#1a9e6c", "#a03fc4", "#c4314b", "#6b7a90", "#b08900", "#0e8fa8")
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 500, 236, 52, 12, 12, 34
-_TOLD = 60  # points of a line that tell their values
+_TOOLTIPS = 60  # points of a line that tell their values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def line_chart(
         parts.append(_polyline(frame, points, colours[name], 'stroke-width="1.8"'))
     for name, points in series.items():
         alone = len(points) == 1  # a line of one point would not show
-        for x, y in points[:: max(len(points) // _TOLD, 1)]:
+        for x, y in points[:: max(len(points) // _TOOLTIPS, 1)]:
             left, top = frame.place(x, y)
             style = 'r="3"' if alone else 'r="4" class="told" fill-opacity="0"'
             parts.append(

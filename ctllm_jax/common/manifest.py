@@ -42,7 +42,7 @@ class Stage:
         """Whether an earlier run already finished exactly this stage."""
         return self.result is not None
 
-    def look(self) -> bool:
+    def refresh(self) -> bool:
         """Reads the manifest if there is one; whether the stage is finished."""
         manifest = self.folder / "manifest.json"
         if self.result is None and manifest.exists():
@@ -101,10 +101,10 @@ def open_stage(
             {"stage": name, "version": version, "fingerprint": mark, "settings": settings, "inputs": inputs},
         )
     stage = Stage(name, folder, mark, None, time.time())
-    if exclusive and not stage.look():
+    if exclusive and not stage.refresh():
         _lock(folder)
         remove_temporaries(folder)
-    if stage.look():  # after the lock: another process may have finished just before
+    if stage.refresh():  # after the lock: another process may have finished just before
         print(f"{name}: already finished in {folder}", file=sys.stderr)
     return stage
 

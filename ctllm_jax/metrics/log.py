@@ -71,7 +71,7 @@ class MetricsLog:
         os.replace(temporary, path)
         self._lines = _Lines(path)
         # When the program ends, however it does so by itself, these finish first what was handed to them.
-        self._writer, self._teller = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("log", "trackers"))
+        self._writer, self._tracking = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("log", "trackers"))
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """Hands over one line and returns at once; lines are written in their order."""
@@ -79,7 +79,7 @@ class MetricsLog:
             entry = _entry(kind, step, values)
             self._last = self._writer.submit(self._lines.add, json.dumps(entry) + "\n")
             if self._trackers:
-                self._teller.submit(self._tell, entry)
+                self._tracking.submit(self._track, entry)
 
     def flush(self) -> None:
         """Waits until everything handed over is in metrics.jsonl."""
@@ -95,13 +95,13 @@ class MetricsLog:
         if not self._writes:
             return
         self._writer.shutdown()
-        self._teller.shutdown()
+        self._tracking.shutdown()
         for tracker in self._trackers:
             with contextlib.suppress(Exception):  # what it had to say it has said when it was written to
                 tracker.close()
         self._lines.close()
 
-    def _tell(self, entry: dict) -> None:
+    def _track(self, entry: dict) -> None:
         for tracker in tuple(self._trackers):
             try:
                 tracker.write(entry)

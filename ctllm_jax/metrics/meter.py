@@ -135,7 +135,7 @@ class Meter:
             self._timesheet.switch("steps")
         for source, tokens in zip(self._sources, sums.get("source_tokens", ()), strict=False):
             self.ledger[source] += int(tokens)
-        self._heed_skip(sums)
+        self._check_skip(sums)
         if logged:
             self._log.write("train", self._step, {**self._values(sums), **self._speed(now), **self._memory()})
         if self._timesheet.due():
@@ -146,7 +146,7 @@ class Meter:
             self.profiler.stop()
             self.go_on()
 
-    def _heed_skip(self, sums: Mapping[str, np.ndarray]) -> None:
+    def _check_skip(self, sums: Mapping[str, np.ndarray]) -> None:
         """Says that a step changed nothing. A spike that stays is normal before long; NaN would be skipped for ever.
 
         Raises:

@@ -30,7 +30,7 @@ class Refusal(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class ParsedRequest:
     """A request for text: messages of a conversation, or a prompt (text or ids) to go on from."""
 
     messages: list[dict] | None
@@ -144,7 +144,7 @@ TEXT_NEUTRAL = {**NEUTRAL, "echo": (False,), "best_of": (1,), "suffix": ("",)}
 WITHOUT_EFFECT = {"user", "metadata", "safety_identifier"}  # who asks
 
 
-def read_ask(body: bytes, chat: bool, model: str, defaults: SamplingConfig) -> Ask:
+def parse_request(body: bytes, chat: bool, model: str, defaults: SamplingConfig) -> ParsedRequest:
     """A request's body.
 
     Args:
@@ -179,7 +179,7 @@ def read_ask(body: bytes, chat: bool, model: str, defaults: SamplingConfig) -> A
         raise Refusal(400, str(error), code="invalid_value") from None
     stream = _read(values, "stream", _flag) if "stream" in values else False
     usage = _read(values, "stream_options", _stream_options) if "stream_options" in values else False
-    return Ask(asked if chat else None, None if chat else asked, sampling, "seed" in found, stream, usage)
+    return ParsedRequest(asked if chat else None, None if chat else asked, sampling, "seed" in found, stream, usage)
 
 
 def _alike(values: tuple) -> tuple:
@@ -225,8 +225,8 @@ class Answer:
 
     def whole(self, text: str, reason: str, tokens: int) -> dict:
         """The answer to a request without `stream`."""
-        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": reason}
+        content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
         return {**self._head, "choices": [choice], "usage": self._usage(tokens)}
 
     def opening(self) -> list[dict]:
@@ -244,8 +244,8 @@ class Answer:
         """The counts of tokens, after the last bit of a stream that asked for them."""
         return {**self._chunk_head, "choices": [], "usage": self._usage(tokens)}
 
-    def _chunk(self, said: dict, reason: str | None) -> dict:
-        return {**self._chunk_head, "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": reason}]}
+    def _chunk(self, content: dict, reason: str | None) -> dict:
+        return {**self._chunk_head, "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": reason}]}
 
     def _usage(self, tokens: int) -> dict:
         total = self._prompt_tokens + tokens

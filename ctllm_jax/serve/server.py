@@ -18,7 +18,7 @@ from ctllm_jax.data.chat import ChatTemplate, own_template
 from ctllm_jax.generate import encode_prompt
 from ctllm_jax.serve.config import ServeConfig
 from ctllm_jax.serve.connections import Doorkeeper, is_local, watched
-from ctllm_jax.serve.protocol import Answer, Ask, Refusal, read_ask
+from ctllm_jax.serve.protocol import Answer, ParsedRequest, Refusal, parse_request
 from ctllm_jax.serve.worker import FAILED, STOPPED, Full, Worker
 from ctllm_jax.slots import Decoder, Request
 
@@ -138,15 +138,15 @@ class Server:
     async def _complete(self, http: web.Request, chat: bool) -> web.StreamResponse:
         if chat and not self._template:
             raise Refusal(400, "the model's tokenizer has no chat template; use /v1/completions")
-        ask = read_ask(await self._body(http), chat, self._name, self._config.sampling)
-        ids = await asyncio.to_thread(self._encode, ask)
+        parsed = parse_request(await self._body(http), chat, self._name, self._config.sampling)
+        ids = await asyncio.to_thread(self._encode, parsed)
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 
         def deliver(text: str, reason: str | None) -> None:
             loop.call_soon_threadsafe(events.put_nowait, (text, reason))
 
-        row = 0 if ask.seeded else next(self._numbers)
-        request = Request(ids, ask.sampling, self._stop_ids, deliver, row)
+        row = 0 if parsed.seeded else next(self._numbers)
+        request = Request(ids, parsed.sampling, self._stop_ids, deliver, row)
         if self._stopping:
             raise Refusal(*ENDINGS[STOPPED])
         try:
@@ -155,8 +155,8 @@ class Server:
             raise Refusal(429, "the line is full; try again later", code="queue_full", wait=full.wait) from None
         answer = Answer(chat, self._name, len(ids))
         try:
-            reply = self._stream if ask.stream else self._whole
-            return await reply(http, ask, request, answer, _until_ended(events, self._config.seconds))
+            reply = self._stream if parsed.stream else self._whole
+            return await reply(http, parsed, request, answer, _until_ended(events, self._config.seconds))
         finally:
             self._worker.cancel(request)
 
@@ -170,26 +170,28 @@ class Server:
         except TimeoutError:
             raise Refusal(408, f"the body did not come within {seconds:g} seconds") from None
 
-    def _encode(self, ask: Ask) -> list[int]:
+    def _encode(self, parsed: ParsedRequest) -> list[int]:
         try:
-            if ask.messages:
-                ids = self._template.render_prompt(ask.messages)
-            elif isinstance(ask.prompt, str):
-                ids = encode_prompt(self._decoder.model.tokenizer, ask.prompt, None)
+            if parsed.messages:
+                ids = self._template.render_prompt(parsed.messages)
+            elif isinstance(parsed.prompt, str):
+                ids = encode_prompt(self._decoder.model.tokenizer, parsed.prompt, None)
             else:
-                ids = ask.prompt
+                ids = parsed.prompt
         except UserError as error:
             raise Refusal(400, str(error)) from None
         if problem := self._decoder.refusal(ids):
             raise Refusal(400, problem, code="context_length_exceeded" if len(ids) >= self._decoder.context else None)
         return ids
 
-    async def _whole(self, http, ask: Ask, request: Request, answer: Answer, events) -> web.Response:
+    async def _whole(self, http, parsed: ParsedRequest, request: Request, answer: Answer, events) -> web.Response:
         parts = [event async for event in events]
         text = "".join(text for text, _ in parts)
         return web.json_response(answer.whole(text, parts[-1][1], request.tokens))
 
-    async def _stream(self, http, ask: Ask, request: Request, answer: Answer, events) -> web.StreamResponse:
+    async def _stream(
+        self, http, parsed: ParsedRequest, request: Request, answer: Answer, events
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         await response.prepare(http)
 
@@ -202,7 +204,7 @@ class Server:
             await send(*answer.opening())
             async for text, reason in events:
                 await send(*answer.part(text, reason))
-            if ask.usage:
+            if parsed.usage:
                 await send(answer.closing(request.tokens))
             await send("[DONE]")
         except Refusal as refusal:

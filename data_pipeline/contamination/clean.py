@@ -13,7 +13,7 @@ from ctllm_jax.common.files import write_json
 from ctllm_jax.common.progress import Watch
 from data_pipeline.contamination.hits import Finder
 from data_pipeline.contamination.items import BenchmarkConfig, Item
-from data_pipeline.contamination.run import gather, make_index, tell
+from data_pipeline.contamination.run import gather, make_index, print_summary
 from data_pipeline.contamination.sources import Text
 from data_pipeline.documents import EXCERPT, SUBSETS
 from data_pipeline.filters.stage import EXAMPLES
@@ -40,7 +40,7 @@ def clean(items: Sequence[Item], shards: int, config: BenchmarkConfig, layout: L
             work = (index, config.min_coverage, layout)
             _ = pipeline | beam.Create(waiting) | beam.Reshuffle() | beam.Map(_clean_shard, *work)
     found = gather([layout.hits(n) for n in range(shards)], pathlib.Path(layout.root, HITS), items, index)
-    tell(found)
+    print_summary(found)
     return found
 
 

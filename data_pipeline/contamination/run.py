@@ -57,7 +57,7 @@ def run(config: ContaminationConfig, workdir: str) -> dict:
         make_index(items, config.benchmarks.ngram, work)
         search(shards, config, work)
         result = _collect(shards, items, work, stage.folder)
-        tell(result)
+        print_summary(result)
         stage.finish(result)
     shutil.rmtree(stage.folder / "work", ignore_errors=True)
     return stage.result
@@ -155,7 +155,7 @@ def gather(parts: Sequence[pathlib.Path], out: pathlib.Path, items: Sequence[Ite
     }
 
 
-def tell(result: dict) -> None:
+def print_summary(result: dict) -> None:
     """Says on standard error what was found."""
     for name, entry in result["tasks"].items():
         print(

@@ -113,15 +113,15 @@ def _records(shard: Shard, fields: Fields) -> Iterator[Text | None]:
         try:
             if not isinstance(entry, dict):
                 raise Unusable("not a JSON object")
-            said = "\n".join(text for body in normalise(entry) for text in _said(body))
+            text = "\n".join(part for body in normalise(entry) for part in _texts_of(body))
         except Unusable:
             yield None
             continue
         name = entry.get("id") if entry.get("id") not in (None, "") else f"{shard.name}:{number}"
-        yield Text(str(name), shard.name, said, {"file": shown(shard.file), "line": number})
+        yield Text(str(name), shard.name, text, {"file": shown(shard.file), "line": number})
 
 
-def _said(body: Mapping[str, Any]) -> Iterator[str]:
+def _texts_of(body: Mapping[str, Any]) -> Iterator[str]:
     """All that is said in a conversation or around a pair of answers; what is no text is passed over."""
     messages = body.get("messages", body.get("prompt"))
     for message in messages if isinstance(messages, Sequence) else ():

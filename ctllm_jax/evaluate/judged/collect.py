@@ -43,7 +43,7 @@ class BudgetConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class JudgeRequest:
     """A request: to whom, what, and the name of its reply."""
 
     key: str
@@ -76,24 +76,26 @@ class Collector:
         self._requests = sum(reply["attempts"] for reply in kept)
         self._tokens = sum(reply["tokens"] for reply in kept)
 
-    def path(self, ask: Ask) -> pathlib.Path:
+    def path(self, request: JudgeRequest) -> pathlib.Path:
         """Where its reply is, or will be."""
-        return self._folder / f"{ask.key}.json"
+        return self._folder / f"{request.key}.json"
 
-    def run(self, asks: Sequence[Ask]) -> None:
+    def run(self, requests: Sequence[JudgeRequest]) -> None:
         """Gets the replies that are not there yet.
 
         Raises:
           UserError: some could not be got; what was is kept, and the message says how to go on.
         """
-        wanted = {ask.key: ask for ask in asks}  # the same question about the same answers is asked once
-        missing = [ask for ask in wanted.values() if not self.path(ask).exists()]
+        wanted = {
+            request.key: request for request in requests
+        }  # the same question about the same answers is asked once
+        missing = [request for request in wanted.values() if not self.path(request).exists()]
         done = len(wanted) - len(missing)
         with Progress("judge", len(wanted), "judgements") as progress:
             progress.at(done)
             pool = concurrent.futures.ThreadPoolExecutor(self._calls.at_once)
             try:
-                for future in concurrent.futures.as_completed([pool.submit(self._get, ask) for ask in missing]):
+                for future in concurrent.futures.as_completed([pool.submit(self._get, request) for request in missing]):
                     done += future.result()
                     progress.at(done)
             finally:  # also when interrupted: what is under way is waited for and kept, for it is paid
@@ -109,29 +111,29 @@ class Collector:
                 "What came is kept; the same command goes on"
             )
 
-    def _get(self, ask: Ask) -> bool:
+    def _get(self, request: JudgeRequest) -> bool:
         """Asks until there is a reply; whether there is one."""
         for attempt in range(1, self._calls.attempts + 1):
             try:
-                self._pause(ask)
-                estimate = self._take(ask)
+                self._pause(request)
+                estimate = self._take(request)
             except _Stopped:
                 return False
             spent = 0
             try:
-                reply = self._endpoints[ask.judge].ask(ask.messages, self._calls.timeout_seconds)
+                reply = self._endpoints[request.judge].ask(request.messages, self._calls.timeout_seconds)
                 counts = (reply["prompt_tokens"], reply["completion_tokens"])
                 spent = estimate if None in counts else sum(counts)
-                self._keep(ask, attempt, spent, reply)
+                self._keep(request, attempt, spent, reply)
                 return True
             except Refused as refusal:
                 with self._lock:
                     self._refused.append(str(refusal))
                 if self._calls.keep_refused:
-                    self._keep(ask, attempt, 0, {"refused": str(refusal)})
+                    self._keep(request, attempt, 0, {"refused": str(refusal)})
                 return self._calls.keep_refused
             except Again as error:
-                self._postpone(ask, attempt, error)
+                self._postpone(request, attempt, error)
             except UserError as error:
                 self._end(str(error))
                 return False
@@ -140,21 +142,21 @@ class Collector:
                     self._tokens += spent - estimate
         return False
 
-    def _keep(self, ask: Ask, attempt: int, tokens: int, reply: dict) -> None:
-        write_json(self.path(ask), {"judge": ask.judge, "attempts": attempt, "tokens": tokens, **reply})
+    def _keep(self, request: JudgeRequest, attempt: int, tokens: int, reply: dict) -> None:
+        write_json(self.path(request), {"judge": request.judge, "attempts": attempt, "tokens": tokens, **reply})
 
-    def _pause(self, ask: Ask) -> None:
+    def _pause(self, request: JudgeRequest) -> None:
         """Waits until the judge may be asked again."""
-        while (wait := self._not_before[ask.judge] - time.monotonic()) > 0:
+        while (wait := self._not_before[request.judge] - time.monotonic()) > 0:
             if self._stop.wait(wait):
                 break
         if self._stop.is_set():
             raise _Stopped
 
-    def _take(self, ask: Ask) -> int:
+    def _take(self, request: JudgeRequest) -> int:
         """Sets aside a request and the most tokens that it may cost: one a byte, and the longest judgement."""
-        estimate = sum(len(message["content"].encode("utf-8", "replace")) for message in ask.messages)
-        estimate += self._endpoints[ask.judge].judge.max_tokens
+        estimate = sum(len(message["content"].encode("utf-8", "replace")) for message in request.messages)
+        estimate += self._endpoints[request.judge].judge.max_tokens
         with self._lock:
             for name, spent, more in (("requests", self._requests, 1), ("tokens", self._tokens, estimate)):
                 most = getattr(self._budget, name)
@@ -165,9 +167,9 @@ class Collector:
             self._tokens += estimate
         return estimate
 
-    def _postpone(self, ask: Ask, attempt: int, error: Again) -> None:
+    def _postpone(self, request: JudgeRequest, attempt: int, error: Again) -> None:
         """Before the next attempt, a pause: growing, of this thread; and what the endpoint asks for, of all."""
-        calls, where = self._calls, f"judge {ask.judge}: {error}"
+        calls, where = self._calls, f"judge {request.judge}: {error}"
         if attempt == calls.attempts:
             with self._lock:
                 self._left.append(f"{where} (attempt {attempt})")
@@ -179,7 +181,7 @@ class Collector:
             if error.wait > calls.longest_wait_seconds:
                 self._end(f"{where}; it asks for a pause of {error.wait:,.0f} s")
             with self._lock:
-                self._not_before[ask.judge] = max(self._not_before[ask.judge], time.monotonic() + error.wait)
+                self._not_before[request.judge] = max(self._not_before[request.judge], time.monotonic() + error.wait)
         wait = min(calls.first_wait_seconds * 2 ** (attempt - 1), calls.longest_wait_seconds)
         self._stop.wait(wait * random.uniform(0.5, 1.0))  # not all at the same moment again
 

@@ -12,7 +12,7 @@ from ctllm_jax.common.files import as_path, file_digest, read_json, read_jsonl, 
 from ctllm_jax.common.manifest import fingerprint, open_stage, read_result
 from ctllm_jax.evaluate.judged import prompts
 from ctllm_jax.evaluate.judged.client import Endpoint, JudgeConfig
-from ctllm_jax.evaluate.judged.collect import Ask, BudgetConfig, CallConfig, Collector
+from ctllm_jax.evaluate.judged.collect import BudgetConfig, CallConfig, Collector, JudgeRequest
 from ctllm_jax.evaluate.judged.marks import compared, graded
 from ctllm_jax.evaluate.judged.text import comparison_text, grades_text
 from ctllm_jax.evaluate.judged.verdict import read_mark, read_preference
@@ -97,11 +97,11 @@ def run(config: JudgingConfig, workdir: str) -> dict:
     if stage.done:
         print(text(stage.result))
         return stage.result
-    asked = _grades(config, sets[0]) if len(sets) == 1 else _comparisons(config, *sets)
+    lines = _grades(config, sets[0]) if len(sets) == 1 else _comparisons(config, *sets)
     endpoints = {name: Endpoint(judge) for name, judge in config.judges.items()}
     collector = Collector(endpoints, stage.folder / "replies", config.calls, config.budget)
-    collector.run([ask for _, asks in asked for ask in asks])
-    rows = [_read(about, [read_json(collector.path(ask)) for ask in asks]) for about, asks in asked]
+    collector.run([request for _, requests in lines for request in requests])
+    rows = [_read(about, [read_json(collector.path(request)) for request in requests]) for about, requests in lines]
     write_jsonl(stage.folder / "judgements.jsonl", rows)
     scores = (graded if len(sets) == 1 else compared)(rows, config.draws)
     result = {"models": [own.model for own in sets], "questions": len(sets[0].rows), **scores}
@@ -115,34 +115,37 @@ def decides(judge: JudgeConfig) -> dict:
     return {"model": judge.model, "temperature": judge.temperature, "max_tokens": judge.max_tokens}
 
 
-def asked_for(judges: Mapping[str, JudgeConfig], judge: str, sample: int, messages: prompts.Messages) -> Ask:
+def judge_request(
+    judges: Mapping[str, JudgeConfig], judge: str, sample: int, messages: prompts.Messages
+) -> JudgeRequest:
     """The request for one judgement, named after all that decides it."""
-    return Ask(fingerprint([judge, decides(judges[judge]), sample, messages]), judge, messages)
+    return JudgeRequest(fingerprint([judge, decides(judges[judge]), sample, messages]), judge, messages)
 
 
-Asked = list[tuple[dict, list[Ask]]]  # what a line of judgements.jsonl begins with, and the requests that it needs
+# What a line of judgements.jsonl begins with, and the requests that it needs.
+Requests = list[tuple[dict, list[JudgeRequest]]]
 
 
-def _grades(config: JudgingConfig, answers: AnswerSet) -> Asked:
-    found: Asked = []
+def _grades(config: JudgingConfig, answers: AnswerSet) -> Requests:
+    found: Requests = []
     for row in answers.rows.values():
         for turn, text in enumerate(row["answers"]):
             messages = prompts.grade(row, turn)
             about = {"id": row["id"], "category": row["category"], "turn": turn + 1, "characters": len(text)}
             found += [
-                ({**about, "judge": judge, "sample": sample}, [asked_for(config.judges, judge, sample, messages)])
+                ({**about, "judge": judge, "sample": sample}, [judge_request(config.judges, judge, sample, messages)])
                 for judge in config.judges
                 for sample in range(config.samples)
             ]
     return found
 
 
-def _comparisons(config: JudgingConfig, one: AnswerSet, other: AnswerSet) -> Asked:
+def _comparisons(config: JudgingConfig, one: AnswerSet, other: AnswerSet) -> Requests:
     turns = [{id: row["turns"] for id, row in own.rows.items()} for own in (one, other)]
     differing = [id for id in turns[0] | turns[1] if turns[0].get(id) != turns[1].get(id)]
     if differing:
         raise UserError(f"{len(differing)} questions are not the same in both answers, {differing[0]!r} for one")
-    found: Asked = []
+    found: Requests = []
     for id, row in one.rows.items():
         pair = (row, other.rows[id])
         orders = [prompts.compare(*pair), prompts.compare(*pair[::-1])]
@@ -151,7 +154,7 @@ def _comparisons(config: JudgingConfig, one: AnswerSet, other: AnswerSet) -> Ask
         found += [
             (
                 {**about, "judge": judge, "sample": sample},
-                [asked_for(config.judges, judge, sample, order) for order in orders],
+                [judge_request(config.judges, judge, sample, order) for order in orders],
             )
             for judge in config.judges
             for sample in range(config.samples)

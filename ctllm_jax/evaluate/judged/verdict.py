@@ -48,7 +48,7 @@ class Mark:
 def read_mark(text: str) -> Mark:
     """The mark that a judgement gives: the first [[x]], else the overall mark among aspects, else what all labelled
     numbers ("评分：8"), else what all plain ones ("8分", "8/10") agree on."""
-    text = _said(text)
+    text = _without_thoughts(text)
     groups = [dict(_ASPECT.findall(group)) for group in _ASPECTS.findall(text)]
     aspects = {name: float(number) for name, number in (groups[-1] if groups else {}).items()}
     if bracketed := _BRACKETS.findall(text):
@@ -62,7 +62,7 @@ def read_mark(text: str) -> Mark:
     return _mark(plain, "plain", aspects) if plain else Mark(None, "missing", aspects)
 
 
-def _said(text: str) -> str:
+def _without_thoughts(text: str) -> str:
     """The judgement without thoughts before it, in plain characters."""
     return text.rpartition("</think>")[2].translate(_FULL_WIDTH)
 
@@ -78,5 +78,5 @@ def _mark(found: list, form: str, aspects: dict[str, float]) -> Mark:
 def read_preference(text: str) -> str | None:
     """ "A" or "B" where the judge prefers that answer, "C" for neither; None where the text gives none of [[A]], [[B]],
     [[C]], or several different ones."""
-    found = set(_BETTER.findall(_said(text)))
+    found = set(_BETTER.findall(_without_thoughts(text)))
     return found.pop() if len(found) == 1 else None
