@@ -136,8 +136,8 @@ def test_any_mesh_gives_the_same(finished, store, tasks):
     layout = shardings(mesh, abstract_params(model.config), logical_axes(model.config))
     params = jax.device_put(model.params, layout)
     with jax.set_mesh(mesh):
-        accuracies = Questions(probes, model.config, mesh).look(params)
-        samples = Samples(probes, model.config, mesh).look(params)
+        accuracies = Questions(probes, model.config, mesh).accuracies(params)
+        samples = Samples(probes, model.config, mesh).generate(params)
     look = read_metrics(finished, "eval")[-1]
     assert accuracies == {name: look[name] for name in ("accuracy/toy", "accuracy/more")}
     assert [{"step": 12, **entry} for entry in samples] == read_jsonl(finished / "samples.jsonl")[-3:]
@@ -162,7 +162,7 @@ def test_a_model_of_more_ids_than_the_tokenizer_writes_none_of_them(store):
     params["head"][:, 380] = 1.0
     mesh = make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, context=1))
     with jax.set_mesh(mesh):
-        (sample,) = Samples(probes, config, mesh).look(params)
+        (sample,) = Samples(probes, config, mesh).generate(params)
     assert sample["prompt"] == "山" and isinstance(sample["text"], str)
 
 
@@ -176,7 +176,7 @@ def test_a_continuation_ends_before_its_stop(store, monkeypatch):
         new = [words[0], store.tokenizer.eos_id, words[1]] if row else words
         tokens_BL[row, len(prompt.ids) :][: len(new)] = new
     monkeypatch.setattr(samples, "_go_on", lambda *_: tokens_BL)
-    first, second = (entry["text"] for entry in samples.look({}))
+    first, second = (entry["text"] for entry in samples.generate({}))
     assert first.startswith("山里有座庙") and second == store.tokenizer.decode(words[:1])
 
 

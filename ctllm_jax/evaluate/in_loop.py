@@ -159,13 +159,13 @@ class InLoop:
         self._samples = Samples(probes, model, mesh) if probes.prompts else None
 
     def look(self, params: dict, reference: dict | None) -> dict[str, float]:
-        """Figures of held-out data, as `HeldOut.look` gives them, and the accuracy of each task."""
-        accuracies = self._questions.look(params) if self._questions else {}
-        return {**self._held_out.look(params, reference), **accuracies}
+        """Figures of held-out data, as `HeldOut.evaluate` gives them, and the accuracy of each task."""
+        accuracies = self._questions.accuracies(params) if self._questions else {}
+        return {**self._held_out.evaluate(params, reference), **accuracies}
 
     def sample(self, params: dict) -> list[dict]:
         """{"prompt", "text"} for each prompt."""
-        return self._samples.look(params) if self._samples else []
+        return self._samples.generate(params) if self._samples else []
 
 
 class HeldOut:
@@ -185,7 +185,7 @@ class HeldOut:
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._sums = jax.jit(lambda *arguments: objective(*arguments)[1], out_shardings=everywhere)
 
-    def look(self, params: dict, reference: dict | None) -> dict[str, float]:
+    def evaluate(self, params: dict, reference: dict | None) -> dict[str, float]:
         """Means over the held-out split: loss over all and by source; bits per byte for documents, rewards for pairs.
 
         Empty where the store has no such split.
@@ -214,7 +214,7 @@ class Questions:
 
     def __init__(self, probes: Probes, model: ModelConfig, mesh: Mesh):
         self._mesh, self._questions = mesh, probes.questions
-        rows = [row for own in probes.questions.values() for question in own for row in question.rows]
+        rows = [row for questions in probes.questions.values() for question in questions for row in question.rows]
         L = _length(max(len(row.tokens) for row in rows), model, mesh)
         # A device takes as many tokens at a time as a row of training has, at most.
         B = _rows(min(len(rows), max(1, model.max_length // L) * _ways(mesh, "batch")), mesh)
@@ -223,7 +223,7 @@ class Questions:
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._score = jax.jit(functools.partial(_logprobs, model), out_shardings=everywhere)
 
-    def look(self, params: dict) -> dict[str, float]:
+    def accuracies(self, params: dict) -> dict[str, float]:
         """The share of each task's questions that are answered rightly."""
         # One after the other: the collectives of two programs under way may meet in another order in each process of a
         # job on CPUs, and then none ends.
@@ -233,9 +233,9 @@ class Questions:
         scores = iter(np.concatenate(found))
         return {
             f"accuracy/{name}": float(
-                np.mean([np.argmax([next(scores) for _ in question.rows]) == question.answer for question in own])
+                np.mean([np.argmax([next(scores) for _ in question.rows]) == question.answer for question in questions])
             )
-            for name, own in self._questions.items()
+            for name, questions in self._questions.items()
         }
 
 
@@ -261,7 +261,7 @@ class Samples:
         go_on = functools.partial(_go_on, decodable(model, probes.tokenizer), steps)
         self._go_on = jax.jit(go_on, out_shardings=everywhere)
 
-    def look(self, params: dict) -> list[dict]:
+    def generate(self, params: dict) -> list[dict]:
         """{"prompt", "text"} for each prompt."""
         prompts = self._probes.prompts
         batch = _spread(self._arrays, _rows(len(prompts), self._mesh), self._mesh)
