@@ -2,7 +2,7 @@
 
     python benchmarks/train.py [--quick] [--part PART] [--folder DIR] [--width WIDTH] [--rows ROWS]
 
-step    tokens/s of a model of 6.8 M parameters, beside Hugging Face's Llama under PyTorch: same weights, same batches
+step    tokens/s of a model of 5.8 M parameters, beside Hugging Face's Llama under PyTorch: same weights, same batches
 loop    what the loop of `ctllm train` adds to steps of about 100 ms
 save    how long an asynchronous save holds the next step up, beside the same save waited for
 start   seconds from the start of the process to the first step done, with an empty and with a filled compilation cache
