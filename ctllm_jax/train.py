@@ -37,7 +37,7 @@ from ctllm_jax.metrics.meter import Meter
 from ctllm_jax.mirror import RunFolder, run_folder
 from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
 from ctllm_jax.objectives import make_objective
-from ctllm_jax.optim import make_optimizer
+from ctllm_jax.optim import Optimizer, make_optimizer
 from ctllm_jax.reference import scored_store
 from ctllm_jax.restore import restore_newest
 from ctllm_jax.sharding import make_mesh
@@ -107,23 +107,11 @@ def _run(config: TrainConfig, folder: RunFolder) -> dict:
 
 
 def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopWatch) -> dict:
-    # ---- State: this run's newest checkpoint, or init_from, or drawn from the seed
-    config, store, sources, steps = job.config, job.store, job.store.sources("train"), job.clock.run
     if jax.process_index() == 0:
         _write_run(job)
-    optimizer = make_optimizer(config.optimizer, job.model, job.clock, config.lora.ranks)
-    state, frozen = _start_state(job, optimizer, origin)
-    if config.objective.reference == "cached":
-        start = frozen if config.lora.rank else state.params
-        store = scored_store(job.stage.folder, store, config, job.model, start, origin.digest, job.mesh)
-        job = dataclasses.replace(job, store=store, stream=dataclasses.replace(job.stream, store=store))
-    first, ledger = 0, dict.fromkeys(sources, 0)
-    saved = restore_newest(job.stage.folder, _like(state.model), _like(state.rest))
-    if saved:
-        first, ledger = saved.step, saved.record["ledger"]
-        check_past_rates(config, saved.record["rates"], first)
-        state = joined_state(saved.params, saved.optimizer)
-        print(f"train: resumed at step {first}", file=sys.stderr)
+    optimizer = make_optimizer(job.config.optimizer, job.model, job.clock, job.config.lora.ranks)
+    job, state, frozen, first, ledger = _begin(job, optimizer, origin)
+    config, store, sources, steps = job.config, job.store, job.store.sources("train"), job.clock.run
     checkpoints = Checkpoints(job.stage.folder, config.checkpoints, config.log.every, job.folder.before_commit)
 
     # ---- Compiled steps, the stream of batches, the books
@@ -193,22 +181,47 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
     if stop:
         print(f"train: stopped by {stopping.reason}, step {step} is saved; the same command goes on", file=sys.stderr)
         sys.exit(EXIT_RESUME)
+    return _result(job, state, held, meter.ledger)
+
+
+def _begin(
+    job: Job, optimizer: Optimizer, origin: FoundModel | None
+) -> tuple[Job, TrainState, dict | None, int, dict[str, int]]:
+    """(the job with what its reference says of its store, state, what steps read beside it, steps done, ledger).
+
+    The state is that of this run's newest checkpoint, or starts from init_from, or is drawn from the seed.
+    """
+    config, store = job.config, job.store
+    state, frozen = _start_state(job, optimizer, origin)
+    if config.objective.reference == "cached":
+        start = frozen if config.lora.rank else state.params
+        store = scored_store(job.stage.folder, store, config, job.model, start, origin.digest, job.mesh)
+        job = dataclasses.replace(job, store=store, stream=dataclasses.replace(job.stream, store=store))
+    saved = restore_newest(job.stage.folder, _like(state.model), _like(state.rest))
+    if saved is None:
+        return job, state, frozen, 0, dict.fromkeys(store.sources("train"), 0)
+    check_past_rates(config, saved.record["rates"], saved.step)
+    print(f"train: resumed at step {saved.step}", file=sys.stderr)
+    return job, joined_state(saved.params, saved.optimizer), frozen, saved.step, saved.record["ledger"]
+
+
+def _result(job: Job, state: TrainState, held: dict[str, float], ledger: dict[str, int]) -> dict:
     if diverged := [name for name, value in held.items() if not math.isfinite(value)]:
         raise UserError(
             f"{job.stage.folder}: the model has diverged: after the last step {', '.join(diverged)} of held-out data "
             "is no number. `ctllm report` shows since when; a smaller learning rate may help, in another folder"
         )
     return {
-        "step": steps,
+        "step": job.clock.run,
         "validation": held,
-        "ledger": meter.ledger,
-        "rates": rates(config, steps),
+        "ledger": ledger,
+        "rates": rates(job.config, job.clock.run),
         "skipped": int(state.skipped),
         "parameters": count_params(job.model),
     }
 
 
-def _start_state(job: Job, optimizer, origin: FoundModel | None) -> tuple[TrainState, dict | None]:
+def _start_state(job: Job, optimizer: Optimizer, origin: FoundModel | None) -> tuple[TrainState, dict | None]:
     """(state at step 0 laid out over the mesh, what its steps read beside it and leave as it is).
 
     That is what LoRA's adapters are beside, or DPO's live reference, or None.
