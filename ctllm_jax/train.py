@@ -130,7 +130,7 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
     vote = processes.Vote(job.mesh)
     if first in (0, steps):
         whole = joined(config.lora, state.model, frozen)
-        held = in_loop.look(whole, frozen)
+        held = in_loop.evaluate(whole, frozen)
         config.checkpoints.check_known(held)
     if first == 0:
         log.write("eval", 0, {**held, **job.probes.chance})
@@ -149,7 +149,7 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
                 watch.at("evaluation", step)
                 meter.pause("evaluation")
                 whole = joined(config.lora, state.model, frozen)
-                held = in_loop.look(whole, frozen)
+                held = in_loop.evaluate(whole, frozen)
                 config.checkpoints.check_known(held)
                 samples.write(step, in_loop.sample(whole))
                 log.write("eval", step, {**held, **meter.go_on()})

@@ -158,7 +158,7 @@ class InLoop:
         self._questions = Questions(probes, model, mesh) if probes.questions else None
         self._samples = Samples(probes, model, mesh) if probes.prompts else None
 
-    def look(self, params: dict, reference: dict | None) -> dict[str, float]:
+    def evaluate(self, params: dict, reference: dict | None) -> dict[str, float]:
         """Figures of held-out data, as `HeldOut.evaluate` gives them, and the accuracy of each task."""
         accuracies = self._questions.accuracies(params) if self._questions else {}
         return {**self._held_out.evaluate(params, reference), **accuracies}

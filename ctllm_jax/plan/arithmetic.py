@@ -26,7 +26,7 @@ from ctllm_jax.step import abstract_batch, abstract_state
 from ctllm_jax.train_config import TrainConfig
 
 FP32 = 4
-_ANY_CLOCK = Clock(tokens=1, epoch=1.0, run=1)  # shapes do not depend on it
+_ANY_CLOCK = Clock(tokens=1, epoch=1.0, run=10**12)  # longer than any schedule; shapes do not depend on it
 
 
 @dataclasses.dataclass(frozen=True)
