@@ -7,7 +7,8 @@
 `:ct_llm` takes the benchmarks of CT-LLM's table, in the protocols that its scores were probably made with; `:chinese`
 all Chinese ones. BENCHMARKS holds a folder for each benchmark, with its files as published; where one is missing, the
 message says what belongs there, or `--config.partly` goes on without it and says so. The declarations are in
-ctllm_jax/evaluate/tasks; the path of a TOML file of your own is as good as their names.
+ctllm_jax/evaluate/tasks; the path of a TOML file of your own is as good as their names. `--config.chat=True` asks tasks
+that a model answers in words (GSM8K, HumanEval, CValues, ceval_gen) in its chat template and calls them NAME_chat.
 
 One device is enough; of several in a machine each holds the whole model and works on blocks of items of its own (run on
 virtual CPU devices, not on several GPUs). A scoring batch of 4,096 tokens needs 2.1 GB for the 2B model's logits,

@@ -314,7 +314,7 @@ def test_keys_pass_their_own_rules_on_the_published_files():
 
 def test_points_weigh_items_within_and_between_subjects(tmp_path):
     task = dataclasses.replace(load_task("gaokao_parts_gen"), subsets={"arts": ("a", "b")})
-    entry = {"shots": 0, "cut": 0, "failed": {"score": False}}
+    entry = {"shots": 0, "cut": 0, "finished": True, "failed": {"score": False}}
     log = {
         "a": [{**entry, "right": {"score": 1.0}, "points": 20.0}, {**entry, "right": {"score": 0.5}, "points": 10.0}],
         "b": [{**entry, "right": {"score": 0.0}, "points": 10.0}],

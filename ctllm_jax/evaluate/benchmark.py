@@ -13,7 +13,7 @@ import numpy as np
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.evaluate.declarations import Benchmark, Item, Task, fill
 from ctllm_jax.evaluate.declarations import options as templates
-from ctllm_jax.evaluate.encoding import encode_open, encode_options
+from ctllm_jax.evaluate.encoding import encode_open, encode_options, end_ids
 from ctllm_jax.evaluate.engine import Score, score_groups
 from ctllm_jax.evaluate.extract import agreement, extracted, failed
 from ctllm_jax.evaluate.jail import Limits, run_programs
@@ -136,14 +136,13 @@ def _documents(model: LoadedModel, task: Task, items: list[Item], batch_tokens: 
 def _written(
     model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool, isolate: bool
 ) -> list[dict]:
-    task = benchmark.task
+    task, stops = benchmark.task, end_ids(model, benchmark)
     encoded = encode_open(model, benchmark, subset, items, bos)
     greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-    stops = [model.tokenizer.eos_id]
     outputs = generate(model, [ids for _, ids, _, _ in encoded], max_tokens=task.max_tokens, **greedy, stop_ids=stops)
     log = []
     for item, (prompt, _, shots, cut), ids in zip(items, encoded, outputs, strict=True):
-        text = model.tokenizer.decode([token for token in ids if token not in stops])
+        whole = text = model.tokenizer.decode([token for token in ids if token not in stops])
         for stop in task.stop:
             text = text.split(stop)[0]
         answers = {metric: extracted(name, text, item.answers) for metric, name in task.extract.items()}
@@ -152,6 +151,7 @@ def _written(
                 "id": item.id,
                 "prompt": prompt,
                 "text": text,
+                "finished": not stops.isdisjoint(ids) or text != whole,
                 "extracted": answers,
                 "accepted": item.answers,
                 "failed": {metric: failed(answer) for metric, answer in answers.items()},
@@ -201,6 +201,7 @@ def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
             "chance": None,
             "headline": next(iter(task.extract)),
             "failed": {metric: sum(entry["failed"][metric] for entry in entries) for metric in task.extract},
+            "unfinished": sum(not entry["finished"] for entry in entries),
             "scores": _scores(task, log, task.extract),
         }
     if task.kind == "word":

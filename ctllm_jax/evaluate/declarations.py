@@ -27,6 +27,7 @@ from ctllm_jax.evaluate.rows import PREPARE
 
 TASKS = pathlib.Path(__file__).parent / "tasks"
 PROTOCOL_VERSION = 1  # of what the code does with a declaration; part of every protocol hash
+CHAT = "_chat"  # what the name of a task ends with that is asked in conversation
 
 # How the options of a choice task are scored, or that there are none:
 # - ppl: the whole text's negative log-likelihood over its tokens, the smallest wins (OpenCompass)
@@ -165,6 +166,7 @@ class Benchmark:
 
     Attributes:
       missing: subsets whose files are not there, if that is allowed; they are in neither `items` nor `examples`.
+      chat: whether a generate task is asked in the model's chat template (`prompts.turns`), see `in_conversation`.
     """
 
     task: Task
@@ -172,6 +174,7 @@ class Benchmark:
     examples: dict[str, list[Item]]
     protocol: str
     missing: tuple[str, ...] = ()
+    chat: bool = False
 
     def __len__(self) -> int:
         return sum(map(len, self.items.values()))
@@ -252,6 +255,15 @@ def load_benchmark(task: Task, data: str, partly: bool = False) -> Benchmark:
         raise next(iter(missing.values()))
     protocol = fingerprint([PROTOCOL_VERSION, dataclasses.asdict(task) | {"home": ""}, digests])
     return Benchmark(task, found, examples, protocol, tuple(missing))
+
+
+def in_conversation(benchmark: Benchmark) -> Benchmark:
+    """A generate task for models that converse, under a name and a protocol of its own: scores of the two are never
+    taken for each other."""
+    task, protocol = benchmark.task, fingerprint([benchmark.protocol, "chat", PROTOCOL_VERSION])
+    source = f"{task.source}; asked in the model's chat template, examples as turns"
+    task = dataclasses.replace(task, name=task.name + CHAT, source=source)
+    return dataclasses.replace(benchmark, task=task, protocol=protocol, chat=True)
 
 
 def _examples(task: Task, subset: str, title: str, items) -> list[Item]:

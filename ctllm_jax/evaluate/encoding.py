@@ -6,11 +6,15 @@ counted.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.data.chat import ChatTemplate, own_template
+from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.evaluate.declarations import Benchmark, Item, Task
 from ctllm_jax.evaluate.engine import Request
-from ctllm_jax.evaluate.prompts import Prompt, head, open_prompt, option_prompts
+from ctllm_jax.evaluate.prompts import Prompt, head, open_prompt, option_prompts, turns
 from ctllm_jax.evaluate.scoring import encode_pairs, fitted
 from ctllm_jax.loading import LoadedModel
 
@@ -103,25 +107,66 @@ def _texts(task: Task, prompt: Prompt) -> tuple[str, str]:
     return prompt.text, prompt.context + prompt.delimiter
 
 
+@functools.lru_cache(maxsize=1)
+def _template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The model's own template, made once for all blocks: it reads a tokenizer's file again."""
+    return own_template(tokenizer)
+
+
+def end_ids(model: LoadedModel, benchmark: Benchmark) -> set[int]:
+    """Ids after which a written answer ends."""
+    template_ends = _template(model.tokenizer).end_ids if benchmark.chat else ()
+    return {model.tokenizer.eos_id, *template_ends}
+
+
 def encode_open(
     model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool
-) -> list[tuple[str, list[int], int, int]]:
-    """(prompt, ids, solved examples in it, ids cut off its beginning) of each item of a generate task."""
+) -> list[tuple[str | list[dict], list[int], int, int]]:
+    """(prompt, ids, solved examples in it, ids cut off its beginning) of each item of a generate task.
+
+    The prompt of a benchmark asked in conversation is its messages (`prompts.turns`), which the model's own chat
+    template renders; `bos` does not count there, a template opens as it was learned.
+
+    Raises:
+      UserError: the answers do not fit the model, it has no chat template, or that refuses an item.
+    """
     task = benchmark.task
     limit = model.config.max_length - task.max_tokens
     if limit < 1:
         raise UserError(f"{task.name}: {task.max_tokens} new tokens do not fit {model.name}")
     count = task.shots.count if task.shots else 0
     least = 0 if task.shots and task.shots.drop else count
-    opening = opening_ids(model, bos)
-    prompts = [open_prompt(task, item, head(benchmark, subset, count)) for item in items]
+    ask, encode = _turns(model, benchmark) if benchmark.chat else _plain(model, benchmark, subset, bos)
+    prompts = [ask(item, count) for item in items]
     found = []
-    for item, prompt, ids in zip(items, prompts, model.tokenizer.encode_batch(prompts), strict=True):
+    for item, prompt, ids in zip(items, prompts, encode(prompts), strict=True):
         shots = count
-        while len(opening) + len(ids) > limit and shots > least:
+        while len(ids) > limit and shots > least:
             shots -= 1
-            prompt = open_prompt(task, item, head(benchmark, subset, shots))
-            ids = model.tokenizer.encode(prompt)
-        cut = max(0, len(opening) + len(ids) - limit)
-        found.append((prompt, [*opening, *ids][cut:], shots, cut))
+            prompt = ask(item, shots)
+            [ids] = encode([prompt])
+        cut = max(0, len(ids) - limit)
+        found.append((prompt, ids[cut:], shots, cut))
     return found
+
+
+def _plain(model: LoadedModel, benchmark: Benchmark, subset: str, bos: bool) -> tuple[Callable, Callable]:
+    """How an item is asked with a number of examples, and how such prompts are encoded."""
+    opening = opening_ids(model, bos)
+    return (
+        lambda item, shots: open_prompt(benchmark.task, item, head(benchmark, subset, shots)),
+        lambda prompts: [[*opening, *ids] for ids in model.tokenizer.encode_batch(prompts)],
+    )
+
+
+def _turns(model: LoadedModel, benchmark: Benchmark) -> tuple[Callable, Callable]:
+    """The same in conversation."""
+    template = _template(model.tokenizer)
+
+    def encode(talks: list[list[dict]]) -> list[list[int]]:
+        try:
+            return [template.render_prompt(talk) for talk in talks]
+        except UserError as error:
+            raise UserError(f"{benchmark.task.name}: {error}") from None
+
+    return lambda item, shots: turns(benchmark, item, shots), encode

@@ -14,9 +14,10 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json, read_jsonl, write_json, write_jsonl
 from ctllm_jax.common.manifest import Stage, fingerprint, open_stage
 from ctllm_jax.compiled import keep_compiled
+from ctllm_jax.data.chat import own_template
 from ctllm_jax.data.store import open_store
 from ctllm_jax.evaluate.benchmark import blocks, evaluate_block, summary
-from ctllm_jax.evaluate.declarations import Benchmark, Item, load_benchmark, load_task
+from ctllm_jax.evaluate.declarations import Benchmark, Item, in_conversation, load_benchmark, load_task
 from ctllm_jax.evaluate.devices import on_each_device, spread
 from ctllm_jax.evaluate.jail import isolated
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
@@ -42,7 +43,7 @@ class EvalConfig:
     limit: int | None  # [items] most items of each of a benchmark's subsets, for a trial; None takes all
     bos: bool  # open benchmarks' prompts with the beginning-of-document id
     prompts: tuple[str, ...]  # continued in samples.jsonl
-    chat: bool  # wrap the prompts as a user's message in the chat template
+    chat: bool  # prompts and generate tasks (then NAME_chat) as a user's message in the model's chat template
     sampling: SamplingConfig  # of generated answers and samples
     batch_tokens: int  # [tokens] most tokens of a scoring batch; speed and memory only
 
@@ -59,6 +60,8 @@ def run(config: EvalConfig, workdir: str) -> dict:
         raise UserError("eval: nothing to do; give config.benchmarks, config.perplexity.store or config.prompts")
     keep_compiled()
     model = load_model(config.model, config.step, config.dtype)
+    if any(benchmark.chat for benchmark in benchmarks):
+        own_template(model.tokenizer)  # a model without one is told before anything is worked out
     settings = {**dataclasses.asdict(config), "model": None, "step": None}
     settings |= {"benchmarks": None, "data": None, "partly": None, "unsafe_programs": None}
     settings["perplexity"]["store"] = None
@@ -67,7 +70,7 @@ def run(config: EvalConfig, workdir: str) -> dict:
         "store": store.fingerprint if store else None,
         "benchmarks": {benchmark.task.name: benchmark.protocol for benchmark in benchmarks},
     }
-    stage = open_stage("eval", 5, workdir, settings, inputs)
+    stage = open_stage("eval", 6, workdir, settings, inputs)
     if stage.done:
         print(table(stage.result))
         return stage.result
@@ -96,7 +99,8 @@ def _benchmarks(config: EvalConfig) -> tuple[list[Benchmark], list[str]]:
     for name in config.benchmarks:
         task = load_task(name)
         try:
-            found.append(load_benchmark(task, config.data, config.partly))
+            benchmark = load_benchmark(task, config.data, config.partly)
+            found.append(in_conversation(benchmark) if config.chat and task.kind == "generate" else benchmark)
         except MissingFiles as error:
             if not config.partly:
                 raise

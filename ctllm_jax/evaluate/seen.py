@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, read_jsonl
 from ctllm_jax.common.manifest import read_result
+from ctllm_jax.evaluate.declarations import CHAT
 from ctllm_jax.evaluate.summary import item_score, mean
 
 
@@ -31,11 +32,12 @@ def scores_apart(evaluation: str | os.PathLike, seen: Mapping[str, set[str]]) ->
     """
     parts, result = {}, read_result(evaluation, "eval")[1]
     for name, about in result["benchmarks"].items():
-        if name not in seen or "scores" not in about:
+        task = name.removesuffix(CHAT)  # the same items, asked otherwise
+        if task not in seen or "scores" not in about:
             continue
         paths = sorted((as_path(evaluation) / "parts" / name).glob("*.jsonl"))
         entries = [entry for path in paths for entry in read_jsonl(path)]
-        strangers = seen[name] - {entry["id"] for entry in entries}
+        strangers = seen[task] - {entry["id"] for entry in entries}
         if strangers and result["limit"] is None:
             raise UserError(
                 f"{evaluation}: {name} has no item {min(strangers)!r}, which the training data holds; was it "
@@ -43,7 +45,7 @@ def scores_apart(evaluation: str | os.PathLike, seen: Mapping[str, set[str]]) ->
             )
         kind, metric = about["kind"], about["headline"]
         parts[name] = {
-            part: _mean(kind, metric, [entry for entry in entries if (entry["id"] in seen[name]) in wanted])
+            part: _mean(kind, metric, [entry for entry in entries if (entry["id"] in seen[task]) in wanted])
             for part, wanted in (("all", (False, True)), ("clean", (False,)), ("seen", (True,)))
         }
     return parts

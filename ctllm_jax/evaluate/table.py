@@ -21,7 +21,7 @@ def _perplexity(sources: dict) -> list[str]:
 
 def _benchmarks(benchmarks: dict) -> list[str]:
     """Scores in per cent: subsets weighed equally (macro) and by size (micro), groups of subsets below their task."""
-    heads = ["questions", "by", "macro", "+-", "micro", "chance", "unreadable", "cut", "fewer shots"]
+    heads = ["questions", "by", "macro", "+-", "micro", "chance", "unreadable", "unfinished", "cut", "fewer shots"]
     lines = [_row("benchmark", heads)]
     for name, found in benchmarks.items():
         if found["kind"] == "rolling":
@@ -34,7 +34,7 @@ def _benchmarks(benchmarks: dict) -> list[str]:
         if found["missing"]:
             lines.append(f"{name}: without {', '.join(found['missing'])}, for want of files")
         score, failed = found["scores"][found["headline"]], found.get("failed", {}).get(found["headline"])
-        counts = [_number(value) for value in (failed, found["cut"], found["fewer_shots"])]
+        counts = [_number(n) for n in (failed, found.get("unfinished"), found["cut"], found["fewer_shots"])]
         lines.append(_row(name, [_number(score["n"]), found["headline"], *_averages(score, found["chance"]), *counts]))
         for group, own in score["groups"].items():
             lines.append(_row(f"  {group}", [_number(own["n"]), "", *_averages(own, found["chance"])]))
