@@ -6,6 +6,7 @@ was cut short goes on with the blocks that are missing and ends in the same byte
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -15,7 +16,7 @@ from ctllm_jax.evaluate.declarations import Benchmark, Item, Task, fill
 from ctllm_jax.evaluate.declarations import options as templates
 from ctllm_jax.evaluate.encoding import encode_open, encode_options, end_ids
 from ctllm_jax.evaluate.engine import Score, score_groups
-from ctllm_jax.evaluate.extract import agreement, extracted, failed
+from ctllm_jax.evaluate.extract import UNDECIDED, agreement, extracted, failed
 from ctllm_jax.evaluate.jail import Limits, run_programs
 from ctllm_jax.evaluate.scoring import rolling
 from ctllm_jax.evaluate.summary import item_score, mean, perplexity, summarise
@@ -203,6 +204,7 @@ def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
             "failed": {metric: sum(entry["failed"][metric] for entry in entries) for metric in task.extract},
             "unfinished": sum(not entry["finished"] for entry in entries),
             "scores": _scores(task, log, task.extract),
+            **({"decided": decided} if (decided := _decided(task, log)) else {}),
         }
     if task.kind == "word":
         found = perplexity([entry["logprobs"][0] for entry in entries])
@@ -218,6 +220,24 @@ def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
         "close": sum(entry["margins"][HEADLINE[task.kind]] < 1e-4 for entry in entries),
         "scores": _scores(task, log, entries[0]["picked"]),
     }
+
+
+def _decided(task: Task, log: dict[str, list[dict]]) -> dict:
+    """Of each metric whose answers may be no decision: `outcomes`, how often each answer came, and `scores` of the
+    items that are decided, None where none is."""
+    found = {}
+    for metric, extractor in task.extract.items():
+        if extractor not in UNDECIDED:
+            continue
+        decided = {
+            subset: kept
+            for subset, own in log.items()
+            if (kept := [entry for entry in own if entry["extracted"][metric] not in UNDECIDED[extractor]])
+        }
+        answers = Counter(entry["extracted"][metric] for own in log.values() for entry in own)
+        scores = _scores(task, decided, [metric])[metric] if decided else None
+        found[metric] = {"outcomes": dict(sorted(answers.items())), "scores": scores}
+    return found
 
 
 def _scores(task: Task, log: dict[str, list[dict]], metrics: Iterable[str]) -> dict:

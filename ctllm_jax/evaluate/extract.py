@@ -1,7 +1,8 @@
 """Answers taken from what a model wrote, and held to the accepted ones.
 
 OpenCompass's and lm-eval-harness's rules, quirks included, since published scores were made with them. An extractor
-that finds nothing gives "", "NULL" or "[invalid]", as theirs do; `failed` knows them, and failures are counted.
+that finds nothing gives "", "NULL", "[invalid]" or "Need_Check", as theirs do; `failed` knows them, and failures are
+counted.
 """
 
 import ast
@@ -10,7 +11,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from ctllm_jax.evaluate import exams
+from ctllm_jax.evaluate import exams, replies
 from ctllm_jax.evaluate.math_answers import equivalent_plain, equivalent_v2, final_answer, final_answer_v2
 
 _CODE = re.compile(r"```(.*?)```", re.DOTALL)
@@ -18,7 +19,7 @@ _CODE = re.compile(r"```(.*?)```", re.DOTALL)
 
 def failed(answer: str) -> bool:
     """Whether an extractor found nothing."""
-    return answer in ("", "NULL", "[invalid]")
+    return answer in ("", "NULL", "[invalid]", replies.NEED_CHECK)
 
 
 # ---- Options
@@ -268,9 +269,13 @@ EXTRACTORS: dict[str, Callable[[str], str]] = {
             *(lambada, tydiqa, theoremqa, gsm8k, gsm8k_strict, gsm8k_flexible, humaneval, humaneval_first),
             *(humaneval_block, humaneval_last_block, humaneval_indented, mbpp, mbpp_2026),
             *(exams.several_options, exams.five_of_seven, exams.agieval_math, exams.cmrc, exams.cmath),
+            replies.preferred_reply,
         )
     },
 }
+# Rules whose answers are outcomes with names, which are counted, and the outcomes that are no decision: averages are
+# given over the decided items, too.
+UNDECIDED: dict[str, tuple[str, ...]] = {"preferred_reply": replies.UNDECIDED}
 # Rules that go by the number of letters in the key.
 COUNTED: dict[str, Callable[[str, int], str]] = {"answer_sheet": exams.answer_sheet}
 

@@ -36,9 +36,18 @@ def _benchmarks(benchmarks: dict) -> list[str]:
         score, failed = found["scores"][found["headline"]], found.get("failed", {}).get(found["headline"])
         counts = [_number(n) for n in (failed, found.get("unfinished"), found["cut"], found["fewer_shots"])]
         lines.append(_row(name, [_number(score["n"]), found["headline"], *_averages(score, found["chance"]), *counts]))
+        if decided := found.get("decided", {}).get(found["headline"]):
+            lines += _decided(decided)
         for group, own in score["groups"].items():
             lines.append(_row(f"  {group}", [_number(own["n"]), "", *_averages(own, found["chance"])]))
     return lines
+
+
+def _decided(found: dict) -> list[str]:
+    """The score of the items that are decided, and how often each outcome came."""
+    own, outcomes = found["scores"], ", ".join(f"{name} {n:,}" for name, n in found["outcomes"].items())
+    score = [_row("  where decided", [_number(own["n"]), "", *_averages(own, None)])] if own else []
+    return [*score, f"  outcomes: {outcomes}"]
 
 
 def _leanings(name: str, found: dict) -> list[str]:
