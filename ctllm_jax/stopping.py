@@ -20,6 +20,7 @@ from collections.abc import Iterator
 _KEYS = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
 _PAUSE = 2.0  # seconds between two looks; a spot machine has 30 from its notice to its end
 _PATIENCE = 5.0  # seconds that the server may take to answer
+ECHO = 1.0  # seconds: some schedulers signal a process and what stands before it, which passes the signal on
 
 
 @dataclasses.dataclass
@@ -41,12 +42,18 @@ class Stopping:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Stopping]:
-    """Turns SIGTERM and Ctrl-C into a request that the loop honours after the step at hand; a second one kills."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop honours after the step at hand; a second one kills.
+
+    What comes within ECHO seconds is the same one.
+    """
     stopping = Stopping()
     numbers = (signal.SIGTERM, signal.SIGINT)
 
     def request(*_):
         stopping.request("a signal")
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        time.sleep(ECHO)  # here, for handlers can be set in this thread alone, and a default one ends even what hangs
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
 

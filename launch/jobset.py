@@ -275,7 +275,9 @@ def script(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
         variables["JAX_PROCESS_ID"] = '"$JOB_COMPLETION_INDEX"'
     config = [f"--config={_path(f'{place.source}/{plan.config}')}"] if plan.config else []
     arguments = shlex.join([*plan.arguments, *(["--config.distributed=True"] if several else [])])
-    words = [_path(place.interpreter), "-m", "ctllm_jax.cli", plan.payload.verb, *config, arguments]
+    python = _path(place.interpreter)
+    before = [python, "-m", "launch.task", "''", shlex.quote(",".join(plan.secrets))]  # a cluster keeps what pods print
+    words = [*before, python, "-m", "ctllm_jax.cli", plan.payload.verb, *config, arguments]
     if place.environment:
         missing = f"no {place.interpreter} in the image; leave --environment out, and one is made"
         install = f"  if [ ! -x {shlex.quote(place.interpreter)} ]; then echo {shlex.quote(missing)}; return 2; fi"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -15,11 +16,11 @@ from typing import IO, Any, TextIO
 
 from ctllm_jax.common.children import die_with_parent
 from launch import keeper
+from launch.hide import Hider
 from launch.lines import Lines
 
 _BEAT = 5.0  # seconds between two signs of life to a keeper
 _FAREWELL = 10.0  # seconds that a keeper has to end what it was told to kill
-_SHORTEST_SECRET = 6  # characters; what is shorter stands in many a line by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +47,10 @@ class Process:
             return line
         return f"{line}\n  reads: {self._first_line(dict.fromkeys(self.secrets, '***'))}"
 
-    def hide(self, line: bytes) -> bytes:
+    @functools.cached_property
+    def hide(self) -> Hider:
         """A line of its output without the secrets that it was given."""
-        for name, value in self.secrets.items():
-            if len(value) >= _SHORTEST_SECRET:
-                line = line.replace(value.encode(), f"<{name}>".encode())
-        return line
+        return Hider(self.secrets)
 
     def first_line(self) -> bytes:
         return f"{self._first_line(self.secrets)}\n".encode()

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import ROOT
 from ctllm_jax.verbs import Option
+from launch import hide
 from launch.target import Payload
 
 OPTIONS = {
@@ -250,9 +251,14 @@ def forwarded(names: str) -> dict[str, str]:
     """The variables of ours that the user wants there.
 
     Raises:
-      UserError: one is not set.
+      UserError: one is not set, or too short to be hidden.
     """
     wanted = [name for name in names.split(",") if name]
     if missing := [name for name in wanted if name not in os.environ]:
         raise UserError(f"launch: --forward={missing[0]}: no such environment variable here")
+    if short := [name for name in wanted if not hide.pieces(os.environ[name])]:
+        raise UserError(
+            f"launch: --forward={short[0]}: its value is too short to be hidden in what is printed (6 characters at "
+            "least, in one line); one that is no secret goes into --variables"
+        )
     return {name: os.environ[name] for name in wanted}

@@ -25,8 +25,8 @@ _ANSWER = 60  # seconds that a command of SLURM may take
 _ALIVE = "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING REQUEUED REQUEUE_HOLD SIGNALING STAGE_OUT RESIZING".split()
 _KEPT = "HOME USER PATH LANG SHELL".split()  # what a job has of our environment, besides what is forwarded
 
-# The job's shell script. Tasks note how they ended in `$statuses`: srun's own status does not tell who failed. A task
-# that has saved (75) must not look failed to SLURM, which would ask those again that are still saving.
+# The job's shell script. Tasks (`launch.task`) note how they ended in `$statuses`: srun's own status does not tell who
+# failed.
 _BODY = r"""
 set -u
 job={job}
@@ -61,17 +61,7 @@ while :; do
   rm -f "$statuses"
   export JAX_COORDINATOR_ADDRESS=$host:$((20000 + (SLURM_JOB_ID * 16 + attempt) % 12000))
   attempt=$((attempt + 1))
-  # shellcheck disable=SC2016 # for the shell of the task
-  srun --label --export=ALL --kill-on-bad-exit=1 bash -c '
-    trap : TERM QUIT
-    statuses=$1
-    shift
-    JAX_PROCESS_ID=$SLURM_PROCID "$@"
-    status=$?
-    echo "$status" >> "$statuses"
-    if [ "$status" -eq 75 ]; then status=0; fi
-    exit "$status"
-  ' task "$statuses" \
+  srun --label --export=ALL --kill-on-bad-exit=1 {python} -m launch.task "$statuses" {secrets} \
     {command} &
   step=$!
   again=yes
@@ -160,7 +150,8 @@ def script(plan: Plan, options: Mapping[str, Any], job: pathlib.Path) -> str:
         "export": ",".join([*_KEPT, *plan.secrets]),
     }
     lines = ["#!/bin/bash", *(f"#SBATCH --{name}={value}" for name, value in heads.items()), "#SBATCH --requeue"]
-    words = [home / place.interpreter, "-m", "ctllm_jax.cli", plan.payload.verb]
+    python = home / place.interpreter
+    words = [python, "-m", "ctllm_jax.cli", plan.payload.verb]
     words += [f"--config={source}/{plan.config}"] if plan.config else []
     words += [*plan.arguments, *(["--config.distributed=True"] if count > 1 else [])]
     devices = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(options["devices"])} if options["devices"] else {}
@@ -171,6 +162,8 @@ def script(plan: Plan, options: Mapping[str, Any], job: pathlib.Path) -> str:
         processes=count,
         source=shlex.quote(str(source)),
         variables=variables,
+        python=shlex.quote(str(python)),
+        secrets=shlex.quote(",".join(plan.secrets)),
         command=shlex.join(map(str, words)),
         restarts=options["restarts"],
     )

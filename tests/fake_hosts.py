@@ -87,7 +87,9 @@ class Hosts:
 def repository(folder: pathlib.Path) -> pathlib.Path:
     """A small checkout with what a host needs of ours, committed."""
     files = {"setup.py": b"", "requirements.lock": b"", ".gitignore": b"runs/\n"}
-    for name in ("launch/__init__.py", "launch/keeper.py", "ctllm_jax/common/children.py", "configs/pretrain.py"):
+    names = ["__init__", "hide", "keeper", "lines", "task"]
+    names = [f"launch/{name}.py" for name in names] + [f"ctllm_jax/common/{name}.py" for name in ("children", "status")]
+    for name in [*names, "configs/pretrain.py"]:
         files[name] = (ROOT / name).read_bytes()
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

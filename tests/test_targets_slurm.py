@@ -54,7 +54,9 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(hosts, capsys, monkeypa
     assert " XLA_FLAGS='--a --b' JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=3\n" in out
     tree = f"{os.environ['HOME']}/.ctllm/code/{ship.code('', hosts.checkout).tree}"
     command = f"train --config={tree}/configs/pretrain.py:tiny '--config.data.store=a b' --workdir=RUN"
-    assert f"{hosts.environment}/bin/python -m ctllm_jax.cli {command} --config.distributed=True &\n" in out
+    python = f"{hosts.environment}/bin/python"
+    assert f'--kill-on-bad-exit=1 {python} -m launch.task "$statuses" TOKEN \\\n' in out
+    assert f"    {python} -m ctllm_jax.cli {command} --config.distributed=True &\n" in out
     assert out.splitlines()[-1].startswith(f"sbatch --parsable --partition=a '--time=1 2' {hosts.folder}/jobs/train-")
     if shutil.which("shellcheck"):
         script = hosts.folder / "script"
@@ -130,7 +132,7 @@ def test_failures_are_counted_the_resume_status_is_not_and_who_failed_is_known(t
         """
         attempt = len(list(FOLDER.glob(f"attempt{INDEX}.*")))
         (FOLDER / f"attempt{INDEX}.{attempt}").write_text(os.environ["JAX_COORDINATOR_ADDRESS"] + os.environ["TOKEN"])
-        print("here I am, CPUs:", os.environ["SLURM_CPUS_PER_TASK"], flush=True)
+        print("here I am, CPUs:", os.environ["SLURM_CPUS_PER_TASK"], os.environ["TOKEN"], flush=True)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         if INDEX == "1":
             time.sleep(1)
@@ -143,7 +145,7 @@ def test_failures_are_counted_the_resume_status_is_not_and_who_failed_is_known(t
     options = ["--per_node=2", "--restarts=1", "--forward=TOKEN", "--sbatch=--cpus-per-task=2"]
     status, out, err = ctllm(capsys, *launch(there, *options))
     assert status == 0, out + err
-    assert "1: here I am, CPUs: 2\n" in out and "launch: the step ended with status 5\n" in out
+    assert "1: here I am, CPUs: 2 <TOKEN>\n" in out and "launch: the step ended with status 5\n" in out
     assert out.count("launch: starting all processes again") == 2 and "(restart 1 of 1)" in out
     words = [(there.folder / f"attempt0.{attempt}").read_text() for attempt in range(3)]
     assert len(set(words)) == 3 and all(word.startswith("localhost:") and "tremendous" in word for word in words)

@@ -4,12 +4,14 @@ import contextlib
 import http.server
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 import types
 
 import pytest
-from test_processes import LONG, started, wait_for_step
+from test_processes import LONG, ROOT, started, wait_for_step
 from tiny_stores import tiny_store
 
 from ctllm_jax import processes, stopping, watch
@@ -313,3 +315,21 @@ def test_a_stopped_run_whose_save_hangs_ends_within_its_bound(tmp_path):
     assert running.returncode == EXIT_LOST and time.monotonic() - since < 60, log
     assert "the run was to stop (a signal) but has not in 0.1 min; process 0 ends" in log
     assert "in save" in next((tmp_path / "run" / "stacks").iterdir()).read_text() or "at save of step" in log
+
+
+def test_a_signal_that_arrives_twice_at_once_is_one_and_a_later_one_ends_it():
+    program = (
+        "import time; from ctllm_jax.stopping import stop_on_signal\n"
+        "with stop_on_signal() as stopping:\n    print('ready', flush=True)\n"
+        "    while not stopping.requested: time.sleep(0.01)\n    print('asked', flush=True); time.sleep(1000)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        time.sleep(0.2)
+        process.terminate()  # what stood before it has passed it on
+        assert process.stdout.readline() == "asked\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        process.terminate()
+        assert process.wait(60) == -signal.SIGTERM

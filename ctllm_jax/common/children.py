@@ -1,7 +1,8 @@
-"""Child processes that do not outlive the process that started them."""
+"""Child processes that do not outlive the process that started them, and signals that do not end them."""
 
 import ctypes
 import os
+import pathlib
 import signal
 import sys
 from collections.abc import Callable
@@ -24,3 +25,13 @@ def die_with_parent() -> Callable[[], None]:
             os._exit(1)
 
     return ask
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process does something of its own with a signal, which could else end it; False where it is gone."""
+    try:
+        status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)

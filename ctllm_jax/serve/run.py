@@ -10,6 +10,7 @@ from ctllm_jax.serve.config import ServeConfig
 from ctllm_jax.serve.server import Server
 from ctllm_jax.serve.worker import warm_up
 from ctllm_jax.slots import Decoder
+from ctllm_jax.stopping import ECHO
 
 
 def run(config: ServeConfig, workdir: str | None) -> dict:
@@ -33,10 +34,12 @@ async def _serve(server: Server, name: str) -> bool:
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def ask_to_stop() -> None:
+        if stop.is_set():
+            return
         print("serve: finishing what is running; again to end at once", file=sys.stderr)
         stop.set()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+            loop.call_later(ECHO, loop.remove_signal_handler, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, ask_to_stop)
