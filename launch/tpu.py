@@ -3,6 +3,7 @@
 Everything goes through `gcloud`, whose login and project are the user's. A host gets one process; JAX finds the others
 in the TPU's own metadata. A queued resource that was made here is deleted when the job has ended, unless --keep; one
 that stops being active (a spot slice that was taken away) is deleted and asked for again, which counts as a restart.
+What Google refuses for good (quota, permission, an argument) ends the job with its words and the next step.
 """
 
 import json
@@ -21,7 +22,9 @@ from launch.target import Payload, Target
 
 _ANSWER = 300  # seconds that a command of gcloud may take
 _TICK = 10.0  # seconds between looks at a resource that is waited for
+_LONGEST_TICK = 600.0  # seconds between two requests of which none was granted, at most
 _OVER = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")  # it never becomes active again
+_FOR_GOOD = {3: "INVALID_ARGUMENT", 5: "NOT_FOUND", 7: "PERMISSION_DENIED", 16: "UNAUTHENTICATED"}  # google.rpc.Code
 _NEXT = {  # what gcloud says: the next step
     "do not currently have an active account": "log in with `gcloud auth login`",
     "Reauthentication": "log in again with `gcloud auth login`",
@@ -134,33 +137,49 @@ class Slices:
         """Returns when the slices are there: used again, made, or made again.
 
         Raises:
-          UserError: gcloud refuses, or they are not there in time.
+          UserError: gcloud refuses, they failed for a reason that stays, or they are not there in time.
         """
-        until, told = time.monotonic() + 60 * self._options["queue_minutes"], ""
-        while (found := self._state()) != "ACTIVE":
-            if found in _OVER:
-                tell(f"{self._options['name']} is {found.lower()}; deleting it")
-                gcloud(self.delete())
-                found = ""
-            if not found:
-                tell(f"asking for {self._options['name']}")
-                gcloud(self.create())
-                self.made = True
-                continue
-            if found != told:
-                tell(f"{self._options['name']} is {found.lower().replace('_', ' ')}")
-                told = found
+        name, until = self._options["name"], time.monotonic() + 60 * self._options["queue_minutes"]
+        asked, lost = False, 0  # here; what failed before may have been mended since
+        told = last = ""  # the state; the last error
+        while True:
+            found, error = self._state()
+            if found == "ACTIVE":
+                return
+            why = f": {' '.join(error.get('message', '').split())[:500]}" if error else ""
+            last = why or last
+            if found == "FAILED" and asked and (error.get("code") in _FOR_GOOD or "uota" in why):
+                step = _step(f"{why} {_FOR_GOOD.get(error.get('code'), '')}")
+                raise UserError(f"launch tpu: {name} has failed{why}" + (f"; {step}" if step else ""))
             if time.monotonic() > until:
                 raise UserError(
-                    f"launch tpu: {self._options['name']} is still {found} after {self._options['queue_minutes']} "
-                    "minutes; wait longer with --queue_minutes, or take another --zone or --spot"
+                    f"launch tpu: {name} is still {found or 'not there'} after {self._options['queue_minutes']} "
+                    f"minutes{last}; wait longer with --queue_minutes, or take another --zone or --spot"
                 )
+            if found in _OVER:
+                tell(f"{name} is {found.lower()}{why}; deleting it")
+                gcloud(self.delete())
+                if asked:
+                    pause = min(_TICK * 2**lost, _LONGEST_TICK, max(until - time.monotonic(), 0))
+                    tell(f"asking again in {pause:.0f} s")
+                    time.sleep(pause)
+                    lost += 1
+                found = told = ""
+            if not found:
+                tell(f"asking for {name}")
+                gcloud(self.create())
+                self.made = asked = True
+                continue
+            if found != told:
+                tell(f"{name} is {found.lower().replace('_', ' ')}")
+                told = found
             time.sleep(_TICK)
 
-    def _state(self) -> str:
-        """As Google has it; empty where there is no such resource."""
+    def _state(self) -> tuple[str, Mapping[str, Any]]:
+        """(as Google has it, empty where there is no such resource; the error of one that failed: code, message)."""
         found = gcloud(self.describe_request(), allowed="NOT_FOUND")
-        return json.loads(found)["state"]["state"] if found.strip() else ""
+        state = json.loads(found)["state"] if found.strip() else {"state": ""}
+        return state["state"], state.get("failedData", {}).get("error", {})
 
 
 def gcloud(command: list[str], allowed: str = "no such error") -> str:
@@ -184,8 +203,13 @@ def gcloud(command: list[str], allowed: str = "no such error") -> str:
     if allowed in ended.stderr:
         return ""
     words = " ".join(ended.stderr.split()).removeprefix("ERROR: ")[:500] or f"status {ended.returncode}"
-    step = next((step for sign, step in _NEXT.items() if sign in words), "")
+    step = _step(words)
     raise UserError(f"launch tpu: {' '.join(command[:5])}: {words}" + (f"; {step}" if step else ""))
+
+
+def _step(words: str) -> str:
+    """The next step after what Google says; empty where we know none."""
+    return next((step for sign, step in _NEXT.items() if sign in words), "")
 
 
 def _line(command: Sequence[str]) -> str:

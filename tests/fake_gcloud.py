@@ -1,7 +1,8 @@
 """`gcloud compute tpus` as far as the launcher uses it: flags as in gcloud_flags.json, hosts that are folders here.
 
 In the folder FAKE_GCLOUD: `state` is the queued resource's (none: there is no such one), `says` an error that every
-command ends with, `calls` what was asked, `port` where the processes of a job meet, as a TPU's metadata would say.
+command ends with, `becomes` what one becomes that is asked for, a line each time (ACTIVE without it), `error` what
+FAILED is described with, `calls` what was asked, `port` where the processes of a job meet, as a TPU's metadata has it.
 """
 
 import json
@@ -32,9 +33,11 @@ def main() -> None:
     elif not state.exists():
         sys.exit(f"ERROR: (gcloud.compute.tpus.{verb.replace(' ', '.')}) NOT_FOUND: Resource '{name}' was not found")
     elif verb == "queued-resources describe":
-        print(json.dumps({"name": name, "state": {"state": state.read_text()}}))
+        failed = state.read_text() == "FAILED"
+        data = {"failedData": {"error": json.loads((folder / "error").read_text())}} if failed else {}
+        print(json.dumps({"name": name, "state": {"state": state.read_text(), **data}}))
         if state.read_text() == "WAITING_FOR_RESOURCES":
-            state.write_text("ACTIVE")
+            state.write_text(next_state(folder / "becomes"))
     elif verb == "queued-resources delete":
         state.unlink()
     elif verb == "tpu-vm describe":
@@ -58,6 +61,12 @@ def check(verb: str, flags: dict[str, str | None]) -> None:
     if wrong or missing or sum(flag in flags for flag in facts.get("one of", ())) != ("one of" in facts):
         print(f"ERROR: (gcloud) wrong command line: {wrong} {missing} {flags}", file=sys.stderr)
         sys.exit(2)
+
+
+def next_state(path: pathlib.Path) -> str:
+    first, *rest = path.read_text().split() if path.exists() else ["ACTIVE"]
+    path.write_text("\n".join(rest or ["ACTIVE"]))
+    return first
 
 
 def workers(folder: pathlib.Path) -> int:

@@ -1,5 +1,6 @@
 """`ctllm launch tpu` with a gcloud that checks commands against the vendor's reference; hosts are folders."""
 
+import json
 import pathlib
 import sys
 
@@ -12,6 +13,8 @@ from test_targets import TRAIN
 from launch import jobs, tpu
 
 FLAGS = ("--name=big", "--zone=us-east5-a", "--type=v5litepod-8", "--runtime=v2-alpha-tpuv5-lite")
+SLICES = {"name": "big", "zone": "z", "project": "", "slices": 1, "queue_minutes": 1, "type": "v5litepod-8"}
+SLICES |= {"runtime": "r", "spot": True}
 FAKE = pathlib.Path(__file__).with_name("fake_gcloud.py")
 
 
@@ -117,6 +120,57 @@ def test_what_google_refuses_is_one_line_with_the_next_step(hosts, capsys, says,
     assert status == 2 and last.startswith("ctllm: error: ") and says.removeprefix("ERROR: ") in last and step in last
 
 
+def fails(hosts: Hosts, code: int, message: str, *becomes: str) -> None:
+    """Queued resources that are asked for become this."""
+    (hosts.folder / "error").write_text(json.dumps({"code": code, "message": message}))
+    (hosts.folder / "becomes").write_text("\n".join(becomes))
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "step"),
+    [
+        (8, "Quota limit 'TPUV5sLitepodPerProject' exceeded.", "ask for more under IAM"),
+        (7, "The service account may not", "the account needs the role TPU Admin"),
+        (3, "Runtime version 'v9' is none", "versions list --zone=ZONE"),
+    ],
+)
+def test_what_fails_for_good_after_it_was_asked_for_is_said_once_and_not_asked_for_again(
+    hosts, capsys, code, message, step
+):
+    fails(hosts, code, message, *["FAILED"] * 5)
+    status, _, err = ctllm(capsys, *launch(hosts))
+    assert status == 2 and f"ctllm: error: launch tpu: big has failed: {message}; " in err and step in err
+    calls = [call.split()[1] for call in hosts.calls().splitlines()]
+    assert calls.count("create") == 1 and calls[-1] == "delete"  # it was made here
+
+
+def test_what_fails_for_want_of_machines_is_asked_for_again_with_growing_pauses_within_the_time(hosts, capsys):
+    fails(hosts, 8, "There is no more capacity in the zone", "FAILED", "FAILED", "SUSPENDED", "ACTIVE")
+    hosts.program("")
+    with pytest.MonkeyPatch.context() as patch:
+        slept = []
+        patch.setattr(tpu, "_TICK", 10.0)
+        patch.setattr(tpu.time, "sleep", lambda seconds: slept.append(seconds) if seconds >= 1 else None)
+        tpu.Slices(SLICES).ready(print)
+    out = capsys.readouterr().out
+    assert "big is failed: There is no more capacity in the zone; deleting it\nasking again in 10 s\n" in out
+    assert "big is suspended; deleting it\nasking again in 40 s\n" in out
+    assert [pause for pause in slept if pause > 10] == [20, 40]
+    (hosts.folder / "state").unlink()
+    fails(hosts, 8, "There is no more capacity in the zone", *["FAILED"] * 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu.time, "monotonic", iter(range(0, 10000, 10)).__next__)
+        with pytest.raises(tpu.UserError, match=r"still \w+ after 1 minutes: There is no more capacity in the zone; "):
+            tpu.Slices(SLICES).ready(print)
+
+
+def test_what_had_failed_before_is_asked_for_anew_for_it_may_have_been_mended(hosts, capsys):
+    fails(hosts, 8, "Quota limit exceeded", "ACTIVE")
+    (hosts.folder / "state").write_text("FAILED")
+    tpu.Slices(SLICES).ready(print)
+    assert capsys.readouterr().out.startswith("big is failed: Quota limit exceeded; deleting it\nasking for big\n")
+
+
 def test_a_verb_of_one_process_runs_on_a_slice_of_one_host_and_on_no_other(hosts, capsys):
     hosts.program("print('arguments', *sys.argv[1:])")
     evaluate = ["eval", "--config.model=RUN", "--workdir=SCORES"]
@@ -131,7 +185,7 @@ def test_slices_that_do_not_come_in_time_are_given_up(hosts, capsys, monkeypatch
     (hosts.folder / "state").write_text("PROVISIONING")
     monkeypatch.setattr(tpu.time, "monotonic", iter(range(0, 10000, 40)).__next__)
     with pytest.raises(tpu.UserError, match="big is still PROVISIONING after 1 minutes; wait longer"):
-        tpu.Slices({"name": "big", "zone": "z", "project": "", "slices": 1, "queue_minutes": 1}).ready(print)
+        tpu.Slices(SLICES).ready(print)
 
 
 def test_mistakes_are_one_line_each(hosts, capsys, monkeypatch):
