@@ -45,6 +45,7 @@ status=
 child=
 asked=
 again=
+life=
 
 # Kubernetes asks again when a Job fails, and a process that is asked twice ends without its save.
 # shellcheck disable=SC2317 # the trap calls it
@@ -68,7 +69,7 @@ await() {{ # sets status; a signal to this script ends the waiting, not the proc
 }}
 
 end() {{
-  echo "launch: ended with status $1"
+  echo "launch: ended with status $1$life"
   case $1 in {echoes}) sleep 3 ;; esac # who failed by itself is to be seen first
   exit "$1"
 }}
@@ -90,10 +91,12 @@ mkdir -p {folder}
 home=$(pwd)
 export PYTHONPATH={path} PYTHONUNBUFFERED=1{environment}
 cd {folder} || end 2
+began=$(date +%s)
 {command} &
 child=$!
 if [ -n "$asked" ]; then kill -TERM "$child"; fi
 await
+life=" after $(($(date +%s) - began)) s"
 end "$status"
 """
 

@@ -27,12 +27,13 @@ from launch.jobs import Job
 from launch.jobset import ECHOES
 from launch.kubectl import Cluster
 from launch.process import Output, Process, Running
+from launch.resumes import Resumes
 
 _TICK = 0.1  # seconds between looks at the output
 _SOON, _LATER = 0.5, 5.0  # seconds between looks at the cluster: while pods come and go, and when they run
 _EVENTS = 15.0  # seconds between looks at its warnings, while pods wait
 _REST = 10.0  # seconds that output may take to come after the end
-_ENDED = re.compile(rb"launch: ended with status (\d+)")  # the last line of `launch.jobset`'s script
+_ENDED = re.compile(rb"launch: ended with status (\d+)(?: after (\d+) s)?")  # the last line of `launch.jobset`'s script
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _JOBSET = "jobset.sigs.k8s.io"  # before the labels that JobSet gives to pods
 _NEXT = {  # why pods wait: the next step
@@ -177,6 +178,8 @@ class Writer:
         self._attempts: dict[str, int] = {}  # of all pods that were seen
         self._statuses: dict[str, int] = {}
         self._attempt, self._said = 0, ""
+        self._counted, self._began, self._resumes = 0, float("inf"), Resumes()
+        self._lives: dict[str, float] = {}  # how long processes of this attempt ran [seconds]
         self._waits_since, self._asked, self._warning = float("inf"), float("-inf"), ""
         self._given_up = ""
         self._secrets: Mapping[str, str] | None = None  # until they are known
@@ -219,8 +222,15 @@ class Writer:
         if seen.attempt > self._attempt:
             restart = f" (restart {seen.counted} of {self._job.handle['restarts']})" if seen.counted else ""
             self._pump(2 * _TICK)  # what the ended ones said comes first
-            self._output.say(f"starting all pods again{restart}")
-            self._attempt = seen.attempt
+            if seen.counted == self._counted:
+                self._resumes.count(max(self._lives.values(), default=time.monotonic() - self._began))
+            if self._resumes.why and not self._given_up:
+                self._give_up(self._resumes.why)
+            else:
+                self._output.say(f"starting all pods again{restart}")
+            self._attempt, self._counted, self._began, self._lives = seen.attempt, seen.counted, float("inf"), {}
+        if any(pod.attempt == seen.attempt and not pod.waits for pod in seen.pods):
+            self._began = min(self._began, time.monotonic())
         if seen.there and not seen.end:
             self._wait(seen)
         return before != (self._attempt, self._given_up, len(self._streams), self._statuses)
@@ -256,11 +266,14 @@ class Writer:
         step = next((step for sign, step in _NEXT.items() if sign in text), "")
         text += f"; {step}" if step else ""
         if waited > limit and not self._given_up:
-            self._cluster.run(self._cluster.delete(limits["name"]))
-            self._given_up = f"given up after {waited / 60:.1f} minutes: {text}"
-            self._output.say(self._given_up)
+            self._give_up(f"given up after {waited / 60:.1f} minutes: {text}")
         elif waited > min(limit, _LATER):
             self._say_once(text)
+
+    def _give_up(self, why: str) -> None:
+        self._cluster.run(self._cluster.delete(self._job.handle["name"]))
+        self._given_up = why
+        self._output.say(why)
 
     def _say_once(self, text: str) -> None:
         """Says something unless it was the last that was said."""
@@ -286,6 +299,8 @@ class Writer:
                     said = _ENDED.fullmatch(stream.streams[stream.popen.stdout][1].last)
                     if said:
                         self._statuses[pod] = int(said[1])
+                        if self._attempts[pod] == self._attempt:
+                            self._lives[pod] = float(said[2] or 0)
                     for pipe in stream.streams:
                         with contextlib.suppress(KeyError):
                             self._selector.unregister(pipe)

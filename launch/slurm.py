@@ -14,7 +14,7 @@ from typing import Any
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import write_atomic
 from ctllm_jax.verbs import Option
-from launch import hosts, view
+from launch import hosts, resumes, view
 from launch.held import DETACH
 from launch.hosts import Host, Plan
 from launch.jobs import Job, State, jobs_folder, new_id
@@ -35,6 +35,8 @@ failures=0
 attempt=0
 stopping=
 again=
+status=75
+shorts=$(cat "$job.shorts" 2> /dev/null || echo 0) # lives in a row, also before a time in the queue
 
 end() {{
   echo "launch: ended with status $1"
@@ -45,6 +47,18 @@ ask() {{ # why; the processes, not this script, are asked to save and end
   stopping=$1
   again=yes
   scancel --signal=TERM "$SLURM_JOB_ID"
+}}
+settle() {{ # returns only where all processes are to be started again
+  if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || [ "$stopping" = cancel ] || [ -e "$job.end" ]; then
+    end "$status"
+  fi
+  if [ "$stopping" = limit ]; then
+    # SLURM sends the same signal when somebody cancels the job; then it does not run any more.
+    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then end "$status"; fi
+    echo "launch: the time is over (status $status); back to the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit "$status"
+  fi
 }}
 trap 'ask limit' TERM
 trap 'ask cancel' USR1
@@ -58,7 +72,9 @@ JAX_COORDINATOR_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -
 export JAX_NUM_PROCESSES={processes} PYTHONPATH={source} PYTHONUNBUFFERED=1{variables}
 host=$JAX_COORDINATOR_ADDRESS
 while :; do
+  settle # it may have been asked to stop while nothing ran
   rm -f "$statuses"
+  began=$SECONDS
   export JAX_COORDINATOR_ADDRESS=$host:$((20000 + (SLURM_JOB_ID * 16 + attempt) % 12000))
   attempt=$((attempt + 1))
   srun --label --export=ALL --kill-on-bad-exit=1 {python} -m launch.task "$statuses" {secrets} \
@@ -80,16 +96,15 @@ while :; do
     status=75
   fi
 
-  if [ "$status" -eq 0 ] || [ "$status" -eq 2 ] || [ "$stopping" = cancel ] || [ -e "$job.end" ]; then
-    end "$status"
+  if [ "$status" -eq 75 ] && [ "$stopping" != cancel ]; then
+    shorts=$((SECONDS - began < {short} ? shorts + 1 : 0))
+    echo "$shorts" > "$job.shorts"
+    if [ "$shorts" -ge {most} ]; then
+      echo "launch: {given_up}"
+      end 1
+    fi
   fi
-  if [ "$stopping" = limit ]; then
-    # SLURM sends the same signal when somebody cancels the job; then it does not run any more.
-    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then end "$status"; fi
-    echo "launch: the time is over (status $status); back to the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit "$status"
-  fi
+  settle
   if [ "$status" -ne 75 ]; then
     echo "launch: the step ended with status $status"
     if [ "$failures" -ge {restarts} ]; then
@@ -101,7 +116,8 @@ while :; do
   else
     echo "launch: starting all processes again"
   fi
-  sleep 2 & wait $!
+  row=$((failures > shorts ? failures : shorts))
+  sleep $((row > 5 ? {longest} : 1 << row)) & wait $!
 done
 """
 
@@ -166,6 +182,10 @@ def script(plan: Plan, options: Mapping[str, Any], job: pathlib.Path) -> str:
         secrets=shlex.quote(",".join(plan.secrets)),
         command=shlex.join(map(str, words)),
         restarts=options["restarts"],
+        short=int(resumes.SHORT),
+        most=resumes.MOST,
+        longest=int(resumes.LONGEST_PAUSE),
+        given_up=resumes.given_up(),
     )
     return "\n".join(lines) + "\n" + body
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE, EXIT_RESUME
 from launch.process import Output, Process, Running
+from launch.resumes import LONGEST_PAUSE, Resumes
 
 _TICK = 0.1  # seconds between looks at the processes
-_LONGEST_PAUSE = 60.0  # seconds before a restart, at most
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -24,8 +24,9 @@ def supervise(
 ) -> int:
     """Runs a job to its end and returns the status for the shell.
 
-    All processes end with 0: done. With EXIT_RESUME: all are started again. A process that fails takes the others with
-    it, and the job is started again while `restarts` last; never after EXIT_MISTAKE.
+    All processes end with 0: done. With EXIT_RESUME: all are started again, unless they have done so too often in a row
+    after a moment (`launch.resumes`), which is status 1. A process that fails takes the others with it, and the job is
+    started again while `restarts` last; never after EXIT_MISTAKE.
 
     SIGINT, SIGTERM and SIGHUP to this process ask all of them to save and end (EXIT_RESUME); a second one kills them.
     SIGQUIT is passed on to them: `ctllm train` shows its stacks.
@@ -34,17 +35,18 @@ def supervise(
       start: the processes of an attempt; called anew for each. A signal meanwhile raises KeyboardInterrupt in it.
       restarts: how often a failed job is started again.
       patience: seconds between asking a process to end and killing it, once the job cannot go on.
-      pause: seconds before a restart; each failure after the first doubles it, up to a minute.
+      pause: seconds before a restart; each failure after the first doubles it, and each short life, up to a minute.
       output: where lines go; without it, to our own streams alone.
 
     Raises:
       UserError: the first attempt could not be started, as `start` says. Later ones count as failures.
     """
-    output, failures, processes = output or Output(), 0, _interruptible(start)
+    output, failures, resumes, processes = output or Output(), 0, Resumes(), _interruptible(start)
     with _received(*_STOPS) as stops, _received(signal.SIGQUIT) as shows:
         while True:
             try:
                 processes = processes or _interruptible(start)
+                began = time.monotonic()
                 status, reason = _Attempt(processes, stops, shows, patience, output).run()
             except UserError as error:
                 status, reason = EXIT_LOST, str(error)
@@ -63,7 +65,12 @@ def supervise(
                     output.say(f"{restarts} restarts are used up")
                     break
                 failures += 1
-            wait = min(pause * 2 ** max(failures - 1, 0), _LONGEST_PAUSE)
+            else:
+                resumes.count(time.monotonic() - began)
+                if resumes.why:
+                    output.say(resumes.why)
+                    return 1
+            wait = min(pause * 2 ** max(failures - 1, resumes.row - 1, 0), LONGEST_PAUSE)
             count = "" if status == EXIT_RESUME else f" (restart {failures} of {restarts})"
             output.say(f"starting all processes again in {wait:g} s{count}")
             until = time.monotonic() + wait

@@ -17,6 +17,7 @@ from test_train import assert_same_run
 from tiny_stores import tiny_store
 
 from ctllm_jax.verbs import Option
+from launch import resumes
 from launch import run as launch_run
 from launch.lines import Lines
 from launch.local import processes
@@ -121,11 +122,31 @@ def counted(folder: pathlib.Path, *programs: str):
     return start, attempts
 
 
-def test_the_resume_status_starts_all_again_without_limit(tmp_path, capfd):
+def test_the_resume_status_starts_all_again_and_counts_as_no_failure(tmp_path, capfd):
     start, attempts = counted(tmp_path, "import sys; sys.exit(75 if ATTEMPT < 4 else 0)", "import sys")
     assert supervise(start, restarts=0, pause=0) == 0
     assert len(attempts) == 4
     assert capfd.readouterr().err.count("starting all processes again") == 3
+
+
+def test_who_always_asks_at_once_to_be_started_again_is_given_up_and_who_is_preempted_for_a_month_is_not(
+    tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(resumes, "MOST", 3)
+    start, attempts = counted(tmp_path, "import sys; sys.exit(75)")
+    assert supervise(start, restarts=0, pause=0.2) == 1 and len(attempts) == 3
+    err = capfd.readouterr().err
+    assert (
+        "again in 0.2 s" in err and "again in 0.4 s" in err and "given up: 3 times in a row the processes asked" in err
+    )
+    often = resumes.Resumes()
+    for _ in range(30 * 24 * 20):  # every three minutes
+        often.count(180)
+        often.count(5)  # and again while it starts
+        often.count(30)
+        assert not often.why
+    often.count(5)
+    assert often.why
 
 
 @pytest.mark.parametrize(

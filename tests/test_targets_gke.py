@@ -123,11 +123,38 @@ def test_failures_are_counted_the_resume_status_is_not_and_the_budget_is_kept(ho
     )
     status, out, err = ctllm(capsys, *launch(hosts, "--nodes=2", "--restarts=1"))
     assert status == 0 and not left(hosts), out + err
-    assert "[1 host-0-1] launch: ended with status 5\n" in out and out.count("launch: starting all pods again") == 2
+    assert (
+        "[1 host-0-1] launch: ended with status 5 after " in out and out.count("launch: starting all pods again") == 2
+    )
     assert "launch: starting all pods again (restart 1 of 1)\n" in out
     hosts.program("sys.exit(int(INDEX) and 5)")
     status, out, err = ctllm(capsys, *launch(hosts, "--nodes=2", "--restarts=1"))
     assert status == 5 and "failed: jobset failed due to reaching max number of restarts" in out and not left(hosts)
+
+
+def test_pods_that_always_ask_at_once_to_be_started_again_are_given_up_and_those_that_ran_a_while_are_not(
+    hosts, monkeypatch
+):
+    for name in ("_TICK", "_SOON", "_LATER", "_REST"):
+        monkeypatch.setattr(pods, name, 0.001)
+    handle = {"context": "a", "namespace": "b", "wait": 1, "name": "big", "forward": [], "groups": 1, "hosts": 1}
+    handle |= {"restarts": 3, "keep": False, "queue_minutes": 1, "start_minutes": 1}
+    (hosts.folder / "jobs").mkdir()
+    for life, status in ((59, 1), (60, 0)):
+        job = jobs.Job(f"train-{life}", "gke", ("train",), "", 0.0, handle)
+        job.log.touch()
+        writer, asked, attempts = pods.Writer(job), [], iter(range(30))
+        monkeypatch.setattr(pods.Cluster, "run", lambda _, command, asked=asked: asked.append(command[1]))
+
+        def look(_, writer=writer, asked=asked, attempts=attempts, life=life):
+            writer._lives["pod"] = life  # as its last line says
+            attempt = next(attempts)
+            end = "Completed" if attempt == 29 else ""
+            return pods.JobSetStatus("delete" not in asked or bool(end), end, "", attempt, 0, [])
+
+        monkeypatch.setattr(pods, "fetch_status", look)
+        assert writer.run() == status and asked == ["delete"]
+        assert next(attempts, 30) == (22 if status else 30)
 
 
 def test_a_mistake_is_not_started_again_and_what_was_made_stays_with_keep(hosts, capsys):

@@ -16,7 +16,7 @@ from test_launch import WAIT, ended, once_there
 from test_targets import SAVES, TRAIN, ready
 
 from ctllm_jax.common.errors import UserError
-from launch import jobs, ship, slurm
+from launch import jobs, resumes, ship, slurm, view
 
 needs_slurm = pytest.mark.skipif(bool(cluster.missing()), reason=cluster.missing())
 
@@ -105,6 +105,42 @@ def test_how_a_job_stands_is_slurms_word_and_then_the_scripts(hosts):
     (hosts.folder / "jobs").mkdir()
     (hosts.folder / "jobs" / "train-1.end").write_text("75\n")
     assert slurm.state(job) == jobs.State("ended with status 75", 75)
+
+
+@pytest.fixture
+def batch(hosts, monkeypatch):
+    """A stand-in for SLURM that runs the script at once, with one task on this machine; `sleep` writes itself down."""
+    monkeypatch.setattr(view, "_ASK", 0.1)
+    run = f'SLURM_JOB_ID=7 SLURM_JOB_NODELIST=here setsid bash "$2" > "{hosts.folder}/log" 2>&1 &'
+    fake(hosts, "sbatch", f'{run} echo $! > "{hosts.folder}/pid"; echo 7')
+    fake(hosts, "srun", 'shift 3; SLURM_PROCID=0 exec "$@"')
+    fake(hosts, "scontrol", "echo localhost")
+    fake(hosts, "squeue", "echo RUNNING None")
+    fake(hosts, "scancel", f'case "$*" in --batch*) kill -USR1 "$(cat "{hosts.folder}/pid")" ;; esac')
+    fake(hosts, "sleep", f'echo "$1" >> "{hosts.folder}/slept"')
+    return hosts
+
+
+def test_a_job_that_always_asks_at_once_to_be_started_again_is_given_up_with_growing_pauses(batch, capsys, monkeypatch):
+    monkeypatch.setattr(resumes, "MOST", 3)
+    batch.program("with open(FOLDER / 'attempts', 'a') as file: file.write('x')\nsys.exit(75)")
+    status, _, err = ctllm(capsys, *launch(batch))
+    assert status == 1 and "ended with status 1" in err, (batch.folder / "log").read_text()
+    assert "launch: given up: 3 times in a row" in (batch.folder / "log").read_text()
+    assert (batch.folder / "attempts").read_text() == "xxx" and (batch.folder / "slept").read_text() == "2\n4\n"
+    (job,) = jobs.everything()
+    assert (batch.folder / "jobs" / f"{job.id}.shorts").read_text() == "3\n"  # it outlasts a time in the queue
+
+
+def test_a_job_that_is_cancelled_in_a_pause_is_not_started_again(batch, capsys):
+    fake(batch, "sleep", f'touch "{batch.folder}/pausing"; exec /bin/sleep 3')
+    batch.program("with open(FOLDER / 'attempts', 'a') as file: file.write('x')\nsys.exit(75)")
+    assert ctllm(capsys, *launch(batch, "--detach"))[0] == 0
+    while not (batch.folder / "pausing").exists():
+        time.sleep(0.05)
+    (job,) = jobs.everything()
+    assert ctllm(capsys, "launch", "cancel", job.id)[0] == 0
+    assert ctllm(capsys, "launch", "attach", job.id)[0] == 75 and (batch.folder / "attempts").read_text() == "x"
 
 
 # ---- A real SLURM
