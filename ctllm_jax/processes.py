@@ -8,6 +8,7 @@ of its own, on every kind of device: a collective that waits for a dead process 
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,6 +26,7 @@ from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE
 T = TypeVar("T")
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_MEETING = 5.0  # minutes that a process waits for the others at the start
 _BEAT = 5.0  # seconds between two signs of life
 _SILENCE = 20.0  # seconds without one after which a process counts as gone
 _JAX_SILENCE = 60  # JAX notices after half of it at the earliest: later than _SILENCE + 2 * _BEAT
@@ -49,7 +51,8 @@ def join() -> None:
 
     Raises:
       UserError: only some of the variables are set, there is no such job, or this JAX is too new for us.
-      SystemExit: with EXIT_LOST, the others did not come.
+      SystemExit: with EXIT_LOST, the others could not be joined; where they have not come within _MEETING this process
+        ends by itself, for JAX would abort it.
     """
     given = [name for name in (_ADDRESS, _COUNT, _INDEX) if name in os.environ]
     if given and len(given) < 3:
@@ -57,13 +60,54 @@ def join() -> None:
     client()
     try:
         place = (os.environ[_ADDRESS], int(os.environ[_COUNT]), int(os.environ[_INDEX])) if given else ()
-        jax.distributed.initialize(*place, heartbeat_timeout_seconds=_JAX_SILENCE)
+        longer = int(60 * _MEETING) + 60  # than ours
+        with _meeting():
+            jax.distributed.initialize(*place, initialization_timeout=longer, heartbeat_timeout_seconds=_JAX_SILENCE)
     except ValueError as error:
         raise UserError(f"could not join a job of several processes: {error}") from None
     except RuntimeError as error:
         print(f"ctllm: error: could not join a job of several processes: {error}", file=sys.stderr)
         sys.exit(EXIT_LOST)
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX has put a handler of its own there
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """Ends this process with EXIT_LOST, saying where it waited and what to look at, where the block takes too long."""
+    met = threading.Event()
+
+    def watch() -> None:
+        if not met.wait(60 * _MEETING):
+            os.write(sys.__stderr__.fileno(), f"ctllm: error: {_not_met()}\n".encode())
+            os._exit(EXIT_LOST)
+
+    threading.Thread(target=watch, name="meeting", daemon=True).start()
+    try:
+        yield
+    finally:
+        met.set()
+
+
+def _not_met() -> str:
+    """Why this process may not have met the others, by what can be seen from here."""
+    from jax._src import distributed
+
+    state = distributed.global_state
+    address, index = state.coordinator_address, state.process_id
+    if address is None:
+        return f"JAX has not found the other processes within {_MEETING:g} minutes"
+    text = f"process {index} has not met the others within {_MEETING:g} minutes at {address}"
+    if index == 0:
+        return f"{text}, where it waits for them: have all been started, and can they reach this address and port?"
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        return (
+            f"{text}, which cannot be reached from here ({error}): does process 0 run, is that its host's name here, "
+            "and does the network between the hosts (firewall, security group) let that port through?"
+        )
+    return f"{text}, which answers: have all the others been started?"
 
 
 def client():

@@ -264,6 +264,38 @@ def test_an_error_in_one_process_ends_the_others_and_its_reason_reaches_them(tmp
     assert ("Traceback" in logs[1]) == (status == 1)
 
 
+ALONE = """
+from ctllm_jax import processes
+processes._MEETING = 2 / 60
+processes.join()
+"""
+
+
+def test_a_process_that_never_meets_the_others_says_where_it_waited_and_what_to_look_at():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for index, said in (
+        (0, ", where it waits for them: have all been started, and can they reach this address and port?"),
+        (
+            1,
+            ", which cannot be reached from here ([Errno 111] Connection refused): does process 0 run, ",
+        ),
+    ):
+        place = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        ended = subprocess.run(
+            [sys.executable, "-c", ALONE],
+            env={**os.environ, **place},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == EXIT_LOST, ended.stderr
+        text = f"ctllm: error: process {index} has not met the others within 0.0333333 minutes at {address}{said}"
+        assert text in ended.stderr and "Traceback" not in ended.stderr
+
+
 def test_half_an_address_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
