@@ -5,6 +5,7 @@ when they have saved; this machine is needed for its output alone (`launch.pods`
 and the forwarded variables in a Secret, both deleted with the JobSet.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -131,6 +132,16 @@ def cancel(job: Job, now: bool) -> None:
         cluster.run(cluster.kill(job.id))
 
 
+def profile(job: Job) -> None:
+    """Tells all pods that run, at once; raises UserError where one cannot be told, or none runs."""
+    seen, cluster = pods.fetch_status(job), pods.cluster(job)
+    running = [pod.id for pod in seen.pods if pod.attempt == seen.attempt and not pod.waits and pod.status is None]
+    if not running:
+        raise UserError(f"launch gke: {job.id}: {pods.describe(job, seen)}; none runs")
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        list(pool.map(lambda pod: cluster.run(cluster.profile(pod)), running))
+
+
 _LEAST = {"nodes": 0, "slices": 0, "gpus": 0, "chips": 0, "queue_minutes": 0, "start_minutes": 0, "save_seconds": 1}
 _KEPT = ("restarts", "wait", "keep", "queue_minutes", "start_minutes")  # options that the record has
 
@@ -161,4 +172,5 @@ TARGET = Target(
     run,
     state,
     cancel,
+    profile,
 )

@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ctllm_jax.common.children import catches
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json, write_json
 
@@ -116,6 +117,19 @@ def held_cancel(job: Job, now: bool) -> None:
             if _born(job.handle["pid"]) == job.handle["born"]:
                 os.kill(job.handle["pid"], signal.SIGTERM)
         time.sleep(0.1)  # two signals at once may arrive as one
+
+
+def held_profile(job: Job) -> None:
+    """Asks the launcher to have every process take a profile.
+
+    Raises:
+      UserError: the launcher is on another machine, or not at the point where it would pass that on.
+    """
+    if job.handle["host"] != socket.gethostname():
+        raise UserError(f"launch: {job.id} is held by a launcher on {job.handle['host']}: ask for profiles there")
+    if _born(job.handle["pid"]) != job.handle["born"] or not catches(job.handle["pid"], signal.SIGUSR1):
+        raise UserError(f"launch: the launcher of {job.id} runs no processes now; try again when it does")
+    os.kill(job.handle["pid"], signal.SIGUSR1)
 
 
 def _born(pid: int) -> str | None:

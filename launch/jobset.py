@@ -56,6 +56,13 @@ ask() {{
 }}
 trap ask TERM
 
+# shellcheck disable=SC2317 # the trap calls it
+profile() {{ # what stands before the process passes it on, everything else ignores it
+  again=yes
+  if [ -n "$child" ]; then kill -URG "$child"; fi
+}}
+trap profile URG
+
 await() {{ # sets status; a signal to this script ends the waiting, not the process, and 127 may be of a wait too many
   again=yes
   status=127

@@ -3,9 +3,9 @@
 The launcher speaks through standard input, over whatever connects the two. The first line is a JSON object: `lock` (a
 file that one process at a time may hold), `python`, `verb`, `config` (a file of the code), `arguments`, `folder` (where
 it runs) and `environment`; paths are relative to the home folder. After it come single bytes: BEAT every few seconds,
-STOP, SHOW, KILL. When the input ends, or nothing has come for SILENCE seconds, the connection is
-lost: the process is asked to save, and killed after PATIENCE seconds. So nothing stays behind, and a launcher that
-starts the job again waits for the lock and finds the devices free.
+STOP, SHOW, PROFILE, KILL. When the input ends, or nothing has come for SILENCE seconds, the connection is lost: the
+process is asked to save, and killed after PATIENCE seconds. So nothing stays behind, and a launcher that starts the job
+again waits for the lock and finds the devices free.
 
 It is `python -m launch.keeper` in the folder of the shipped code.
 """
@@ -22,9 +22,9 @@ import sys
 import threading
 import time
 
-from ctllm_jax.common.children import die_with_parent
+from ctllm_jax.common.children import catches, die_with_parent
 
-BEAT, STOP, SHOW, KILL = b".", b"t", b"q", b"k"
+BEAT, STOP, SHOW, PROFILE, KILL = b".", b"t", b"q", b"p", b"k"
 SILENCE = 40.0  # seconds without a beat after which the launcher counts as gone
 PATIENCE = 30.0  # seconds that a process without a launcher has to save
 EXIT_TAKEN = 70  # an earlier process of the same command would not go
@@ -118,6 +118,8 @@ def _listen(child: subprocess.Popen, stopped: list[int], gone: threading.Event) 
             child.terminate()
         if words and SHOW in words:
             child.send_signal(signal.SIGQUIT)
+        if words and PROFILE in words and catches(child.pid, signal.SIGUSR1):
+            child.send_signal(signal.SIGUSR1)
         if words and STOP in words:
             child.terminate()
         if (words and KILL in words) or (deadline and time.monotonic() > deadline):

@@ -60,6 +60,10 @@ class Cluster:
     def kill(self, job_id: str) -> list[str]:
         return ["kubectl", "delete", "pods", *self._where, f"--selector=ctllm-job={job_id}", "--now", "--wait=false"]
 
+    def profile(self, pod: str) -> list[str]:
+        """Tells the script in a pod, its first process, that a profile is wanted."""
+        return ["kubectl", "exec", pod, *self._where, "--container=main", "--", "sh", "-c", "kill -URG 1"]
+
 
 CONTEXT = ["kubectl", "config", "current-context"]  # prints which cluster is meant
 

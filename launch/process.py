@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import IO, Any, TextIO
 
-from ctllm_jax.common.children import die_with_parent
+from ctllm_jax.common.children import catches, die_with_parent
 from launch import keeper
 from launch.hide import Hider
 from launch.lines import Lines
@@ -153,6 +153,11 @@ class Running:
     def show(self) -> None:
         """Asks it, and not what it has started, to show what it is doing."""
         self._send_or_signal(keeper.SHOW, signal.SIGQUIT)
+
+    def profile(self) -> None:
+        """Asks it for a profile, unless it does not know how: the signal would end it."""
+        if self._process.order is not None or catches(self.popen.pid, signal.SIGUSR1):
+            self._send_or_signal(keeper.PROFILE, signal.SIGUSR1)
 
     def kill(self) -> None:
         """Ends it with all that it has started; on a host that does not answer, what leads there."""

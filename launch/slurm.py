@@ -216,6 +216,11 @@ def cancel(job: Job, now: bool) -> None:
         _slurm(["scancel", "--batch", "--signal=USR1", number], "")
 
 
+def profile(job: Job) -> None:
+    """Tells the tasks, which ask those processes that know how; the signal harms no other one."""
+    _slurm(["scancel", "--signal=URG", job.handle["job"]], "")
+
+
 def _slurm(command: list[str], hint: str, allowed: str = "no such error") -> str:
     """What a command of SLURM prints.
 
@@ -249,4 +254,5 @@ TARGET = Target(
     run,
     state,
     cancel,
+    profile,
 )

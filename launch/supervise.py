@@ -29,7 +29,7 @@ def supervise(
     started again while `restarts` last; never after EXIT_MISTAKE.
 
     SIGINT, SIGTERM and SIGHUP to this process ask all of them to save and end (EXIT_RESUME); a second one kills them.
-    SIGQUIT is passed on to them: `ctllm train` shows its stacks.
+    SIGQUIT and SIGUSR1 are passed on to them: `ctllm train` shows its stacks, or takes a profile.
 
     Args:
       start: the processes of an attempt; called anew for each. A signal meanwhile raises KeyboardInterrupt in it.
@@ -42,7 +42,7 @@ def supervise(
       UserError: the first attempt could not be started, as `start` says. Later ones count as failures.
     """
     output, failures, resumes, processes = output or Output(), 0, Resumes(), _interruptible(start)
-    with _received(*_STOPS) as stops, _received(signal.SIGQUIT) as shows:
+    with _received(*_STOPS) as stops, _received(signal.SIGQUIT, signal.SIGUSR1) as shows:
         while True:
             try:
                 processes = processes or _interruptible(start)
@@ -152,10 +152,10 @@ class _Attempt:
                 continue
             if not running.killed and not (running.asked_to_end and running.status == 128 + signal.SIGTERM):
                 self._failed.append(running)
-        if self._shows:
-            self._shows.clear()
+        while self._shows:
+            number = self._shows.pop(0)
             for running in left:
-                running.show()
+                running.show() if number == signal.SIGQUIT else running.profile()
         if self._failed and self._deadline is None and left:
             self._deadline = time.monotonic() + self._patience
         if self._failed or self._stops:

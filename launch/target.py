@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ctllm_jax.verbs import Option
-from launch.jobs import Job, State, held_cancel, held_state
+from launch.jobs import Job, State, held_cancel, held_profile, held_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Target:
     `run(payload, options, dry_run)` runs the payload and returns the exit status for the shell. With dry_run it prints
     every command and file exactly as it would use them, and does nothing else.
 
-    `state(job)` and `cancel(job, now)` are what `ctllm launch list`, `attach` and `cancel` ask of a job that is
-    recorded (`launch.jobs`). As they stand here they are those of a job that a launcher holds.
+    `state(job)`, `cancel(job, now)` and `profile(job)` are what `ctllm launch list`, `attach`, `cancel` and `profile`
+    ask of a job that is recorded (`launch.jobs`). As they stand here they are those of a job that a launcher holds.
     """
 
     help: str
@@ -33,3 +33,4 @@ class Target:
     run: Callable[[Payload, Mapping[str, Any], bool], int]
     state: Callable[[Job], State] = held_state
     cancel: Callable[[Job, bool], None] = held_cancel
+    profile: Callable[[Job], None] = held_profile

@@ -1,4 +1,4 @@
-"""`ctllm launch list | tail | attach | cancel`: what other terminals do with recorded jobs."""
+"""`ctllm launch list | tail | attach | profile | cancel`: what other terminals do with recorded jobs."""
 
 import importlib
 import os
@@ -23,12 +23,14 @@ FORMS = {
     "list": "recorded jobs and how they stand",
     "tail": "ID [--lines=N] [--follow]: the end of a job's output; --follow: what comes, too. Ctrl-C ends the looking",
     "attach": "ID: a job's output to its end, and its status; Ctrl-C stops the job, as where it was launched",
+    "profile": "ID: every process of a training job profiles its next steps into the run's folder, and goes on",
     "cancel": "ID [--now]: asks a job to save and end; --now: without a save",
 }
 _OPTIONS = {
     "list": {},
     "tail": {"lines": Option("", "", 20), "follow": Option("", "", False)},
     "attach": {},
+    "profile": {},
     "cancel": {"now": Option("", "", False)},
 }
 
@@ -58,11 +60,23 @@ def run(verb: str, arguments: list[str], targets: Mapping[str, str]) -> int:
     if verb == "attach":
         return follow(job, target)
     state = target.state(job)
+    if verb == "profile":
+        return _profile(job, target, state)
     if state.status is not None:
         say(f"{job.id}: {state.text}")
         return 0
     target.cancel(job, values["now"].value)
     say(f"{job.id} has been asked to {'end' if values['now'].value else 'save and end'}")
+    return 0
+
+
+def _profile(job: Job, target: Target, state: State) -> int:
+    if job.command[0] != "train":
+        raise UserError(f"launch profile: {job.id} is a job of {job.command[0]}; only `train` takes profiles")
+    if state.status is not None:
+        raise UserError(f"launch profile: {job.id} does not run: {state.text}")
+    target.profile(job)
+    say(f"{job.id} has been asked for a profile; its output says where that lies")
     return 0
 
 

@@ -99,6 +99,8 @@ class Pod:
                 command, env=self._environment(home, number) | environment, cwd=home, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+        (self._folder / "pids").mkdir(exist_ok=True)
+        (self._folder / "pids" / self.name).write_text(str(self.process.pid))
 
     def _environment(self, home: pathlib.Path, number: int) -> dict[str, str]:
         job = {"HOME": str(home), "JOB_COMPLETION_INDEX": str(self.place[1])}

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -39,12 +40,15 @@ def main() -> None:
         show(folder, flags["--selector"])
     elif verb == "logs":
         follow(folder, names[0])
+    elif verb == "exec":
+        execute(folder, names[0], sys.argv[sys.argv.index("--") + 1 :])
     else:
         ask(folder, names, flags)
 
 
 def parsed(words: list[str]) -> tuple[str, list[str], dict[str, str | None]]:
     """(verb, names, flags) of a command line; ends with kubectl's status for a wrong one."""
+    words = words[: words.index("--")] if "--" in words else words
     plain = [word for word in words if not word.startswith("-")]
     verb = next((verb for verb in FACTS if plain[: len(verb.split())] == verb.split()), None)
     if verb is None:
@@ -119,6 +123,12 @@ def follow(folder: pathlib.Path, pod: str) -> None:
             if over:
                 return
             time.sleep(0.05)
+
+
+def execute(folder: pathlib.Path, pod: str, command: list[str]) -> None:
+    """Runs a shell's command in a pod, whose first process has another number here."""
+    first = (folder / "pids" / pod).read_text()
+    sys.exit(subprocess.run([*command[:-1], re.sub(r"\b1$", first, command[-1])], check=False).returncode)
 
 
 def ask(folder: pathlib.Path, names: list[str], flags: dict[str, str | None]) -> None:

@@ -269,6 +269,16 @@ def test_all_show_what_they_do_when_the_launcher_is_asked_and_go_on(tmp_path):
         assert launcher.poll() is None and not any((tmp_path / f"saved{index}").exists() for index in range(2))
 
 
+def test_a_profile_is_asked_of_those_that_know_how(tmp_path):
+    listens = "if os.environ['INDEX'] == '1': signal.signal(signal.SIGUSR1, show)\nsignal.signal(signal.SIGQUIT"
+    with launched(tmp_path, SAVES.replace("signal.signal(signal.SIGQUIT", listens)) as (launcher, pids):
+        launcher.send_signal(signal.SIGUSR1)
+        once_there(tmp_path / "shown1", "here")
+        time.sleep(0.3)
+        assert launcher.poll() is None and pathlib.Path(f"/proc/{pids[0]}").exists()
+        assert not (tmp_path / "shown0").exists()
+
+
 def test_a_second_signal_kills(tmp_path):
     with launched(tmp_path, DEAF) as (launcher, pids):
         launcher.send_signal(signal.SIGINT)

@@ -1,8 +1,10 @@
 """`ctllm launch ssh` on hosts that are folders here: what is shipped, what is started, what each kind of end leaves."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -57,6 +59,9 @@ signal.signal(signal.SIGQUIT, lambda *_: (FOLDER / f"shown{INDEX}").write_text("
 while True:
     time.sleep(1)
 """
+PROFILES = f"""
+signal.signal(signal.SIGUSR1, lambda *_: (FOLDER / f"profiled{{INDEX}}").write_text("x"))
+{SAVES}"""
 
 
 def ready(hosts: Hosts) -> list[int]:
@@ -288,6 +293,36 @@ def test_ctrl_c_waits_until_all_have_saved(hosts):
         said = launcher.communicate(timeout=WAIT)[0]
         assert launcher.returncode == 75 and "launch: stopped; the same command goes on" in said, said
         assert all((hosts.folder / f"saved{index}").exists() for index in range(2)) and all(map(ended, pids))
+
+
+def test_all_are_asked_for_a_profile_but_those_that_would_die_of_it(hosts, capsys):
+    hosts.program(PROFILES)
+    with launched(hosts) as launcher:
+        ready(hosts)
+        (job,) = jobs.everything()
+        status, _, err = ctllm(capsys, "launch", "profile", job.id)
+        assert status == 0 and f"{job.id} has been asked for a profile" in err
+        assert [once_there(hosts.folder / f"profiled{index}") for index in range(2)] == ["x", "x"]
+        assert launcher.poll() is None
+        launcher.send_signal(signal.SIGINT)
+        assert launcher.wait(WAIT) == 75
+    status, _, err = ctllm(capsys, "launch", "profile", job.id)
+    assert status == 2 and f"launch profile: {job.id} does not run: ended with status 75" in err
+    for index in range(2):
+        (hosts.folder / f"ready{index}").unlink()
+    hosts.program(SAVES)
+    with launched(hosts) as launcher:
+        pids = ready(hosts)
+        last = jobs.everything()[-1]
+        assert ctllm(capsys, "launch", "profile", last.id)[0] == 0
+        launcher.send_signal(signal.SIGQUIT)
+        assert [once_there(hosts.folder / f"shown{index}") for index in range(2)] == ["shown"] * 2
+        assert launcher.poll() is None and all(pathlib.Path(f"/proc/{pid}").exists() for pid in pids)
+        dataclasses.replace(last, id="eval-1", command=("eval",)).save()
+        status, _, err = ctllm(capsys, "launch", "profile", "eval-1")
+        assert status == 2 and "eval-1 is a job of eval; only `train` takes profiles" in err
+        dataclasses.replace(last, id="train-2", handle={**last.handle, "host": "far"}).save()
+        assert "held by a launcher on far" in ctllm(capsys, "launch", "profile", "train-2")[2]
 
 
 def test_a_second_ctrl_c_kills(hosts):

@@ -16,7 +16,7 @@ from command import ctllm
 from fake_hosts import ROOT, Hosts, git
 from fake_kubectl import FACTS
 from test_launch import WAIT, ended, once_there
-from test_targets import HEARD, SAVES, TRAIN, ready
+from test_targets import HEARD, PROFILES, SAVES, TRAIN, ready
 
 from launch import jobs, jobset, kubectl, pods, ship, view
 from launch.kubectl import Cluster
@@ -229,6 +229,19 @@ def test_jobs_are_listed_taken_up_by_another_terminal_and_cancelled(hosts, capsy
     assert ctllm(capsys, "launch", "cancel", job.id)[2] == f"launch: {job.id}: ended with status {status}\n"
 
 
+def test_all_pods_are_asked_for_a_profile_and_go_on(hosts, capsys):
+    hosts.program(PROFILES)
+    assert ctllm(capsys, *launch(hosts, "--nodes=2", "--detach"))[0] == 0
+    ready(hosts)
+    (job,) = jobs.everything()
+    assert ctllm(capsys, "launch", "profile", job.id)[0] == 0
+    assert [once_there(hosts.folder / f"profiled{index}") for index in range(2)] == ["x", "x"]
+    assert "2 of 2 pods" in ctllm(capsys, "launch", "list")[1]
+    assert ctllm(capsys, "launch", "cancel", job.id)[0] == 0
+    assert ctllm(capsys, "launch", "attach", job.id)[0] == 75 and not left(hosts)
+    assert "does not run" in ctllm(capsys, "launch", "profile", job.id)[2]
+
+
 def writers(job: jobs.Job) -> list[int]:
     """The processes that write down what becomes of a job."""
     found = []
@@ -345,6 +358,7 @@ def test_a_real_kubectl_takes_the_commands():
         (CLUSTER.logs("a", "2026-01-01T00:00:00Z"), ""),
         (CLUSTER.delete("a"), ""),
         (CLUSTER.kill("a"), ""),
+        (CLUSTER.profile("a"), ""),
     ]
     assert len(forms) == len(FACTS) - 1
     for command, text in forms:

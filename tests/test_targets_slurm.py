@@ -13,7 +13,7 @@ from clusters import slurm as cluster
 from command import ctllm
 from fake_hosts import ROOT, Hosts
 from test_launch import WAIT, ended, once_there
-from test_targets import SAVES, TRAIN, ready
+from test_targets import PROFILES, SAVES, TRAIN, ready
 
 from ctllm_jax.common.errors import UserError
 from launch import jobs, resumes, ship, slurm, view
@@ -198,11 +198,15 @@ def by_hand(job: jobs.Job) -> None:
 
 @pytest.mark.slow
 @needs_slurm
-def test_a_job_whose_time_is_over_goes_back_to_the_queue_and_one_that_is_cancelled_does_not(there, capsys):
-    there.program(SAVES)
+def test_a_job_that_was_profiled_and_whose_time_is_over_goes_back_to_the_queue_and_one_that_is_cancelled_does_not(
+    there, capsys
+):
+    there.program(PROFILES)
     assert ctllm(capsys, *launch(there, "--per_node=2", "--detach"))[0] == 0
     (job,) = jobs.everything()
     first = ready(there)
+    assert ctllm(capsys, "launch", "profile", job.id)[0] == 0
+    assert [once_there(there.folder / f"profiled{index}") for index in range(2)] == ["x", "x"]
     for index in range(2):
         (there.folder / f"ready{index}").unlink()
     subprocess.run(["scancel", "--batch", "--signal=TERM", job.handle["job"]], check=True)  # as --signal does
