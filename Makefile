@@ -34,7 +34,7 @@ lint: $(VENV)/installed
 
 lock:
 	$(PYTHON) -m pip install --quiet uv
-	$(PYTHON) -m uv pip compile setup.py --extra data --extra gcs --extra serve --extra tpu --extra cuda --extra wandb --extra dev --universal \
+	$(PYTHON) -m uv pip compile setup.py --extra data --extra dataflow --extra gcs --extra serve --extra tpu --extra cuda --extra wandb --extra dev --universal \
 		--python-version 3.11 --no-header --no-annotate --no-emit-index-url --output-file requirements.lock
 
 clean:

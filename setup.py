@@ -45,6 +45,7 @@ DATA = [
     "xxhash",
     "zstandard",  # files between the steps of a stage
 ]
+DATAFLOW = ["apache-beam[gcp]"]  # what submits to Dataflow; its version is that of the data extra
 GCS = ["gcsfs", "google-cloud-storage"]  # the gs:// of universal-pathlib; runs there, which gcsfs needs as well
 SERVE = ["aiohttp>=3.9"]  # HTTP, parsed and limited in C; gcsfs needs it as well
 PLOTS = ["matplotlib"]  # the picture of `ctllm table`
@@ -69,6 +70,7 @@ setuptools.setup(
     install_requires=BASE,
     extras_require={
         "data": DATA,
+        "dataflow": DATAFLOW,
         "gcs": GCS,
         "serve": SERVE,
         "plots": PLOTS,

@@ -6,6 +6,7 @@ docs/beam.md has the options of every runner that was tried.
 """
 
 import dataclasses
+import importlib.util
 import sys
 
 import apache_beam as beam
@@ -35,11 +36,20 @@ class BeamConfig:
 
 
 def make_runner(config: BeamConfig) -> beam.runners.PipelineRunner:
-    """The runner; UserError if Beam does not know it, if it is known to lose data, or if no job service answers."""
+    """The runner.
+
+    Raises:
+      UserError: Beam does not know it or lacks its libraries, it is known to lose data, or no job service answers.
+    """
     if config.runner == "local":
         return fn_api_runner.FnApiRunner()
     if config.runner.lower().startswith("dask"):
         raise UserError("beam.runner: Beam's DaskRunner silently loses outputs; choose another")
+    if "dataflow" in config.runner.lower() and importlib.util.find_spec("apitools") is None:
+        raise UserError(
+            "beam.runner: Beam lacks its libraries for Google Cloud here, and would try for minutes to do without; "
+            "pip install -c requirements.lock 'ctllm-jax[data,dataflow]'"
+        )
     try:
         runner = beam.runners.create_runner(config.runner)
     except (ValueError, ImportError) as error:

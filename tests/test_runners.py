@@ -6,6 +6,7 @@ import os
 import pathlib
 import signal
 import socket
+import sys
 import threading
 import time
 
@@ -109,3 +110,10 @@ def test_what_listens_and_never_answers_is_given_up(monkeypatch):
 def test_options_that_a_runner_cannot_do_without_are_named(runner, options, message):
     with pytest.raises(UserError, match=message):
         make_runner(BeamConfig(runner, options))
+
+
+def test_dataflow_without_its_libraries_is_refused_before_it_waits_for_a_network(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apitools", None)  # as where the extra is not installed
+    for name in ("DataflowRunner", "apache_beam.runners.dataflow.DataflowRunner"):
+        with pytest.raises(UserError, match=r"pip install -c requirements.lock 'ctllm-jax\[data,dataflow\]'"):
+            make_runner(BeamConfig(name))
