@@ -2,7 +2,8 @@
 
 In the folder FAKE_GCLOUD: `state` is the queued resource's (none: there is no such one), `says` an error that every
 command ends with, `becomes` what one becomes that is asked for, a line each time (ACTIVE without it), `error` what
-FAILED is described with, `calls` what was asked, `port` where the processes of a job meet, as a TPU's metadata has it.
+FAILED is described with, `NODE.WORKER.is` that a host is down, hangs, or starts no process, `calls` what was asked,
+`port` where the processes of a job meet, as a TPU's metadata has it.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 FACTS = json.loads(pathlib.Path(__file__).with_name("gcloud_flags.json").read_text())["commands"]
 
@@ -76,6 +78,13 @@ def workers(folder: pathlib.Path) -> int:
 
 def on_host(folder: pathlib.Path, node: str, worker: int, script: str) -> int:
     """Runs a line of shell on a worker; it is not ours, and outlives us unless it sees to its end itself."""
+    state = folder / f"{node}.{worker}.is"
+    how = state.read_text() if state.exists() else ""
+    if how == "down":
+        print("ssh: connect to host 10.0.0.1 port 22: Connection timed out", file=sys.stderr)
+        return 255
+    if how == "hangs" or (how == "starts no process" and "launch.keeper" in script):
+        time.sleep(1000)
     slices = int((folder / "slices").read_text())
     index = (int(node.rpartition("-")[2]) if slices > 1 else 0) * workers(folder) + worker
     home = folder / f"{node}.{worker}"

@@ -122,7 +122,9 @@ def test_under_slurm_a_job_that_lost_a_process_and_was_cancelled_ends_in_the_und
 
 
 @pytest.mark.slow
-def test_on_tpu_slices_a_job_of_four_that_was_preempted_ends_in_the_bits_of_an_undisturbed_one(tmp_path, monkeypatch):
+def test_on_tpu_slices_a_job_of_four_that_was_preempted_and_stopped_ends_in_the_bits_of_an_undisturbed_one(
+    tmp_path, monkeypatch
+):
     store, log = tiny_store(tmp_path / "store").folder, tmp_path / "log"
     options = ["--name=big", "--zone=z", "--type=v5litepod-8", "--runtime=r", "--slices=2", "--spot", "--devices=1"]
     (tmp_path / "bin").mkdir()
@@ -135,10 +137,16 @@ def test_on_tpu_slices_a_job_of_four_that_was_preempted_ends_in_the_bits_of_an_u
             once_there(tmp_path / name / "metrics.jsonl", '"step": 10,')
             (tmp_path / "state").write_text("SUSPENDED")
             os.kill(pids_of(tmp_path / name)[3], signal.SIGKILL)
+            once_there(tmp_path / name / "metrics.jsonl", '"step": 20,', 5 * WAIT)
+            job.send_signal(signal.SIGINT)
+            assert job.wait(timeout=2 * WAIT) == 75, log.read_text()
+            text = log.read_text()
+            assert "big is suspended; deleting it" in text and "[0 big-0/0] train: resumed at step 8" in text
+            assert "is saved; the same command goes on" in text and not pids_of(tmp_path / name)
+            assert not (tmp_path / "state").exists()  # the slices went with it
+            job = launch("tpu", options, store, tmp_path / name, log)
         assert job.wait(timeout=6 * WAIT) == 0, log.read_text()
         assert not (tmp_path / "state").exists() and not pids_of(tmp_path / name)
-    text = log.read_text()
-    assert "big is suspended; deleting it" in text and "[0 big-0/0] train: resumed at step 8" in text
     assert_same_run(tmp_path / "preempted", tmp_path / "whole")
 
 

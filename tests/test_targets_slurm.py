@@ -13,7 +13,7 @@ from clusters import slurm as cluster
 from command import ctllm
 from fake_hosts import ROOT, Hosts
 from test_launch import WAIT, ended, once_there
-from test_targets import PROFILES, SAVES, TRAIN, ready
+from test_targets import MEETS, PROFILES, SAVES, TRAIN, ready
 
 from ctllm_jax.common.errors import UserError
 from launch import jobs, resumes, ship, slurm, view
@@ -143,6 +143,13 @@ def test_a_job_that_is_cancelled_in_a_pause_is_not_started_again(batch, capsys):
     assert ctllm(capsys, "launch", "attach", job.id)[0] == 75 and (batch.folder / "attempts").read_text() == "x"
 
 
+def test_a_step_that_slurm_cannot_start_counts_as_a_failure(batch, capsys):
+    fake(batch, "srun", "echo 'srun: error: Unable to create step for job 7: Node failure' >&2; exit 1")
+    assert ctllm(capsys, *launch(batch, "--restarts=1"))[0] == 1
+    log = (batch.folder / "log").read_text()
+    assert log.count("Node failure") == 2 and "(restart 1 of 1)" in log and "1 restarts are used up" in log
+
+
 # ---- A real SLURM
 
 
@@ -253,3 +260,17 @@ def test_ctrl_c_where_it_was_launched_waits_until_all_have_saved(there):
         said = launcher.communicate(timeout=WAIT)[0]
     assert launcher.returncode == 75 and "stopping the job" in said and all(map(ended, pids)), said
     assert once_there(there.folder / "saved0") and once_there(there.folder / "saved1")
+
+
+@pytest.mark.slow
+@needs_slurm
+def test_of_a_job_of_which_half_has_started_the_half_says_so_and_nothing_is_left(there, capsys):
+    waits = """
+if INDEX == "1":
+    (FOLDER / "waits").write_text(str(os.getpid()))
+    time.sleep(1000)
+"""
+    there.program(f"{waits}{MEETS}")
+    status, out, _ = ctllm(capsys, *launch(there, "--per_node=2", "--restarts=0"))
+    assert status == 69 and "0: ctllm: error: process 0 has not met the others within 0.05 minutes at" in out, out
+    assert ended(int((there.folder / "waits").read_text()))

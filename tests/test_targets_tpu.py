@@ -1,14 +1,19 @@
 """`ctllm launch tpu` with a gcloud that checks commands against the vendor's reference; hosts are folders."""
 
+import contextlib
 import json
+import os
 import pathlib
+import signal
+import subprocess
 import sys
 
 import pytest
 from clusters.sshd import free_port
 from command import ctllm
-from fake_hosts import Hosts
-from test_targets import TRAIN
+from fake_hosts import ROOT, Hosts
+from test_launch import WAIT, ended
+from test_targets import HEARD, MEETS, SAVES, TRAIN, ready
 
 from launch import jobs, tpu
 
@@ -169,6 +174,61 @@ def test_what_had_failed_before_is_asked_for_anew_for_it_may_have_been_mended(ho
     (hosts.folder / "state").write_text("FAILED")
     tpu.Slices(SLICES).ready(print)
     assert capsys.readouterr().out.startswith("big is failed: Quota limit exceeded; deleting it\nasking for big\n")
+
+
+@contextlib.contextmanager
+def launched(hosts: Hosts, *options: str):
+    """The launcher as a process of its own."""
+    checkout = f"import pathlib; from launch import ship; ship.checkout = lambda: pathlib.Path({str(hosts.checkout)!r})"
+    program = f"{HEARD}; signal.signal(signal.SIGINT, signal.default_int_handler); {checkout}; from launch import tpu; "
+    program += f"tpu._TICK = 0.01; from ctllm_jax import cli; cli.main({launch(hosts, *options)!r})"
+    command, environment = [sys.executable, "-P", "-c", program], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as launcher:
+        try:
+            yield launcher
+        finally:
+            launcher.kill()
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "cancel"])
+def test_a_job_that_is_stopped_saves_on_all_hosts_and_its_slices_are_deleted(hosts, capsys, how):
+    hosts.program(SAVES)
+    with launched(hosts) as launcher:
+        pids = ready(hosts)
+        if how == "Ctrl-C":
+            launcher.send_signal(signal.SIGINT)
+        else:
+            assert ctllm(capsys, "launch", "cancel", jobs.everything()[0].id)[0] == 0
+        said = launcher.communicate(timeout=WAIT)[0]
+        assert launcher.returncode == 75 and "launch: stopped; the same command goes on" in said, said
+    assert all((hosts.folder / f"saved{index}").exists() for index in range(2)) and all(map(ended, pids))
+    assert hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
+    assert jobs.everything()[0].status == 75
+
+
+def test_hosts_that_do_not_answer_are_named_nothing_is_started_and_the_slices_are_deleted(hosts, capsys):
+    hosts.program("(FOLDER / 'started').touch()")
+    for how, said in (("down", "Connection timed out"), ("hangs", "nothing came for 2 s")):
+        (hosts.folder / "big.1.is").write_text(how)
+        status, _, err = ctllm(capsys, *launch(hosts, "--wait=2"))
+        assert (
+            status == 2 and "big/1 does not answer (" in err and f"{said}) (1 of 2 hosts); nothing was started" in err
+        )
+        assert hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
+    assert not (hosts.folder / "started").exists()
+
+
+@pytest.mark.slow
+def test_of_a_job_of_which_half_has_started_the_half_says_so_and_nothing_is_left(hosts, capsys):
+    hosts.program(MEETS)
+    (hosts.folder / "big.1.is").write_text("starts no process")
+    status, _, err = ctllm(capsys, *launch(hosts, "--restarts=1"))
+    met = "[0 big/0] ctllm: error: process 0 has not met the others within 0.05 minutes at"
+    assert status == 69 and err.count(met) == 2, err
+    assert "launch: process 0 big/0 ended with status 69" in err and "(restart 1 of 1)" in err
+    assert hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
 
 
 def test_a_verb_of_one_process_runs_on_a_slice_of_one_host_and_on_no_other(hosts, capsys):
