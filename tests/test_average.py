@@ -160,9 +160,11 @@ def test_the_average_of_a_run_is_that_of_its_weights_and_is_what_readers_get(ave
     assert_equal(loaded, average)
     config = config_of(stores["pretrain"])
     mesh, objective = make_mesh(config.mesh), make_objective(config.objective, config.model, 2)
-    look = HeldOut(config.eval, open_store(stores["pretrain"]), 8, True, mesh, objective).look
+    evaluate = HeldOut(config.eval, open_store(stores["pretrain"]), 8, True, mesh, objective).evaluate
     with jax.set_mesh(mesh):
-        held = {name: look(jax.device_put(own), None)["loss"] for name, own in (("average", average), ("raw", params))}
+        held = {
+            name: evaluate(jax.device_put(tree), None)["loss"] for name, tree in (("average", average), ("raw", params))
+        }
     assert result["validation"]["loss"] == pytest.approx(held["average"], rel=1e-6)
     assert abs(held["raw"] / held["average"] - 1) > 1e-3
 
