@@ -32,6 +32,6 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     config.update(duration="2 epochs")
     config.checkpoints.best = "highest accuracy"
     if name == "tiny":
-        config.optimizer.update(learning_rate=5e-5, warmup="5 steps")
+        config.optimizer.update(learning_rate=5e-5, warmup="12.5%")
         config.update(duration="40 steps")
     return config

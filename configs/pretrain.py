@@ -67,7 +67,7 @@ def get_config(name: str = "tiny") -> ConfigDict:
         hardware.lay_out(config, slice_name)
     if name == "tiny":
         config.data.rates = ConfigDict()
-        config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup="40 steps")
+        config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup="6.67%")  # 40 of 600 steps
         config.update(batch_size=16, duration="600 steps")
         config.eval.update(every=100, batches=4)
         config.checkpoints.update(every=100, keep_every=0)

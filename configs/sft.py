@@ -24,7 +24,7 @@ def get_config(name: str = "ct_llm_2b") -> ConfigDict:
     config.eval.prompts = ("怎样泡一壶好茶？", "为什么天空是蓝色的？", "How can I sleep better?")
     config.checkpoints.update(every=500, keep_every=0)
     if name == "tiny":
-        config.optimizer.update(learning_rate=3e-4, warmup="5 steps")
+        config.optimizer.update(learning_rate=3e-4, warmup="12.5%")
         config.update(batch_size=8, duration="40 steps")
         config.log.every, config.eval.every, config.checkpoints.every = 2, 10, 20
     return config
