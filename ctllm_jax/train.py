@@ -162,7 +162,6 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
                     "ledger": meter.ledger,
                     "store": store.fingerprint,
                     "rates": rates(config, step),
-                    "best": config.checkpoints.best,
                 }
                 figures = held if evaluated else None
                 checkpoints.save(step, state.model, state.rest, record, figures, wait=last or stop)
