@@ -36,12 +36,16 @@ def ssh(hosts: Hosts, *options: str, names: str = "one,two") -> list[str]:
 
 
 @contextlib.contextmanager
-def launched(hosts: Hosts, *options: str):
-    """The launcher as a process of its own."""
+def launched(hosts: Hosts, arguments: list[str], first: str = ""):
+    """The launcher as a process of its own, whatever the target; `first` is Python that it begins with."""
     checkout = f"import pathlib; from launch import ship; ship.checkout = lambda: pathlib.Path({str(hosts.checkout)!r})"
-    program = f"{HEARD}; {checkout}; from ctllm_jax import cli; cli.main({ssh(hosts, *options)!r})"
+    program = f"{HEARD}; signal.signal(signal.SIGINT, signal.default_int_handler); {checkout}; {first}\n"
+    program += f"from ctllm_jax import cli; cli.main({arguments!r})"
     command = [sys.executable, "-P", "-c", program]  # not the packages of the small checkout
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as launcher:
         try:
             yield launcher
         finally:
@@ -290,7 +294,7 @@ def test_hosts_that_are_down_or_hang_are_named_within_the_time_and_nothing_is_st
 
 def test_ctrl_c_waits_until_all_have_saved(hosts):
     hosts.program(SAVES)
-    with launched(hosts) as launcher:
+    with launched(hosts, ssh(hosts)) as launcher:
         pids = ready(hosts)
         launcher.send_signal(signal.SIGQUIT)
         assert [once_there(hosts.folder / f"shown{index}") for index in range(2)] == ["shown"] * 2
@@ -302,7 +306,7 @@ def test_ctrl_c_waits_until_all_have_saved(hosts):
 
 def test_all_are_asked_for_a_profile_but_those_that_would_die_of_it(hosts, capsys):
     hosts.program(PROFILES)
-    with launched(hosts) as launcher:
+    with launched(hosts, ssh(hosts)) as launcher:
         ready(hosts)
         (job,) = jobs.everything()
         status, _, err = ctllm(capsys, "launch", "profile", job.id)
@@ -316,7 +320,7 @@ def test_all_are_asked_for_a_profile_but_those_that_would_die_of_it(hosts, capsy
     for index in range(2):
         (hosts.folder / f"ready{index}").unlink()
     hosts.program(SAVES)
-    with launched(hosts) as launcher:
+    with launched(hosts, ssh(hosts)) as launcher:
         pids = ready(hosts)
         last = jobs.everything()[-1]
         assert ctllm(capsys, "launch", "profile", last.id)[0] == 0
@@ -332,7 +336,7 @@ def test_all_are_asked_for_a_profile_but_those_that_would_die_of_it(hosts, capsy
 
 def test_a_second_ctrl_c_kills(hosts):
     hosts.program(SAVES.replace("time.sleep(0.3)", "(FOLDER / f'saving{INDEX}').write_text('x'); time.sleep(1000)"))
-    with launched(hosts) as launcher:
+    with launched(hosts, ssh(hosts)) as launcher:
         pids = ready(hosts)
         launcher.send_signal(signal.SIGINT)
         assert [once_there(hosts.folder / f"saving{index}") for index in range(2)]
@@ -343,7 +347,7 @@ def test_a_second_ctrl_c_kills(hosts):
 
 def test_processes_whose_launcher_was_killed_save_and_end(hosts):
     hosts.program(SAVES)
-    with launched(hosts) as launcher:
+    with launched(hosts, ssh(hosts)) as launcher:
         pids = ready(hosts)
         launcher.kill()
         assert all(map(ended, pids)) and all((hosts.folder / f"saved{index}").exists() for index in range(2))
@@ -357,7 +361,7 @@ def test_processes_whose_launcher_was_killed_save_and_end(hosts):
 def test_jobs_are_listed_followed_and_cancelled_from_elsewhere(hosts, capsys, monkeypatch):
     monkeypatch.setattr(view, "_ASK", 0.1)
     hosts.program("print('first line', flush=True)\n" + SAVES)
-    with launched(hosts, "--detach") as launcher:
+    with launched(hosts, ssh(hosts, "--detach")) as launcher:
         said = launcher.communicate(timeout=WAIT)[0]
         assert launcher.returncode == 0 and "runs in the background" in said, said
     pids = ready(hosts)

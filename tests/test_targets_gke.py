@@ -13,10 +13,10 @@ import time
 import pytest
 import yaml
 from command import ctllm
-from fake_hosts import ROOT, Hosts, git
+from fake_hosts import Hosts, git
 from fake_kubectl import FACTS
 from test_launch import WAIT, ended, once_there
-from test_targets import HEARD, PROFILES, SAVES, TRAIN, ready
+from test_targets import PROFILES, SAVES, TRAIN, launched, ready
 
 from launch import jobs, jobset, kubectl, pods, ship, view
 from launch.kubectl import Cluster
@@ -180,26 +180,9 @@ def test_the_environment_is_made_in_the_pod_where_the_image_has_none(hosts, caps
 # ---- The end, whoever brings it about
 
 
-@contextlib.contextmanager
-def launched(hosts: Hosts, *options: str):
-    """The launcher as a process of its own."""
-    checkout = f"import pathlib; from launch import ship; ship.checkout = lambda: pathlib.Path({str(hosts.checkout)!r})"
-    program = f"{HEARD}; signal.signal(signal.SIGINT, signal.default_int_handler); {checkout}; "
-    program += f"from ctllm_jax import cli; cli.main({launch(hosts, *options)!r})"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-P", "-c", program]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as launcher:
-        try:
-            yield launcher
-        finally:
-            launcher.kill()
-
-
 def test_ctrl_c_waits_until_all_have_saved(hosts):
     hosts.program("print('first line', flush=True)\n" + SAVES)
-    with launched(hosts, "--nodes=2") as launcher:
+    with launched(hosts, launch(hosts, "--nodes=2")) as launcher:
         pids = ready(hosts)
         for index in range(2):  # pods that are gone before they were looked at have told nobody their status
             once_there(jobs.everything()[0].log, f"host-0-{index}] first line")

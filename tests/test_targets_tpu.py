@@ -1,19 +1,16 @@
 """`ctllm launch tpu` with a gcloud that checks commands against the vendor's reference; hosts are folders."""
 
-import contextlib
 import json
-import os
 import pathlib
 import signal
-import subprocess
 import sys
 
 import pytest
 from clusters.sshd import free_port
 from command import ctllm
-from fake_hosts import ROOT, Hosts
+from fake_hosts import Hosts
 from test_launch import WAIT, ended
-from test_targets import HEARD, MEETS, SAVES, TRAIN, ready
+from test_targets import MEETS, SAVES, TRAIN, launched, ready
 
 from launch import jobs, tpu
 
@@ -176,26 +173,10 @@ def test_what_had_failed_before_is_asked_for_anew_for_it_may_have_been_mended(ho
     assert capsys.readouterr().out.startswith("big is failed: Quota limit exceeded; deleting it\nasking for big\n")
 
 
-@contextlib.contextmanager
-def launched(hosts: Hosts, *options: str):
-    """The launcher as a process of its own."""
-    checkout = f"import pathlib; from launch import ship; ship.checkout = lambda: pathlib.Path({str(hosts.checkout)!r})"
-    program = f"{HEARD}; signal.signal(signal.SIGINT, signal.default_int_handler); {checkout}; from launch import tpu; "
-    program += f"tpu._TICK = 0.01; from ctllm_jax import cli; cli.main({launch(hosts, *options)!r})"
-    command, environment = [sys.executable, "-P", "-c", program], {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as launcher:
-        try:
-            yield launcher
-        finally:
-            launcher.kill()
-
-
 @pytest.mark.parametrize("how", ["Ctrl-C", "cancel"])
 def test_a_job_that_is_stopped_saves_on_all_hosts_and_its_slices_are_deleted(hosts, capsys, how):
     hosts.program(SAVES)
-    with launched(hosts) as launcher:
+    with launched(hosts, launch(hosts), "from launch import tpu; tpu._TICK = 0.01") as launcher:
         pids = ready(hosts)
         if how == "Ctrl-C":
             launcher.send_signal(signal.SIGINT)
