@@ -60,6 +60,11 @@ def once_there(path: pathlib.Path, text: str = "", seconds: int = WAIT) -> str:
     raise AssertionError(f"{path} never had {text!r}")
 
 
+def once_saved(workdir: pathlib.Path, step: int, seconds: int = WAIT) -> None:
+    """Returns as soon as a run can be resumed at that step."""
+    once_there(workdir / "checkpoints" / str(step) / "commit_success.txt", seconds=seconds)
+
+
 # ---- Lines
 
 
@@ -422,8 +427,8 @@ def test_a_job_that_lost_a_process_and_one_that_was_stopped_end_in_the_undisturb
 
     # Process 1, then, of what was started again, the coordinator.
     killed = launch(store, tmp_path / "killed", *long, log=log)
-    for victim, step in ((1, 10), (0, 20)):
-        once_there(tmp_path / "killed" / "metrics.jsonl", f'"step": {step},')
+    for victim, step in ((1, 8), (0, 16)):
+        once_saved(tmp_path / "killed", step)
         os.kill(pids_of(tmp_path / "killed")[victim], signal.SIGKILL)
         once_there(log, f"launch: process {victim} was killed by SIGKILL")
     assert killed.wait(timeout=5 * WAIT) == 0, log.read_text()
