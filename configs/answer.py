@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
             "model": "",
             "step": config_dict.placeholder(int),
             "dtype": config_dict.placeholder(str),
+            "tensor": 1,
             "questions": "bafang",
             "system": "",
             "sampling": sampling(max_tokens=1_024, temperature=0.7),

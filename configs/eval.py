@@ -12,7 +12,7 @@ that a model answers in words (GSM8K, HumanEval, CValues, ceval_gen) in its chat
 
 One device is enough; of several in a machine each holds the whole model and works on blocks of items of its own (run on
 virtual CPU devices, not on several GPUs). A scoring batch of 4,096 tokens needs 2.1 GB for the 2B model's logits,
-beside 8.6 GB of parameters, on each (sizes estimated, not measured); `batch_tokens` changes speed and memory only.
+beside 4.3 GB of bf16 parameters, on each (sizes estimated, not measured); `batch_tokens` changes speed and memory only.
 Expect a table on standard output, scores.json, and one log line per question under parts/.
 """
 
@@ -45,6 +45,7 @@ def get_config(suite: str = "") -> ConfigDict:
             "model": "",
             "step": config_dict.placeholder(int),
             "dtype": config_dict.placeholder(str),
+            "tensor": 1,
             "perplexity": {
                 "store": "",
                 "split": "validation",

@@ -3,7 +3,7 @@
     ctllm generate --config.model=runs/pretrain --config.prompts="('从前有座山，',)" --workdir=runs/samples
     ctllm generate --config.model=runs/sft --config.input=asked.jsonl --config.chat=True --workdir=runs/out
 
-One device is enough: by estimate the 2B model needs 8.6 GB for its parameters, and 8 MB of bf16 cache for every 32
+One device is enough: by estimate the 2B model needs 4.3 GB for its bf16 parameters, and 8 MB of bf16 cache for every 32
 tokens of each of the `slots` texts decoded together. Expect samples.jsonl, and the samples on standard output; lines
 of the input that are no prompts are named on standard error and in rejected.jsonl.
 """
@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
             "model": "",
             "step": config_dict.placeholder(int),
             "dtype": config_dict.placeholder(str),
+            "tensor": 1,
             "prompts": (),
             "input": config_dict.placeholder(str),
             "chat": False,

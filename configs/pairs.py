@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
             "model": "",
             "step": config_dict.placeholder(int),
             "dtype": config_dict.placeholder(str),
+            "tensor": 1,
             "input": (),
             "answers": 4,
             "slots": 16,

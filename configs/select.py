@@ -23,6 +23,7 @@ def get_config(name: str = "ifd") -> ConfigDict:
             "model": "",
             "step": config_dict.placeholder(int),
             "dtype": config_dict.placeholder(str),
+            "tensor": 1,
             "template": config_dict.placeholder(str),
             "batch_tokens": 16_384,
             "scores": config_dict.placeholder(str),

@@ -4,7 +4,7 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "sft@2000", "messages": [{"role": "user", "content": "你好"}]}'
 
-pip install 'ctllm-jax[serve]'. One device is enough: by estimate the 2B model needs 8.6 GB for its parameters and
+pip install 'ctllm-jax[serve]'. One device is enough: by estimate the 2B model needs 4.3 GB for its bf16 parameters and
 1.1 GB of bf16 cache for every slot of 4,096 tokens, the latter twice while a step is computed. It listens on this
 machine alone and asks nobody for a key: what others can reach (`--config.host=0.0.0.0`) belongs behind a proxy that
 does. Web pages cannot reach it through a browser: a body has to be application/json, and a server that listens on
@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
             "model": "",
             "step": config_dict.placeholder(int),
             "dtype": config_dict.placeholder(str),
+            "tensor": 1,
             "name": config_dict.placeholder(str),
             "host": "127.0.0.1",
             "port": 8_000,

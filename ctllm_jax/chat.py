@@ -26,6 +26,7 @@ class ChatConfig:
     model: str  # run directory or Hugging Face folder
     step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
+    tensor: int  # [devices] over which heads and widths of a copy of the model are split
     context: int | None  # [tokens] most tokens of a conversation; None is the model's
     system: str | None  # the message that opens the conversation
     sampling: SamplingConfig  # how answers are drawn
@@ -99,7 +100,7 @@ def run(config: ChatConfig, workdir: str | None) -> dict:
     """Talks until the input ends; how many answers there were. `workdir` is not used."""
     if not config.model:
         raise UserError("chat: give --config.model=RUN (a run directory or a Hugging Face folder)")
-    model = load_model(config.model, config.step, config.dtype)
+    model = load_model(config.model, config.step, config.dtype, config.tensor)
     conversation = Conversation(Decoder(model, 1, config.context), own_template(model.tokenizer), config)
     answers = 0
     with contextlib.suppress(KeyboardInterrupt):

@@ -15,7 +15,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, atomic_dir, read_json, write_json
 from ctllm_jax.common.manifest import fingerprint, open_stage
 from ctllm_jax.hf_export import export
-from ctllm_jax.loading import LoadedModel, load_model
+from ctllm_jax.loading import LoadedModel, load_stored
 from ctllm_jax.model import count_params
 from ctllm_jax.restore import checkpoint_steps
 
@@ -51,7 +51,7 @@ def run(config: ConvertConfig, workdir: str) -> dict:
     """
     if config.all_steps:
         return _series(config, workdir)
-    model = load_model(config.source, config.step)
+    model = load_stored(config.source, config.step)
     settings = {"to": config.to, "dtype": config.dtype}
     stage = open_stage("convert", 1, workdir, settings, {"model": model.digest})
     if stage.done:

@@ -65,7 +65,7 @@ def generate(
     stops = jnp.asarray(sorted(set(stop_ids)) or [-1], jnp.int32)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     outputs: list[list[int]] = [[] for _ in prompts]
-    with Progress("generate", len(prompts), "prompts") as progress:
+    with Progress("generate", len(prompts), "prompts") as progress, model.in_use():
         for start in range(0, len(order), BATCH_ROWS):
             rows = order[start : start + BATCH_ROWS]
             batch = _pad([prompts[i] for i in rows], rows, min(max_tokens, limit), limit)

@@ -164,12 +164,13 @@ def describe(folder: pathlib.Path) -> tuple[ModelConfig, Tokenizer]:
     return config, tokenizer
 
 
-def load_params(folder: pathlib.Path, config: ModelConfig, layout: dict) -> dict:
+def load_params(folder: pathlib.Path, config: ModelConfig, abstract: dict) -> dict:
     """The parameters of a Hugging Face folder.
 
     Args:
       config: its architecture, as `describe` gives it.
-      layout: tree of shardings; where they reach over several processes, each reads the files.
+      abstract: tree of ShapeDtypeStructs with shardings, to read into; where these reach over several processes, each
+        reads the files.
 
     Raises:
       UserError: something in it cannot be read, is missing, left over, or of the wrong shape; the message
@@ -183,10 +184,10 @@ def load_params(folder: pathlib.Path, config: ModelConfig, layout: dict) -> dict
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a readable safetensors file ({error})") from None
             tensors.update(dict.fromkeys(opened.keys(), opened))
-        return _read_params(folder, config, tensors, dict(_flat(layout)))
+        return _read_params(folder, config, tensors, dict(_flat(abstract)))
 
 
-def _read_params(folder: pathlib.Path, config: ModelConfig, tensors: dict[str, Any], places: dict[str, Any]) -> dict:
+def _read_params(folder: pathlib.Path, config: ModelConfig, tensors: dict[str, Any], wanted: dict[str, Any]) -> dict:
     known = {name for names in names_by_path(config).values() for name in names}
     # Old checkpoints carry the rotary frequencies, which follow from the config.
     ignored = {name for name in tensors if name.endswith("rotary_emb.inv_freq")}
@@ -205,19 +206,19 @@ def _read_params(folder: pathlib.Path, config: ModelConfig, tensors: dict[str, A
         if part.get_dtype() not in _STORED:
             raise UserError(f"{folder}: tensor {name!r} is stored as {part.get_dtype()}; known: {', '.join(_STORED)}")
         array = tensors[name].get_tensor(name)
-        wanted = their_shape(shape, name, transpose)
-        if array.shape != wanted:
-            raise UserError(f"{folder}: tensor {name!r} is {list(array.shape)}, config.json asks for {list(wanted)}")
+        expected = their_shape(shape, name, transpose)
+        if array.shape != expected:
+            raise UserError(f"{folder}: tensor {name!r} is {list(array.shape)}, config.json asks for {list(expected)}")
         return (array.T if transpose else array).reshape(shape)
 
     flat = {}
-    for path, leaf in leaves(config).items():
+    for path, leaf in wanted.items():
         transpose, names = TABLE[path][1], names_by_path(config)[path]
         stacked = path.startswith("layers/")
         shape = leaf.shape[1:] if stacked else leaf.shape
         arrays = [read(name, shape, transpose) for name in names]
         array = (np.stack(arrays) if stacked else arrays[0]).astype(leaf.dtype)
-        flat[path] = jax.make_array_from_callback(array.shape, places[path], array.__getitem__)
+        flat[path] = jax.make_array_from_callback(array.shape, leaf.sharding, array.__getitem__)
     return _nested(flat)
 
 

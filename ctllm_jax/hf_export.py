@@ -29,7 +29,7 @@ from ctllm_jax.data.tokenizer import (
 )
 from ctllm_jax.hf import DTYPES, LLAMA3_KEYS, TABLE, leaves, names_by_path, their_shape
 from ctllm_jax.loading import find_model
-from ctllm_jax.model import ModelConfig, forward
+from ctllm_jax.model import ModelConfig, abstract_params, forward
 
 SHARD_BYTES = 5 * 10**9
 
@@ -190,7 +190,8 @@ def _check(folder: pathlib.Path, config: ModelConfig, params: dict, dtype: str) 
     exact = {"dtype": "float32", "remat": "none", "attention": "xla"}
     original = dataclasses.replace(config, **exact)
     written = find_model(str(folder))
-    stored, stored_params = dataclasses.replace(written.config, **exact), written.read(None)
+    stored = dataclasses.replace(written.config, **exact)
+    stored_params = written.read(None, abstract_params(written.config))
     random = np.random.default_rng(0)
     run = jax.jit(forward, static_argnums=0)
     witness_error = rounding_error = 0.0

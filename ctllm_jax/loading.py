@@ -1,6 +1,7 @@
 """A model ready for use: from a run directory of ours or from a Hugging Face folder, told apart by what they
 hold."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -17,9 +18,9 @@ from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.lora import NO_ADAPTERS, NO_LORA, LoraConfig, merged, trained
 from ctllm_jax.mirror import fetched
-from ctllm_jax.model import ModelConfig, abstract_params, logical_axes
+from ctllm_jax.model import ModelConfig, abstract_params, as_read, logical_axes
 from ctllm_jax.restore import find_step, load_params
-from ctllm_jax.sharding import shardings
+from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,38 +48,66 @@ class FoundModel(About):
 
     Attributes:
       read: gives the parameters, with adapters merged into them: laid out over a mesh as `sharding.RULES` say (all its
-        processes must read), or for None on one device of this process.
+        processes must read), or for None on one device of this process; in the dtypes of the given tree, which is
+        `model.abstract_params` or `model.as_read`.
     """
 
-    read: Callable[[Mesh | None], dict]
+    read: Callable[[Mesh | None, dict], dict]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel(About):
-    """A model with its parameters on one device."""
+    """A model with its parameters.
+
+    Attributes:
+      mesh: the devices over which the parameters are split; None where they are on one.
+    """
 
     params: dict
+    mesh: Mesh | None = None
+
+    def in_use(self) -> contextlib.AbstractContextManager:
+        """Programs that read the parameters run inside this."""
+        return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
 
-def load_model(location: str, step: int | None = None, dtype: str | None = None) -> LoadedModel:
-    """Loads a model.
+def load_model(location: str, step: int | None = None, dtype: str | None = None, tensor: int = 1) -> LoadedModel:
+    """Loads a model to compute with, its parameters held as `model.as_read` says.
 
     Args:
       location: a run directory (holds run.json; may be on gs://) or a Hugging Face folder (holds config.json).
         Adapters of a run are merged into the parameters. Of a run that keeps an average of its parameters it is that.
       step: which checkpoint of a run; None takes the newest. A Hugging Face folder has none.
       dtype: overrides the compute dtype, "float32" or "bfloat16".
+      tensor: devices of this process over which heads and widths are split.
 
     Raises:
-      UserError: the location is neither, or something in it is missing or unreadable.
+      UserError: the location is neither, or something in it is missing or unreadable; there are fewer devices, or
+        heads or widths do not divide over them.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype {dtype!r} is unknown; there are: float32, bfloat16")
+    found, mesh = find_model(location, step), _tensor_mesh(tensor)
+    config = found.config if dtype is None else dataclasses.replace(found.config, dtype=dtype)
+    return _loaded(found, config, as_read(config), mesh)
+
+
+def load_stored(location: str, step: int | None = None) -> LoadedModel:
+    """Loads a model to write it elsewhere: its parameters are as they are stored. Otherwise as `load_model`."""
     found = find_model(location, step)
+    return _loaded(found, found.config, abstract_params(found.config), None)
+
+
+def _loaded(found: FoundModel, config: ModelConfig, params: dict, mesh: Mesh | None) -> LoadedModel:
     about = {field.name: getattr(found, field.name) for field in dataclasses.fields(About)}
-    if dtype is not None:
-        about["config"] = dataclasses.replace(found.config, dtype=dtype)
-    return LoadedModel(**about, params=found.read(None))
+    return LoadedModel(**{**about, "config": config}, params=found.read(mesh, params), mesh=mesh)
+
+
+def _tensor_mesh(tensor: int) -> Mesh | None:
+    devices = jax.local_devices()
+    if not 1 <= tensor <= len(devices):
+        raise UserError(f"tensor {tensor}: a model can be split over 1 to {len(devices)} devices here")
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor, context=1), devices[:tensor]) if tensor > 1 else None
 
 
 def find_model(location: str, step: int | None = None) -> FoundModel:
@@ -127,22 +156,24 @@ def _digest(weights: str | list[str], tokenizer: Tokenizer) -> str:
     return fingerprint([weights, {file.name: file_digest(file) for file in tokenizer.files}])
 
 
-def _read_run(folder: pathlib.Path, config: ModelConfig, lora: LoraConfig, step: int, mesh: Mesh | None) -> dict:
-    params = load_params(folder, trained(_wanted(config, mesh, lora.ranks)), step)
+def _read_run(
+    folder: pathlib.Path, config: ModelConfig, lora: LoraConfig, step: int, mesh: Mesh | None, params: dict
+) -> dict:
+    wanted = _placed(params, config, mesh)
     if not lora.rank:
-        return params
-    wanted = _wanted(config, mesh)
-    whole = merged(lora, params, load_params(folder / "base", wanted, 0))
-    return jax.tree.map(lambda matrix, leaf: jax.device_put(matrix, leaf.sharding), whole, wanted)
+        return load_params(folder, wanted, step)
+    base = load_params(folder / "base", _placed(abstract_params(config), config, mesh), 0)
+    adapters = trained(_placed(abstract_params(config, lora.ranks), config, mesh, lora.ranks))
+    whole = merged(lora, load_params(folder, adapters, step), base)
+    return jax.tree.map(lambda matrix, leaf: jax.device_put(matrix.astype(leaf.dtype), leaf.sharding), whole, wanted)
 
 
-def _read_huggingface(folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None) -> dict:
-    return hf.load_params(folder, config, jax.tree.map(lambda leaf: leaf.sharding, _wanted(config, mesh)))
+def _read_huggingface(folder: pathlib.Path, config: ModelConfig, mesh: Mesh | None, params: dict) -> dict:
+    return hf.load_params(folder, config, _placed(params, config, mesh))
 
 
-def _wanted(config: ModelConfig, mesh: Mesh | None, ranks: Mapping[str, int] = NO_ADAPTERS) -> dict:
-    """Shapes and shardings of what is to be read."""
-    params = abstract_params(config, ranks)
+def _placed(params: dict, config: ModelConfig, mesh: Mesh | None, ranks: Mapping[str, int] = NO_ADAPTERS) -> dict:
+    """Abstract parameters with the shardings that they are to be read into."""
     if mesh is None:
         places = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), params)
     else:

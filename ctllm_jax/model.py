@@ -259,6 +259,17 @@ def abstract_params(cfg: ModelConfig, ranks: Mapping[str, int] = NO_ADAPTERS) ->
     return nnx.to_pure_dict(_abstract(cfg, ranks)[1])
 
 
+def as_read(cfg: ModelConfig) -> dict:
+    """`abstract_params` as inference holds them: matrices in the compute dtype, to which every product rounds them in
+    any case; the scales of norms, which are read in fp32, and what takes less room as it is, in their own."""
+
+    def narrowed(leaf: jax.ShapeDtypeStruct, init: float | str) -> jax.ShapeDtypeStruct:
+        narrower = init != "ones" and jnp.dtype(cfg.dtype).itemsize < leaf.dtype.itemsize
+        return leaf.update(dtype=jnp.dtype(cfg.dtype)) if narrower else leaf
+
+    return jax.tree.map(narrowed, abstract_params(cfg), _metadata(cfg, NO_ADAPTERS, "init"))
+
+
 def logical_axes(cfg: ModelConfig, ranks: Mapping[str, int] = NO_ADAPTERS) -> dict:
     """Nested dict like `abstract_params`, with each parameter's logical axis names."""
     return _metadata(cfg, ranks, "axes")
@@ -347,9 +358,10 @@ def _module(cfg: ModelConfig, params: dict) -> Transformer:
 def init_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache for `batch` rows of at most `slots` tokens, in the compute dtype."""
     shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
+    axes = ("layers", "batch", None, "kv_heads", None)
     return Cache(
-        k_YBTKH=jnp.zeros(shape, cfg.dtype),
-        v_YBTKH=jnp.zeros(shape, cfg.dtype),
+        k_YBTKH=constrain(jnp.zeros(shape, cfg.dtype), *axes),
+        v_YBTKH=constrain(jnp.zeros(shape, cfg.dtype), *axes),
         segments_BT=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.int32(0),
     )

@@ -42,6 +42,7 @@ class PairsConfig:
     model: str  # run directory or Hugging Face folder with a chat template: the policy
     step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
+    tensor: int  # [devices] over which heads and widths of a copy of the model are split
     input: tuple[str, ...]  # conversations or preference records, for their prompts
     answers: int  # [answers] sampled for each prompt
     slots: int  # [answers] decoded together; speed and memory only
@@ -87,7 +88,7 @@ def run(config: PairsConfig, workdir: str) -> dict:
             write_jsonl(stage.folder / "answers.jsonl", rows)  # so that this folder can be `earlier` to another
             _finish(stage, config, reward, rows, result["rejected"])
         return _print_result(stage)
-    model, files = load_model(config.model, config.step, config.dtype), expand(config.input)
+    model, files = load_model(config.model, config.step, config.dtype, config.tensor), expand(config.input)
     settings |= {"dtype": config.dtype, "answers": config.answers, "sampling": dataclasses.asdict(config.sampling)}
     inputs = {"model": model.digest, "input": [file_digest(file) for file in files]}
     stage = open_stage("pairs", 1, workdir, settings, inputs)

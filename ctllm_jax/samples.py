@@ -29,6 +29,7 @@ class GenerateConfig:
     model: str  # run directory or Hugging Face folder
     step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
+    tensor: int  # [devices] over which heads and widths of a copy of the model are split
     prompts: tuple[str, ...]  # texts that are continued
     input: str | None  # JSON lines with "prompt" (text) or "messages" (a conversation), after `prompts`
     chat: bool  # wrap plain prompts as a user's message in the chat template
@@ -141,7 +142,7 @@ def run(config: GenerateConfig, workdir: str) -> dict:
         raise UserError("generate: give config.prompts or config.input")
     lines, rejected = _read_input(config.input) if config.input else ([], [])
     lines = [*(_Line(None, prompt) for prompt in config.prompts), *lines]
-    model = load_model(config.model, config.step, config.dtype)
+    model = load_model(config.model, config.step, config.dtype, config.tensor)
     settings = {**dataclasses.asdict(config), "model": None, "step": None, "input": None, "slots": None}
     inputs = {"model": model.digest, "input": file_digest(config.input) if config.input else None}
     stage = open_stage("generate", 2, workdir, settings, inputs)

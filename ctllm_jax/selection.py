@@ -50,6 +50,7 @@ class SelectConfig:
     model: str  # run directory or Hugging Face folder that scores them
     step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
+    tensor: int  # [devices] over which heads and widths of a copy of the model are split
     template: str | None  # "plain" (a line a message), or as `ctllm tokenize` has them; None is the model's own
     batch_tokens: int  # [tokens] most tokens of a batch; decides speed and memory
     scores: str | None  # folder of an earlier `ctllm select`, whose values are taken instead
@@ -78,7 +79,7 @@ def run(config: SelectConfig, workdir: str) -> dict:
             _select(stage, config, _scored(config.scores), [], counts)
         return _print_result(stage)
     keep_compiled()
-    model = load_model(config.model, config.step, config.dtype)
+    model = load_model(config.model, config.step, config.dtype, config.tensor)
     files = expand(config.input)
     template = _template(config.template, model)
     settings |= {"template": template.jinja, "dtype": config.dtype}

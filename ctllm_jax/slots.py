@@ -83,7 +83,8 @@ class Decoder:
         self._config = dataclasses.replace(decodable(model.config, model.tokenizer), remat="none")
         self._chunk = min(CHUNK, self.context)
         places = -(-self.context // self._chunk) * self._chunk
-        cache = init_cache(self._config, slots, places)
+        with model.in_use():
+            cache = init_cache(self._config, slots, places)
         self._state = _State(
             cache.k_YBTKH,
             cache.v_YBTKH,
@@ -152,7 +153,8 @@ class Decoder:
         tokens_C = np.zeros(self._chunk, np.int32)
         tokens_C[: end - start] = request.prompt[start:end]
         numbers = (np.int32(number) for number in (slot, start, end - start, request.prompt[end]))
-        self._state = _read(self._config, self.model.params, self._state, tokens_C, *numbers)
+        with self.model.in_use():
+            self._state = _read(self._config, self.model.params, self._state, tokens_C, *numbers)
         request.read = end
         if end == len(request.prompt) - 1:
             self._reading.popleft()
@@ -162,7 +164,8 @@ class Decoder:
         count_S = np.array([request.tokens if request else 0 for request in requests], np.int32)
         live_S = np.array([request is not None for request in requests])
         options = Options.of([request.sampling if request else None for request in requests])
-        self._state = _decode(self._config, self.model.params, self._state, live_S, count_S, options, self._keys_S2)
+        with self.model.in_use():
+            self._state = _decode(self._config, self.model.params, self._state, live_S, count_S, options, self._keys_S2)
         token_S = jax.device_get(self._state.token_S).tolist()
         for slot in live:
             if self._took(requests[slot], self._texts[slot], token_S[slot]):

@@ -35,7 +35,7 @@ from ctllm_jax.lora import adapted, joined, trained
 from ctllm_jax.metrics.log import open_log
 from ctllm_jax.metrics.meter import Meter
 from ctllm_jax.mirror import RunFolder, run_folder
-from ctllm_jax.model import ModelConfig, count_params, flops_per_token, init_params
+from ctllm_jax.model import ModelConfig, abstract_params, count_params, flops_per_token, init_params
 from ctllm_jax.objectives import make_objective
 from ctllm_jax.optim import Optimizer, make_optimizer
 from ctllm_jax.reference import scored_store
@@ -232,7 +232,7 @@ def _start_state(job: Job, optimizer: Optimizer, origin: FoundModel | None) -> t
         draw = jax.jit(lambda key: trained(init_params(job.model, key, ranks)), out_shardings=layout.params)
         params = draw(jax.random.key(config.seed))
     if origin is not None:
-        given = origin.read(job.mesh)
+        given = origin.read(job.mesh, abstract_params(origin.config))
         if ranks:
             frozen = given
             _keep_base(job, frozen)

@@ -211,6 +211,7 @@ def config_of(tmp_path, model, **changes) -> EvalConfig:
         "model": str(tmp_path / "hf"),
         "step": None,
         "dtype": None,
+        "tensor": 1,
         "perplexity": PerplexityConfig(store="", split="validation", rows=1, baseline_rows=1),
         "benchmarks": (toy(tmp_path, "ppl"), toy(tmp_path, text=WRITTEN)),
         "data": str(tmp_path),

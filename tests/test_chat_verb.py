@@ -22,7 +22,7 @@ from ctllm_jax.sampling import SamplingConfig
 from ctllm_jax.slots import Decoder
 
 GREEDY = SamplingConfig(max_tokens=10, temperature=0.0, top_k=0, top_p=1.0, seed=0)
-CONFIG = ChatConfig(model="MODEL", step=None, dtype=None, context=None, system="山", sampling=GREEDY)
+CONFIG = ChatConfig(model="MODEL", step=None, dtype=None, tensor=1, context=None, system="山", sampling=GREEDY)
 
 
 @pytest.fixture(scope="module")

@@ -197,6 +197,7 @@ def test_an_interrupted_evaluation_ends_in_the_bytes_of_an_undisturbed_one(model
         model=str(tmp_path / "hf"),
         step=None,
         dtype=None,
+        tensor=1,
         perplexity=PerplexityConfig(store=str(tmp_path / "s"), split="validation", rows=9, baseline_rows=9),
         benchmarks=(toy,),
         data="",

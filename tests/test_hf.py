@@ -14,7 +14,7 @@ from ctllm_jax import convert, hf, hf_export, numpy_llama
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.convert import ConvertConfig
 from ctllm_jax.data.tokenizer import CHAT_PIECES, load_tokenizer
-from ctllm_jax.loading import load_model
+from ctllm_jax.loading import load_model, load_stored
 from ctllm_jax.model import forward
 from ctllm_jax.rotary import RopeScaling
 
@@ -37,7 +37,7 @@ def test_what_is_exported_is_read_back_rounded_to_the_dtype(tmp_path, changes, d
     model = tiny_model(**changes)
     check = export(model, tmp_path / "out", dtype)
     assert check["witness_error"] < 1e-5
-    loaded = load_model(str(tmp_path / "out"))
+    loaded = load_stored(str(tmp_path / "out"))
     stored = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_array_equal(np.asarray(ours).astype(stored).astype(np.float32), theirs),
@@ -59,7 +59,7 @@ def test_shards_hold_what_a_single_file_holds(tmp_path):
     assert sorted(merged) == sorted(whole)
     for name in whole:
         np.testing.assert_array_equal(merged[name], whole[name])
-    one, many = load_model(str(tmp_path / "one")), load_model(str(tmp_path / "many"))
+    one, many = load_stored(str(tmp_path / "one")), load_stored(str(tmp_path / "many"))
     jax.tree.map(np.testing.assert_array_equal, one.params, many.params)
 
 
@@ -247,7 +247,7 @@ def test_convert_to_a_run_and_back_gives_the_same_bits(tmp_path):
         return convert.run(config, str(workdir))["model"]
 
     run_dir = verb(tmp_path / "hf", "run", tmp_path / "a")
-    loaded = load_model(run_dir)
+    loaded = load_stored(run_dir)
     assert loaded.name == "model@0"
     jax.tree.map(np.testing.assert_array_equal, model.params, loaded.params)
     back = verb(run_dir, "huggingface", tmp_path / "b")

@@ -20,7 +20,7 @@ from ctllm_jax.common.files import read_json
 from ctllm_jax.convert import ConvertConfig
 from ctllm_jax.duration import Clock
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
-from ctllm_jax.loading import load_model
+from ctllm_jax.loading import load_stored
 from ctllm_jax.lora import NO_ADAPTERS, NO_LORA, TARGETS, LoraConfig, adapted, joined, merged, trained
 from ctllm_jax.model import abstract_params, count_params, flops_per_token, forward, init_params, logical_axes
 from ctllm_jax.objectives import make_objective
@@ -199,11 +199,13 @@ def test_a_run_trains_adapters_beside_a_base_and_a_stop_leaves_no_trace(tmp_path
     first, *_, last = entries(tmp_path / "run", "eval")
     assert last["loss"] < first["loss"] - 0.05
     jax.tree.map(
-        np.testing.assert_array_equal, load_model(str(tmp_path / "run" / "base")).params, load_model(str(origin)).params
+        np.testing.assert_array_equal,
+        load_stored(str(tmp_path / "run" / "base")).params,
+        load_stored(str(origin)).params,
     )
 
     about = read_json(tmp_path / "run" / "run.json")
-    model = load_model(str(tmp_path / "run"))
+    model = load_stored(str(tmp_path / "run"))
     abstract = trained(abstract_params(model.config, config.lora.ranks))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     adapters = load_params(tmp_path / "run", jax.tree.map(lambda leaf: leaf.update(sharding=here), abstract), 6)
@@ -215,7 +217,7 @@ def test_a_run_trains_adapters_beside_a_base_and_a_stop_leaves_no_trace(tmp_path
     assert len(of_arrays) == 3 * 2 * 5 and all("/layers/adapters/" in name for name in of_arrays)  # with two moments
 
     jax.tree.map(
-        np.testing.assert_array_equal, model.params, merged(config.lora, adapters, load_model(str(origin)).params)
+        np.testing.assert_array_equal, model.params, merged(config.lora, adapters, load_stored(str(origin)).params)
     )
     found = perplexity([model], store, PerplexityConfig(str(store.folder), "validation", 8, 8), 1024)
     assert found["total"]["tokens"] == last["count"]
@@ -241,11 +243,11 @@ def test_dpo_has_the_model_without_adapters_as_its_reference(tmp_path, origin, r
     # What is exported has the adapters in it, and so has what goes on from there.
     export = ConvertConfig(source=str(tmp_path / "run"), step=None, all_steps=False, to="huggingface", dtype="float32")
     folder = convert.run(export, str(tmp_path / "export"))["model"]
-    jax.tree.map(np.testing.assert_array_equal, load_model(folder).params, load_model(str(tmp_path / "run")).params)
+    jax.tree.map(np.testing.assert_array_equal, load_stored(folder).params, load_stored(str(tmp_path / "run")).params)
     jax.tree.map(
         np.testing.assert_array_equal,
-        load_model(str(tmp_path / "run" / "base")).params,
-        load_model(str(origin)).params,
+        load_stored(str(tmp_path / "run" / "base")).params,
+        load_stored(str(origin)).params,
     )
 
 

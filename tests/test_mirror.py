@@ -28,7 +28,7 @@ from ctllm_jax.bucket import CLAIM, BucketFolder, Changed, Claim, Unreachable
 from ctllm_jax.checkpoint import Checkpoints
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.status import EXIT_LOST, EXIT_RESUME
-from ctllm_jax.loading import load_model
+from ctllm_jax.loading import load_model, load_stored
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUN = "gs://bucket/deep/run"
@@ -331,7 +331,7 @@ def test_a_run_that_lost_its_machine_goes_on_from_the_bucket_to_the_same_bits(
 @pytest.mark.slow
 def test_the_other_verbs_read_a_run_on_a_bucket(server, undisturbed, store, tmp_path, capsys):
     train.run(config_of(store), RUN)
-    model, own = load_model(RUN, step=10), load_model(str(undisturbed), step=10)
+    model, own = load_stored(RUN, step=10), load_stored(str(undisturbed), step=10)
     assert model.name == "run@10" and model.digest == own.digest
     jax.tree.map(np.testing.assert_array_equal, model.params, own.params)
     status, out, err = ctllm(capsys, "report", RUN, str(undisturbed))
@@ -362,7 +362,7 @@ def test_adapters_find_the_frozen_parameters_of_their_run_on_the_bucket(server, 
     train.run(config, RUN)
     train.run(config, str(tmp_path / "local"))
     assert (there(server) / "base" / "checkpoints" / "0" / "commit_success.txt").exists()
-    jax.tree.map(np.testing.assert_array_equal, load_model(RUN).params, load_model(str(tmp_path / "local")).params)
+    jax.tree.map(np.testing.assert_array_equal, load_stored(RUN).params, load_stored(str(tmp_path / "local")).params)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ QUESTIONS = [
 
 
 def config(questions, seed: int = 0) -> AnswerConfig:
-    return AnswerConfig("tiny", None, None, str(questions), "", SamplingConfig(4, 0.7, 0, 1.0, seed))
+    return AnswerConfig("tiny", None, None, 1, str(questions), "", SamplingConfig(4, 0.7, 0, 1.0, seed))
 
 
 def test_answers_turn_by_turn_and_the_same_after_a_kill(tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ def config(tmp_path_factory):
         model=str(folder / "run"),
         step=None,
         dtype=None,
+        tensor=1,
         input=(str(widened(write_jsonl(folder / "asked.jsonl", RECORDS))),),
         answers=3,
         slots=2,

@@ -35,6 +35,7 @@ def config(location, **changes) -> GenerateConfig:
         "model": str(location),
         "step": None,
         "dtype": None,
+        "tensor": 1,
         "prompts": ("从前有座山", "The quick"),
         "input": None,
         "chat": False,

@@ -48,6 +48,7 @@ def config(run_dir, tmp_path_factory):
         model=str(run_dir),
         step=None,
         dtype=None,
+        tensor=1,
         template=None,
         batch_tokens=2048,  # more than there are: one shape, one compilation
         scores=None,

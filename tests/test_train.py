@@ -27,7 +27,7 @@ from ctllm_jax.common.files import read_json
 from ctllm_jax.data.batches import row_arrays
 from ctllm_jax.data.order import Mixture, Phase
 from ctllm_jax.data.store import open_store
-from ctllm_jax.loading import load_model
+from ctllm_jax.loading import load_model, load_stored
 from ctllm_jax.metrics import MetricsLog, read_metrics
 from ctllm_jax.metrics.definitions import TIMINGS
 from ctllm_jax.step import UPDATE_METRICS
@@ -108,7 +108,7 @@ def assert_close_entries(workdir, other, rtol: float) -> None:
 
 
 def params_of(workdir):
-    return load_model(str(workdir)).params
+    return load_stored(str(workdir)).params
 
 
 def assert_same_run(workdir, other):

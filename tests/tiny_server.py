@@ -19,6 +19,7 @@ CONFIG = ServeConfig(
     model="",
     step=None,
     dtype=None,
+    tensor=1,
     name="tiny",
     host="127.0.0.1",
     port=0,

@@ -1,6 +1,7 @@
-"""Work spread over the local devices: each has the whole model and takes the next job when it is free.
+"""Work spread over the local devices: each, or each group over which a copy of the model is split, takes the next job
+when it is free.
 
-A job is worked on by one device, as if there were no other: so their number changes no bit of its result, none waits
+A job is worked on by one of them, as if there were no other: so their number changes no bit of its result, none waits
 for another, and what devices would have to share (a beginning that many rows go on from, a loop that ends with the
 last of its rows) stays with one. The price is that each device compiles its own programs; they do so at the same time.
 """
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from ctllm_jax.loading import LoadedModel
 
@@ -18,11 +21,27 @@ Job, Result = TypeVar("Job"), TypeVar("Result")
 
 
 def on_each_device(model: LoadedModel) -> list[LoadedModel]:
-    """The model for each local device, its parameters there; where there is one device only, the model itself."""
+    """The model for each local device, its parameters there; where there is one device only, the model itself.
+
+    Of a model that is split there is a copy for each group of as many devices; what is left over does nothing.
+    """
     devices = jax.local_devices()
     if len(devices) == 1:
         return [model]
-    return [dataclasses.replace(model, params=jax.device_put(model.params, device)) for device in devices]
+    if model.mesh is None:
+        return [dataclasses.replace(model, params=jax.device_put(model.params, device)) for device in devices]
+    size = model.mesh.size
+    return [
+        _moved(model, np.reshape(devices[first : first + size], model.mesh.devices.shape))
+        for first in range(0, len(devices) - size + 1, size)
+    ]
+
+
+def _moved(model: LoadedModel, devices: np.ndarray) -> LoadedModel:
+    """The model split over other devices in the same way."""
+    mesh = Mesh(devices, model.mesh.axis_names, axis_types=model.mesh.axis_types)
+    places = jax.tree.map(lambda leaf: NamedSharding(mesh, leaf.sharding.spec), model.params)
+    return dataclasses.replace(model, params=jax.device_put(model.params, places), mesh=mesh)
 
 
 def spread(

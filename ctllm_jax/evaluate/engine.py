@@ -83,7 +83,7 @@ def score_groups(
     placed = _placed(groups)
     own = [unique(piece for piece, _ in group) for group in placed]
     shares = plan(own, model.config.max_length, batch_tokens)
-    with Progress(label, sum(len(share.pieces) for share in shares), "pieces") as progress:
+    with Progress(label, sum(len(share.pieces) for share in shares), "pieces") as progress, model.in_use():
         _run(model, shares, batch_tokens, progress)
     return [
         [_score(request, *place) for request, place in zip(group, places, strict=True)]

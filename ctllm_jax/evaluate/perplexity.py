@@ -103,13 +103,9 @@ def _row_sums(model: LoadedModel, unigram_V: np.ndarray, batch: list[dict], size
     check_ids(model, [arrays["tokens"] for arrays in batch])
     short = [{name: np.zeros_like(value) for name, value in batch[0].items()}] * (size - len(batch))
     stacked = {name: np.stack([arrays[name] for arrays in [*batch, *short]]) for name in batch[0]}
-    logprob_BL = jax.device_get(
-        next_token_logprobs(
-            model.config,
-            model.params,
-            *(stacked[name] for name in ("tokens", "positions", "segments", "labels")),
-        )[0]
-    )
+    inputs = (stacked[name] for name in ("tokens", "positions", "segments", "labels"))
+    with model.in_use():
+        logprob_BL = jax.device_get(next_token_logprobs(model.config, model.params, *inputs)[0])
     weights_BL = stacked["weights"].astype(np.float64)
     nll_B = -np.sum(np.where(weights_BL > 0, logprob_BL, 0.0) * weights_BL, axis=-1)
     unigram_B = -np.sum(unigram_V[stacked["labels"]] * weights_BL, axis=-1)

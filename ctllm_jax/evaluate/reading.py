@@ -51,7 +51,8 @@ def read(model: LoadedModel, text: str, guesses: int = 3) -> list[Token]:
     if not 2 <= len(ids) <= most + 1:
         raise UserError(f"the text has {len(ids) - 1} tokens; there must be 1 to {most} ({model.name})")
     check_ids(model, [ids])
-    logprobs_LV = np.asarray(_logprobs(decodable(model.config, tokenizer), model.params, jnp.array([ids[:-1]])))
+    with model.in_use():
+        logprobs_LV = np.asarray(_logprobs(decodable(model.config, tokenizer), model.params, jnp.array([ids[:-1]])))
     names = [name for _, name in tokenizer.pieces()]
     likely_LG = np.argsort(-logprobs_LV, axis=-1, kind="stable")[:, :guesses]
     return [

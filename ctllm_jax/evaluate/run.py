@@ -35,6 +35,7 @@ class EvalConfig:
     model: str  # run directory or Hugging Face folder
     step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
+    tensor: int  # [devices] over which heads and widths of a copy of the model are split
     perplexity: PerplexityConfig  # skipped where its store is empty
     benchmarks: tuple[str, ...]  # declared tasks: names of shipped ones (ceval_ppl) or paths of TOML files
     data: str  # folder of the benchmarks' published files, a folder in it for each
@@ -59,7 +60,7 @@ def run(config: EvalConfig, workdir: str) -> dict:
     if not (benchmarks or store or config.prompts):
         raise UserError("eval: nothing to do; give config.benchmarks, config.perplexity.store or config.prompts")
     keep_compiled()
-    model = load_model(config.model, config.step, config.dtype)
+    model = load_model(config.model, config.step, config.dtype, config.tensor)
     if any(benchmark.chat for benchmark in benchmarks):
         own_template(model.tokenizer)  # a model without one is told before anything is worked out
     settings = {**dataclasses.asdict(config), "model": None, "step": None}

@@ -12,6 +12,7 @@ class ServeConfig:
     model: str  # run directory or Hugging Face folder
     step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
+    tensor: int  # [devices] over which heads and widths of a copy of the model are split
     name: str | None  # what clients call the model; None is the folder's name, with the step of a run
     host: str  # who may connect: 127.0.0.1 is this machine alone; the server asks nobody who they are
     port: int  # [port] 0 takes a free one

@@ -22,7 +22,7 @@ def run(config: ServeConfig, workdir: str | None) -> dict:
     """
     if not config.model:
         raise UserError("serve: give --config.model=RUN (a run directory or a Hugging Face folder)")
-    model = load_model(config.model, config.step, config.dtype)
+    model = load_model(config.model, config.step, config.dtype, config.tensor)
     decoder = Decoder(model, config.slots, config.context)
     warm_up(decoder)
     if not asyncio.run(_serve(Server(decoder, config), config.name or model.name)):

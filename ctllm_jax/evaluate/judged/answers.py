@@ -27,6 +27,7 @@ class AnswerConfig:
     model: str  # run directory or Hugging Face folder, of a model with a chat template
     step: int | None  # [steps] checkpoint of a run; None is the newest
     dtype: str | None  # compute dtype; None is the model's own
+    tensor: int  # [devices] over which heads and widths of a copy of the model are split
     questions: str  # a shipped set (bafang), or files: see `question_sets.read_questions`
     system: str  # system message before each conversation; empty is none
     sampling: SamplingConfig  # its temperature holds for questions whose protocol sets none
@@ -35,7 +36,7 @@ class AnswerConfig:
 def run(config: AnswerConfig, workdir: str) -> dict:
     """Answers the questions, or goes on where it was cut short. Returns counts."""
     questions = read_questions(config.questions)
-    model = load_model(config.model, config.step, config.dtype)
+    model = load_model(config.model, config.step, config.dtype, config.tensor)
     settings = {**dataclasses.asdict(config), "model": None, "step": None, "questions": None}
     inputs = {"model": model.digest, "questions": fingerprint([dataclasses.asdict(q) for q in questions])}
     stage = open_stage("answer", 1, workdir, settings, inputs)
