@@ -7,7 +7,7 @@ Prompts are padded on the left to a bucketed length, so that every row's next to
 slot; padding carries segment 0, which no token sees. A row's sample depends on its prompt, its place in the
 list and the seed, never on its neighbours.
 
-Legend: B rows of a batch, L prompt slots, S most new tokens, V vocabulary.
+Legend: B rows of a batch, L prompt slots, P of them without the last, S most new tokens, V vocabulary.
 """
 
 import dataclasses
@@ -144,27 +144,28 @@ def _decode(
         step_keys_B = jax.vmap(lambda row_key: jax.random.fold_in(row_key, step))(keys_B)
         return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV).astype(jnp.int32)
 
-    slot_L = jnp.arange(L)
-    positions_BL = jnp.maximum(slot_L - first_B[:, None], 0)
-    segments_BL = (slot_L >= first_B[:, None]).astype(jnp.int32)
-    logits_BLV, cache = forward(cfg, params, tokens_BL, positions_BL, segments_BL, init_cache(cfg, B, L + S))
+    # All but the last token, whose logits are the first that anybody reads.
+    slot_P = jnp.arange(L - 1)
+    positions_BP = jnp.maximum(slot_P - first_B[:, None], 0)
+    segments_BP = (slot_P >= first_B[:, None]).astype(jnp.int32)
+    _, cache = forward(cfg, params, tokens_BL[:, :-1], positions_BP, segments_BP, init_cache(cfg, B, L + S))
 
     def unfinished(state):
         step, done_B = state[0], state[1]
         return (step < S) & ~jnp.all(done_B)
 
     def advance(state):
-        step, done_B, count_B, logits_BV, new_BS, cache = state
-        token_B = choose(logits_BV, step)
+        step, done_B, count_B, token_B, new_BS, cache = state
+        position_B1 = (L - 1 + step - first_B)[:, None]
+        logits_B1V, cache = forward(cfg, params, token_B[:, None], position_B1, jnp.ones((B, 1), jnp.int32), cache)
+        token_B = choose(logits_B1V[:, 0], step)
         new_BS = jax.lax.dynamic_update_slice_in_dim(new_BS, token_B[:, None], step, axis=1)
         count_B = count_B + ~done_B
         done_B = done_B | jnp.isin(token_B, stops) | (count_B >= limit_B)
-        position_B1 = (L + step - first_B)[:, None]
-        logits_B1V, cache = forward(cfg, params, token_B[:, None], position_B1, jnp.ones((B, 1), jnp.int32), cache)
-        return step + 1, done_B, count_B, logits_B1V[:, 0], new_BS, cache
+        return step + 1, done_B, count_B, token_B, new_BS, cache
 
     new_BS, count_B = jnp.zeros((B, S), jnp.int32), jnp.zeros(B, jnp.int32)
-    state = (jnp.int32(0), limit_B == 0, count_B, logits_BLV[:, -1], new_BS, cache)
+    state = (jnp.int32(0), limit_B == 0, count_B, tokens_BL[:, -1], new_BS, cache)
     state = jax.lax.while_loop(unfinished, advance, state)
     return state[4], state[2]
 

@@ -11,7 +11,7 @@ width, V vocabulary (padded), Y layers, S beginnings that rows share.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ class Cache:
     k_YBTKH: jax.Array
     v_YBTKH: jax.Array
     segments_BT: jax.Array
-    length: jax.Array  # scalar int32
+    length: jax.Array  # int32, or [B] where the rows are filled unequally: they take one token at a time
 
 
 def _param(cfg: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ...], init: float | str) -> nnx.Param:
@@ -140,8 +140,8 @@ class Block(nnx.Module):
     def __call__(self, x_BLD, positions_BL, attend):
         """One layer (its parameters already sliced).
 
-        `attend` gives of queries, keys and values the mixed values and what is kept of keys and values; so does the
-        layer: (x_BLD, kept).
+        `attend` gives of queries, keys and values the mixed values and the keys and values of all layers; so does the
+        layer: (x_BLD, those).
         """
         cfg = self.cfg
         y_BLD = _rms_norm(x_BLD, self.attention_norm[...], cfg.norm_eps)
@@ -156,7 +156,7 @@ class Block(nnx.Module):
         k_BLKH = constrain(rotate(k_BLKH, positions_BL, frequency), "batch", "length", "kv_heads", None)
         q_BLNH, k_BLKH = checkpoint_name(q_BLNH, "query"), checkpoint_name(k_BLKH, "key")
         v_BLKH = checkpoint_name(v_BLKH, "value")
-        o_BLNH, kept = attend(q_BLNH, k_BLKH, v_BLKH)
+        o_BLNH, kv_YBTKH = attend(q_BLNH, k_BLKH, v_BLKH)
         x_BLD = x_BLD + self._product("BLNH,NHD->BLD", o_BLNH, "out")
         x_BLD = checkpoint_name(constrain(x_BLD, "batch", "length", None), "attention_residual")
         y_BLD = _rms_norm(x_BLD, self.mlp_norm[...], cfg.norm_eps)
@@ -164,36 +164,44 @@ class Block(nnx.Module):
         up_BLF = checkpoint_name(self._product("BLD,DF->BLF", y_BLD, "up"), "up")
         hidden_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, "batch", "length", "mlp")
         x_BLD = x_BLD + self._product("BLF,FD->BLD", hidden_BLF, "down")
-        return constrain(x_BLD, "batch", "length", None), kept
+        return constrain(x_BLD, "batch", "length", None), kv_YBTKH
 
 
-def _attending(cfg: ModelConfig, segments_BL: jax.Array, cache: Cache | None, owner_B) -> tuple:
-    """How a layer's queries find keys: (function of the layer's part of the cache, queries, keys and values; the parts
-    of the layers; segments of the cache's slots)."""
+def _attending(cfg: ModelConfig, segments_BL: jax.Array, cache: Cache | None, owner_B) -> Callable:
+    """How a layer's queries find keys: a function of (keys and values of all layers or None, the layer's number,
+    queries, keys, values) that gives the mixed values and the keys and values of all layers.
 
-    def alone(_, q_BLNH, k_BLKH, v_BLKH):
-        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, segments_BL, backend=cfg.attention), None
+    Those pass through the layers whole, and each layer writes its own in their place: cut up by layers and put together
+    again, a cache would be copied at every token. The cache's segments are those of the new tokens, too.
+    """
 
-    def appended(kv_BTKH, q_BLNH, k_BLKH, v_BLKH):
-        k_BTKH, v_BTKH = (
-            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), cache.length, axis=1)
-            for old, new in zip(kv_BTKH, (k_BLKH, v_BLKH), strict=True)
+    def alone(kv_YBTKH, layer, q_BLNH, k_BLKH, v_BLKH):
+        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, segments_BL, backend=cfg.attention), kv_YBTKH
+
+    def appended(kv_YBTKH, layer, q_BLNH, k_BLKH, v_BLKH):
+        kv_YBTKH = tuple(
+            _written(old, new, layer, cache.length) for old, new in zip(kv_YBTKH, (k_BLKH, v_BLKH), strict=True)
         )
-        found = attention(
-            q_BLNH, k_BTKH, v_BTKH, segments_BL, segments_BT, q_offset=cache.length, backend=cfg.attention
-        )
-        return found, (k_BTKH, v_BTKH)
+        arrays = q_BLNH, *(whole[layer] for whole in kv_YBTKH), segments_BL, cache.segments_BT
+        return attention(*arrays, q_offset=cache.length, backend=cfg.attention), kv_YBTKH
 
-    def beside(kv_SPKH, q_BLNH, k_BLKH, v_BLKH):
-        return prefix.attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, *kv_SPKH, cache.segments_BT, owner_B), None
+    def beside(kv_YSPKH, layer, q_BLNH, k_BLKH, v_BLKH):
+        k_SPKH, v_SPKH = (whole[layer] for whole in kv_YSPKH)
+        found = prefix.attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, k_SPKH, v_SPKH, cache.segments_BT, owner_B)
+        return found, kv_YSPKH
 
     if cache is None:
-        return alone, None, None
-    kv_YBTKH = cache.k_YBTKH, cache.v_YBTKH
-    if owner_B is not None:
-        return beside, kv_YBTKH, cache.segments_BT
-    segments_BT = jax.lax.dynamic_update_slice_in_dim(cache.segments_BT, segments_BL, cache.length, axis=1)
-    return appended, kv_YBTKH, segments_BT
+        return alone
+    return appended if owner_B is None else beside
+
+
+def _written(old_YBT: jax.Array, new_BL: jax.Array, layer: jax.Array | int, length: jax.Array) -> jax.Array:
+    """A layer's part of a cache with new entries from `length` on; more axes may follow."""
+    new_BL = new_BL.astype(old_YBT.dtype)
+    if length.ndim:
+        return old_YBT.at[layer, jnp.arange(len(new_BL)), length].set(new_BL[:, 0])
+    start = (layer, 0, length, *[0] * (old_YBT.ndim - 3))
+    return jax.lax.dynamic_update_slice(old_YBT, new_BL[None], [jnp.int32(index) for index in start])
 
 
 class Transformer(nnx.Module):
@@ -217,21 +225,27 @@ class Transformer(nnx.Module):
         x_BLD = self.embed[...].astype(cfg.dtype)[tokens_BL]
         x_BLD = constrain(x_BLD, "batch", "length", None)
         graph, layers_Y = nnx.split(self.layers)
-        attend, kv_YBTKH, segments_BT = _attending(cfg, segments_BL, cache, owner_B)
+        kv_YBTKH, numbers_Y, appends = None, None, cache is not None and owner_B is None
+        if cache is not None:
+            kv_YBTKH, numbers_Y = (cache.k_YBTKH, cache.v_YBTKH), jnp.arange(cfg.num_layers, dtype=jnp.int32)
+        if appends:
+            segments_1BT = _written(cache.segments_BT[None], segments_BL, 0, cache.length)
+            cache = dataclasses.replace(cache, segments_BT=segments_1BT[0])
+        attend = _attending(cfg, segments_BL, cache, owner_B)
 
-        def layer(x_BLD, inputs):
-            params, kv_BTKH = inputs
-            return nnx.merge(graph, params)(x_BLD, positions_BL, functools.partial(attend, kv_BTKH))
+        def layer(carried, inputs):
+            (x_BLD, kv_YBTKH), (params, number) = carried, inputs
+            return nnx.merge(graph, params)(x_BLD, positions_BL, functools.partial(attend, kv_YBTKH, number)), None
 
         kept = REMAT_POLICIES[cfg.remat]
         if kept is not None:
             policy = jax.checkpoint_policies.save_only_these_names(*kept)
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        x_BLD, kv_YBTKH = jax.lax.scan(layer, x_BLD, (layers_Y, kv_YBTKH))
+        (x_BLD, kv_YBTKH), _ = jax.lax.scan(layer, (x_BLD, kv_YBTKH), (layers_Y, numbers_Y))
         x_BLD = _rms_norm(x_BLD, self.final_norm[...], cfg.norm_eps)
-        if kv_YBTKH is None:
-            return x_BLD, cache
-        return x_BLD, Cache(*kv_YBTKH, segments_BT, cache.length + tokens_BL.shape[1])
+        if appends:
+            cache = Cache(*kv_YBTKH, cache.segments_BT, cache.length + tokens_BL.shape[1])
+        return x_BLD, cache
 
     def __call__(
         self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None, owner_B: jax.Array | None = None

@@ -249,23 +249,16 @@ def _decode(
     keys_S2: jax.Array,
 ) -> _State:
     """Appends each live slot's token to its cache and chooses the next one; `count_S` are new ones it already has."""
-
-    def one(k_YTKH, v_YTKH, segments_T, length, token):
-        cache = Cache(k_YTKH[:, None], v_YTKH[:, None], segments_T[None], length)
-        logits_11V, cache = forward(
-            cfg, params, token[None, None], length[None, None], jnp.ones((1, 1), jnp.int32), cache
-        )
-        return logits_11V[0, 0], cache.k_YBTKH[:, 0], cache.v_YBTKH[:, 0], cache.segments_BT[0]
-
-    rows = state.k_YSTKH, state.v_YSTKH, state.segments_ST, state.length_S, state.token_S
-    logits_SV, k_YSTKH, v_YSTKH, segments_ST = jax.vmap(one, (1, 1, 0, 0, 0), (0, 1, 1, 0))(*rows)
-    seen_SV = state.seen_SV | (jnp.arange(logits_SV.shape[-1]) == state.token_S[:, None])
+    cache = Cache(state.k_YSTKH, state.v_YSTKH, state.segments_ST, state.length_S)
+    token_S1, place_S1 = state.token_S[:, None], state.length_S[:, None]
+    logits_S1V, cache = forward(cfg, params, token_S1, place_S1, jnp.ones_like(token_S1), cache)
+    seen_SV = state.seen_SV | (jnp.arange(logits_S1V.shape[-1]) == token_S1)
     keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_S2), count_S)
-    token_S = choose(logits_SV, seen_SV, options, keys_S)
+    token_S = choose(logits_S1V[:, 0], seen_SV, options, keys_S)
     return _State(
-        k_YSTKH,
-        v_YSTKH,
-        segments_ST,
+        cache.k_YBTKH,
+        cache.v_YBTKH,
+        cache.segments_BT,
         length_S=state.length_S + live_S,
         token_S=jnp.where(live_S, token_S, state.token_S),
         seen_SV=jnp.where(live_S[:, None], seen_SV, state.seen_SV),

@@ -85,7 +85,7 @@ def attention(
       v_BTKH: values.
       q_segments_BL: segment of each query, int32, not negative; 0 marks padding.
       kv_segments_BT: segment of each key slot, likewise.
-      q_offset: key slot of the first query (nonzero when decoding with a cache).
+      q_offset: key slot of the first query (nonzero when decoding with a cache): one for all rows, or [B].
       backend: a name in `BACKENDS`.
 
     Returns:

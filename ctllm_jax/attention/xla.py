@@ -42,7 +42,8 @@ def _attend(q_BLNH, k_BTKH, v_BTKH, q_segments_BL, kv_segments_BT, q_offset):
     G = N // K
     q_BKQH = q_BLNH.reshape(B, L, K, G, H).swapaxes(1, 2).reshape(B, K, L * G, H)
     scores_BKQT = jnp.einsum("BKQH,BTKH->BKQT", q_BKQH, k_BTKH, preferred_element_type=wide(q_BLNH.dtype)) * H**-0.5
-    causal_LT = q_offset + jnp.arange(L)[:, None] >= jnp.arange(T)
+    first = q_offset[:, None, None] if jnp.ndim(q_offset) else q_offset
+    causal_LT = first + jnp.arange(L)[:, None] >= jnp.arange(T)  # with a leading axis where the rows begin unequally
     same_BLT = (q_segments_BL[:, :, None] == kv_segments_BT[:, None, :]) & (kv_segments_BT[:, None, :] != 0)
     visible_BLT = causal_LT & same_BLT
     visible_BKQT = jnp.repeat(visible_BLT, G, axis=1)[:, None]
