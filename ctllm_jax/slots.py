@@ -55,7 +55,7 @@ class Request:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _State:
+class SlotState:
     """What stays on the device between steps. The last token of a slot is not in its cache yet."""
 
     k_YSTKH: jax.Array
@@ -85,7 +85,7 @@ class Decoder:
         places = -(-self.context // self._chunk) * self._chunk
         with model.in_use():
             cache = init_cache(self._config, slots, places)
-        self._state = _State(
+        self._state = SlotState(
             cache.k_YBTKH,
             cache.v_YBTKH,
             cache.segments_BT,
@@ -165,7 +165,9 @@ class Decoder:
         live_S = np.array([request is not None for request in requests])
         options = Options.of([request.sampling if request else None for request in requests])
         with self.model.in_use():
-            self._state = _decode(self._config, self.model.params, self._state, live_S, count_S, options, self._keys_S2)
+            self._state = decode_step(
+                self._config, self.model.params, self._state, live_S, count_S, options, self._keys_S2
+            )
         token_S = jax.device_get(self._state.token_S).tolist()
         for slot in live:
             if self._took(requests[slot], self._texts[slot], token_S[slot]):
@@ -211,13 +213,13 @@ class _Text:
 def _read(
     cfg: ModelConfig,
     params: dict,
-    state: _State,
+    state: SlotState,
     tokens_C: jax.Array,
     slot: jax.Array,
     start: jax.Array,
     count: jax.Array,
     follows: jax.Array,
-) -> _State:
+) -> SlotState:
     """Appends the first `count` of some tokens to a slot's cache, from place `start` on; `follows` comes next."""
     C = tokens_C.shape[0]
     real_C = jnp.arange(C) < count
@@ -228,7 +230,7 @@ def _read(
     seen_V = jnp.where(start == 0, False, state.seen_SV[slot])
     seen_V = seen_V.at[jnp.where(real_C, tokens_C, seen_V.shape[0])].set(True, mode="drop")
     put = jax.lax.dynamic_update_slice_in_dim
-    return _State(
+    return SlotState(
         put(state.k_YSTKH, cache.k_YBTKH, slot, axis=1),
         put(state.v_YSTKH, cache.v_YBTKH, slot, axis=1),
         put(state.segments_ST, cache.segments_BT, slot, axis=0),
@@ -239,15 +241,15 @@ def _read(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(
+def decode_step(
     cfg: ModelConfig,
     params: dict,
-    state: _State,
+    state: SlotState,
     live_S: jax.Array,
     count_S: jax.Array,
     options: Options,
     keys_S2: jax.Array,
-) -> _State:
+) -> SlotState:
     """Appends each live slot's token to its cache and chooses the next one; `count_S` are new ones it already has."""
     cache = Cache(state.k_YSTKH, state.v_YSTKH, state.segments_ST, state.length_S)
     token_S1, place_S1 = state.token_S[:, None], state.length_S[:, None]
@@ -255,7 +257,7 @@ def _decode(
     seen_SV = state.seen_SV | (jnp.arange(logits_S1V.shape[-1]) == token_S1)
     keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_S2), count_S)
     token_S = choose(logits_S1V[:, 0], seen_SV, options, keys_S)
-    return _State(
+    return SlotState(
         cache.k_YBTKH,
         cache.v_YBTKH,
         cache.segments_BT,
