@@ -54,6 +54,7 @@ def main() -> None:
     parts, figures = [options.part] if options.part else PARTS, {}
     if "compiled" in parts:
         os.environ.update(ENVIRONMENT)
+        jax.config.update("jax_platforms", ENVIRONMENT["JAX_PLATFORMS"])
         figures |= compiled(options.slice or (SLICES[:1] if options.quick else SLICES))
     if "texts" in parts:
         pin()
@@ -152,7 +153,7 @@ def compiled(names: list[str]) -> dict:
             continue
         found[name] = compiled_step(model, target)
     table(
-        f"A token for each of {SLOTS} slots of {model.max_length} tokens, 2B in bf16, split over all devices of a slice "
+        f"A token for each of {SLOTS} slots of {model.max_length} tokens, 2B in bf16, split over a slice's devices "
         "(compiler's figures for one device; of several, waiting for collectives is not counted)",
         ("slice", "held GiB", "besides GiB", "estimated ms", "floor ms"),
         [
@@ -179,9 +180,9 @@ def compiled_step(model: ModelConfig, target: Slice) -> Step:
 
     places = shardings(mesh, as_read(model), logical_axes(model))
     params = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), as_read(model), places)
-    cache = (model.num_layers, SLOTS, model.max_length, model.num_kv_heads, model.head_dim)
+    cache = (model.num_layers, SLOTS, model.num_kv_heads, model.max_length, model.head_dim)
     state = SlotState(
-        *(array(cache, model.dtype, "layers", None, None, "kv_heads", None) for _ in range(2)),
+        *(array(cache, model.dtype, "layers", None, "kv_heads", None, None) for _ in range(2)),
         segments_ST=array((SLOTS, model.max_length), jnp.int32),
         length_S=array((SLOTS,), jnp.int32),
         token_S=array((SLOTS,), jnp.int32),

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ctllm_jax.attention import attention, prefix
 from ctllm_jax.attention.flash import LSE_NAME, OUTPUT_NAME
+from ctllm_jax.cache import Cache, put_heads, put_segments
 from ctllm_jax.lora import NO_ADAPTERS, Adapters, ranks_in
 from ctllm_jax.precision import wide
 from ctllm_jax.products import head_logits, product
@@ -76,17 +77,6 @@ class ModelConfig:
             raise ValueError(f"padded_vocab_size {self.padded_vocab_size} is below vocab_size {self.vocab_size}")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat {self.remat!r} is unknown; there are: {', '.join(REMAT_POLICIES)}")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of every layer, filled up to slot `length`; segment 0 marks unused and padding slots."""
-
-    k_YBTKH: jax.Array
-    v_YBTKH: jax.Array
-    segments_BT: jax.Array
-    length: jax.Array  # int32, or [B] where the rows are filled unequally: they take one token at a time
 
 
 def _param(cfg: ModelConfig, shape: tuple[int, ...], axes: tuple[str | None, ...], init: float | str) -> nnx.Param:
@@ -156,7 +146,7 @@ class Block(nnx.Module):
         k_BLKH = constrain(rotate(k_BLKH, positions_BL, frequency), "batch", "length", "kv_heads", None)
         q_BLNH, k_BLKH = checkpoint_name(q_BLNH, "query"), checkpoint_name(k_BLKH, "key")
         v_BLKH = checkpoint_name(v_BLKH, "value")
-        o_BLNH, kv_YBTKH = attend(q_BLNH, k_BLKH, v_BLKH)
+        o_BLNH, kv_YBKTH = attend(q_BLNH, k_BLKH, v_BLKH)
         x_BLD = x_BLD + self._product("BLNH,NHD->BLD", o_BLNH, "out")
         x_BLD = checkpoint_name(constrain(x_BLD, "batch", "length", None), "attention_residual")
         y_BLD = _rms_norm(x_BLD, self.mlp_norm[...], cfg.norm_eps)
@@ -164,44 +154,34 @@ class Block(nnx.Module):
         up_BLF = checkpoint_name(self._product("BLD,DF->BLF", y_BLD, "up"), "up")
         hidden_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, "batch", "length", "mlp")
         x_BLD = x_BLD + self._product("BLF,FD->BLD", hidden_BLF, "down")
-        return constrain(x_BLD, "batch", "length", None), kv_YBTKH
+        return constrain(x_BLD, "batch", "length", None), kv_YBKTH
 
 
 def _attending(cfg: ModelConfig, segments_BL: jax.Array, cache: Cache | None, owner_B) -> Callable:
     """How a layer's queries find keys: a function of (keys and values of all layers or None, the layer's number,
     queries, keys, values) that gives the mixed values and the keys and values of all layers.
 
-    Those pass through the layers whole, and each layer writes its own in their place: cut up by layers and put together
-    again, a cache would be copied at every token. The cache's segments are those of the new tokens, too.
+    The cache's segments are those of the new tokens, too.
     """
 
-    def alone(kv_YBTKH, layer, q_BLNH, k_BLKH, v_BLKH):
-        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, segments_BL, backend=cfg.attention), kv_YBTKH
+    def alone(kv_YBKTH, layer, q_BLNH, k_BLKH, v_BLKH):
+        return attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, segments_BL, backend=cfg.attention), kv_YBKTH
 
-    def appended(kv_YBTKH, layer, q_BLNH, k_BLKH, v_BLKH):
-        kv_YBTKH = tuple(
-            _written(old, new, layer, cache.length) for old, new in zip(kv_YBTKH, (k_BLKH, v_BLKH), strict=True)
+    def appended(kv_YBKTH, layer, q_BLNH, k_BLKH, v_BLKH):
+        kv_YBKTH = tuple(
+            put_heads(old, new, layer, cache.length) for old, new in zip(kv_YBKTH, (k_BLKH, v_BLKH), strict=True)
         )
-        arrays = q_BLNH, *(whole[layer] for whole in kv_YBTKH), segments_BL, cache.segments_BT
-        return attention(*arrays, q_offset=cache.length, backend=cfg.attention), kv_YBTKH
+        arrays = q_BLNH, *(whole[layer].swapaxes(1, 2) for whole in kv_YBKTH), segments_BL, cache.segments_BT
+        return attention(*arrays, q_offset=cache.length, backend=cfg.attention), kv_YBKTH
 
-    def beside(kv_YSPKH, layer, q_BLNH, k_BLKH, v_BLKH):
-        k_SPKH, v_SPKH = (whole[layer] for whole in kv_YSPKH)
-        found = prefix.attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, k_SPKH, v_SPKH, cache.segments_BT, owner_B)
-        return found, kv_YSPKH
+    def beside(kv_YSKPH, layer, q_BLNH, k_BLKH, v_BLKH):
+        k_SKPH, v_SKPH = (whole[layer] for whole in kv_YSKPH)
+        found = prefix.attention(q_BLNH, k_BLKH, v_BLKH, segments_BL, k_SKPH, v_SKPH, cache.segments_BT, owner_B)
+        return found, kv_YSKPH
 
     if cache is None:
         return alone
     return appended if owner_B is None else beside
-
-
-def _written(old_YBT: jax.Array, new_BL: jax.Array, layer: jax.Array | int, length: jax.Array) -> jax.Array:
-    """A layer's part of a cache with new entries from `length` on; more axes may follow."""
-    new_BL = new_BL.astype(old_YBT.dtype)
-    if length.ndim:
-        return old_YBT.at[layer, jnp.arange(len(new_BL)), length].set(new_BL[:, 0])
-    start = (layer, 0, length, *[0] * (old_YBT.ndim - 3))
-    return jax.lax.dynamic_update_slice(old_YBT, new_BL[None], [jnp.int32(index) for index in start])
 
 
 class Transformer(nnx.Module):
@@ -225,26 +205,26 @@ class Transformer(nnx.Module):
         x_BLD = self.embed[...].astype(cfg.dtype)[tokens_BL]
         x_BLD = constrain(x_BLD, "batch", "length", None)
         graph, layers_Y = nnx.split(self.layers)
-        kv_YBTKH, numbers_Y, appends = None, None, cache is not None and owner_B is None
+        kv_YBKTH, numbers_Y, appends = None, None, cache is not None and owner_B is None
         if cache is not None:
-            kv_YBTKH, numbers_Y = (cache.k_YBTKH, cache.v_YBTKH), jnp.arange(cfg.num_layers, dtype=jnp.int32)
+            kv_YBKTH, numbers_Y = (cache.k_YBKTH, cache.v_YBKTH), jnp.arange(cfg.num_layers, dtype=jnp.int32)
         if appends:
-            segments_1BT = _written(cache.segments_BT[None], segments_BL, 0, cache.length)
-            cache = dataclasses.replace(cache, segments_BT=segments_1BT[0])
+            segments_BT = put_segments(cache.segments_BT, segments_BL, cache.length)
+            cache = dataclasses.replace(cache, segments_BT=segments_BT)
         attend = _attending(cfg, segments_BL, cache, owner_B)
 
         def layer(carried, inputs):
-            (x_BLD, kv_YBTKH), (params, number) = carried, inputs
-            return nnx.merge(graph, params)(x_BLD, positions_BL, functools.partial(attend, kv_YBTKH, number)), None
+            (x_BLD, kv_YBKTH), (params, number) = carried, inputs
+            return nnx.merge(graph, params)(x_BLD, positions_BL, functools.partial(attend, kv_YBKTH, number)), None
 
         kept = REMAT_POLICIES[cfg.remat]
         if kept is not None:
             policy = jax.checkpoint_policies.save_only_these_names(*kept)
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        (x_BLD, kv_YBTKH), _ = jax.lax.scan(layer, (x_BLD, kv_YBTKH), (layers_Y, numbers_Y))
+        (x_BLD, kv_YBKTH), _ = jax.lax.scan(layer, (x_BLD, kv_YBKTH), (layers_Y, numbers_Y))
         x_BLD = _rms_norm(x_BLD, self.final_norm[...], cfg.norm_eps)
         if appends:
-            cache = Cache(*kv_YBTKH, cache.segments_BT, cache.length + tokens_BL.shape[1])
+            cache = Cache(*kv_YBKTH, cache.segments_BT, cache.length + tokens_BL.shape[1])
         return x_BLD, cache
 
     def __call__(
@@ -371,11 +351,11 @@ def _module(cfg: ModelConfig, params: dict) -> Transformer:
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache for `batch` rows of at most `slots` tokens, in the compute dtype."""
-    shape = (cfg.num_layers, batch, slots, cfg.num_kv_heads, cfg.head_dim)
-    axes = ("layers", "batch", None, "kv_heads", None)
+    shape = (cfg.num_layers, batch, cfg.num_kv_heads, slots, cfg.head_dim)
+    axes = ("layers", "batch", "kv_heads", None, None)
     return Cache(
-        k_YBTKH=constrain(jnp.zeros(shape, cfg.dtype), *axes),
-        v_YBTKH=constrain(jnp.zeros(shape, cfg.dtype), *axes),
+        k_YBKTH=constrain(jnp.zeros(shape, cfg.dtype), *axes),
+        v_YBKTH=constrain(jnp.zeros(shape, cfg.dtype), *axes),
         segments_BT=jnp.zeros((batch, slots), jnp.int32),
         length=jnp.int32(0),
     )

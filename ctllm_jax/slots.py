@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctllm_jax.cache import Cache
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.streaming import StopFinder, detokenizer
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.generate import decodable
 from ctllm_jax.loading import LoadedModel, check_ids
-from ctllm_jax.model import Cache, ModelConfig, forward, init_cache
+from ctllm_jax.model import ModelConfig, forward, init_cache
 from ctllm_jax.sampling import Options, SamplingConfig, choose
 
 CHUNK = 128  # tokens of a prompt that are read at once
@@ -58,8 +59,8 @@ class Request:
 class SlotState:
     """What stays on the device between steps. The last token of a slot is not in its cache yet."""
 
-    k_YSTKH: jax.Array
-    v_YSTKH: jax.Array
+    k_YSKTH: jax.Array
+    v_YSKTH: jax.Array
     segments_ST: jax.Array
     length_S: jax.Array  # places of the cache that are filled
     token_S: jax.Array
@@ -86,8 +87,8 @@ class Decoder:
         with model.in_use():
             cache = init_cache(self._config, slots, places)
         self._state = SlotState(
-            cache.k_YBTKH,
-            cache.v_YBTKH,
+            cache.k_YBKTH,
+            cache.v_YBKTH,
             cache.segments_BT,
             length_S=jnp.zeros(slots, jnp.int32),
             token_S=jnp.zeros(slots, jnp.int32),
@@ -224,15 +225,15 @@ def _read(
     C = tokens_C.shape[0]
     real_C = jnp.arange(C) < count
     own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=slot, slice_size=1)
-    cache = Cache(own(state.k_YSTKH, axis=1), own(state.v_YSTKH, axis=1), own(state.segments_ST, axis=0), start)
+    cache = Cache(own(state.k_YSKTH, axis=1), own(state.v_YSKTH, axis=1), own(state.segments_ST, axis=0), start)
     position_1C = (start + jnp.arange(C))[None]
     _, cache = forward(cfg, params, tokens_C[None], position_1C, real_C.astype(jnp.int32)[None], cache)
     seen_V = jnp.where(start == 0, False, state.seen_SV[slot])
     seen_V = seen_V.at[jnp.where(real_C, tokens_C, seen_V.shape[0])].set(True, mode="drop")
     put = jax.lax.dynamic_update_slice_in_dim
     return SlotState(
-        put(state.k_YSTKH, cache.k_YBTKH, slot, axis=1),
-        put(state.v_YSTKH, cache.v_YBTKH, slot, axis=1),
+        put(state.k_YSKTH, cache.k_YBKTH, slot, axis=1),
+        put(state.v_YSKTH, cache.v_YBKTH, slot, axis=1),
         put(state.segments_ST, cache.segments_BT, slot, axis=0),
         length_S=state.length_S.at[slot].set(start + count),
         token_S=state.token_S.at[slot].set(follows),
@@ -251,15 +252,15 @@ def decode_step(
     keys_S2: jax.Array,
 ) -> SlotState:
     """Appends each live slot's token to its cache and chooses the next one; `count_S` are new ones it already has."""
-    cache = Cache(state.k_YSTKH, state.v_YSTKH, state.segments_ST, state.length_S)
+    cache = Cache(state.k_YSKTH, state.v_YSKTH, state.segments_ST, state.length_S)
     token_S1, place_S1 = state.token_S[:, None], state.length_S[:, None]
     logits_S1V, cache = forward(cfg, params, token_S1, place_S1, jnp.ones_like(token_S1), cache)
     seen_SV = state.seen_SV | (jnp.arange(logits_S1V.shape[-1]) == token_S1)
     keys_S = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys_S2), count_S)
     token_S = choose(logits_S1V[:, 0], seen_SV, options, keys_S)
     return SlotState(
-        cache.k_YBTKH,
-        cache.v_YBTKH,
+        cache.k_YBKTH,
+        cache.v_YBKTH,
         cache.segments_BT,
         length_S=state.length_S + live_S,
         token_S=jnp.where(live_S, token_S, state.token_S),

@@ -17,14 +17,14 @@ def test_it_is_attention_over_the_whole_sequence(beginnings, kv_heads):
     drawn = lambda *shape: jnp.asarray(rng.standard_normal(shape))  # noqa: E731
     with jax.enable_x64(True):
         q, k, v = drawn(B, L, N, H), drawn(B, L, kv_heads, H), drawn(B, L, kv_heads, H)
-        before_k, before_v = (drawn(beginnings, P, kv_heads, H) for _ in range(2))
+        before_k, before_v = (drawn(beginnings, kv_heads, P, H) for _ in range(2))
         segments_BL = jnp.asarray(np.arange(L) < rng.integers(1, L + 1, (B, 1)), jnp.int32)
         segments_SP = jnp.asarray(np.arange(P) < rng.integers(1, P + 1, (beginnings, 1)), jnp.int32)
         owner_B = jnp.asarray(rng.integers(0, beginnings, B))
         found = prefix.attention(q, k, v, segments_BL, before_k, before_v, segments_SP, owner_B)
         whole = [
             jnp.concatenate([before[owner_B], own], axis=1)
-            for before, own in ((before_k, k), (before_v, v), (segments_SP, segments_BL))
+            for before, own in ((before_k.swapaxes(1, 2), k), (before_v.swapaxes(1, 2), v), (segments_SP, segments_BL))
         ]
         expected = xla.attention(q, *whole[:2], segments_BL, whole[2], q_offset=P)
     assert found.dtype == jnp.float64

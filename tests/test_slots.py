@@ -138,7 +138,7 @@ def test_what_cannot_be_continued_is_refused(model, decoder):
 
 def test_two_programs_are_all(decoder):
     """The penalty, greedy and sampled rows side by side: nothing is compiled again."""
-    sizes = slots._read._cache_size(), slots._decode._cache_size()
+    sizes = slots._read._cache_size(), slots.decode_step._cache_size()
     rows = [dataclasses.replace(SAMPLED, repetition_penalty=1.5, min_p=0.1), GREEDY, SAMPLED]
     heard(decoder, *(Heard(prompt, row) for prompt, row in zip(PROMPTS[:3], rows, strict=True)))
-    assert (slots._read._cache_size(), slots._decode._cache_size()) == sizes
+    assert (slots._read._cache_size(), slots.decode_step._cache_size()) == sizes

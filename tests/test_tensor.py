@@ -1,4 +1,4 @@
-"""A model split over devices computes what it computes on one, up to the order of its sums, in a share of the memory."""
+"""A model split over devices computes what it computes on one, up to the order of sums, in a share of the memory."""
 
 import jax
 import numpy as np

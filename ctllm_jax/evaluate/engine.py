@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ctllm_jax.cache import Cache
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.evaluate.pieces import Piece, Row, Share, most_pieces, pack, padded_beginning, plan, unique
 from ctllm_jax.loading import LoadedModel, check_ids
 from ctllm_jax.losses import token_logprobs
-from ctllm_jax.model import Cache, ModelConfig, forward, init_cache
+from ctllm_jax.model import ModelConfig, forward, init_cache
 
 LAST_IDS = 4  # most last ids that one piece is asked for
 

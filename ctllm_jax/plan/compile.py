@@ -40,9 +40,9 @@ CACHE = cache_folder("plan")
 # Settings that do not touch the step's program: how often it is looked at, what happens beside it.
 _BESIDE = ("seed", "distributed", "log", "eval", "checkpoints", "watch")
 # All of ours that this module imports, at any remove; but for the reading of configs, whose values are in the key.
-_SOURCES = ("model.py", "products.py", "attention/*.py", "rotary.py", "precision.py", "cross_entropy.py", "losses.py")
-_SOURCES += ("objectives.py", "preference.py", "duration.py", "lora.py", "optim.py", "sharding.py", "step.py")
-_SOURCES += ("hardware.py", "plan/compile.py", "plan/hlo.py", "plan/gpu_target.py")
+_SOURCES = ("model.py", "cache.py", "products.py", "attention/*.py", "rotary.py", "precision.py", "lora.py")
+_SOURCES += ("cross_entropy.py", "losses.py", "objectives.py", "preference.py", "duration.py", "optim.py")
+_SOURCES += ("sharding.py", "step.py", "hardware.py", "plan/compile.py", "plan/hlo.py", "plan/gpu_target.py")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # there is no cloud machine to ask
