@@ -5,7 +5,7 @@
         -d '{"model": "sft@2000", "messages": [{"role": "user", "content": "你好"}]}'
 
 pip install 'ctllm-jax[serve]'. One device is enough: by estimate the 2B model needs 4.3 GB for its bf16 parameters and
-1.1 GB of bf16 cache for every slot of 4,096 tokens, the latter twice while a step is computed. It listens on this
+1.1 GB of bf16 cache for every slot of 4,096 tokens; `--config.tensor=N` splits both over N devices. It listens on this
 machine alone and asks nobody for a key: what others can reach (`--config.host=0.0.0.0`) belongs behind a proxy that
 does. Web pages cannot reach it through a browser: a body has to be application/json, and a server that listens on
 127.0.0.1 has to be called by that name or localhost.
