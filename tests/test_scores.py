@@ -32,7 +32,7 @@ LM_EVAL = {
 }
 # What the reference runs have otherwise than the shipped tasks.
 CHANGES = {
-    "xcopa_zh": {"question": "{premise}{connector}", "delimiter": ""},
+    "xcopa_zh": {"question": "{premise}{connector}", "delimiter": "", "split": "validation"},
     "gsm8k": {"max_tokens": 48},
     "cmmlu_ancient_chinese": {"subsets": {"": ("ancient_chinese 文言文",)}},
 }

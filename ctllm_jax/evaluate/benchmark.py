@@ -19,7 +19,7 @@ from ctllm_jax.evaluate.engine import Score, score_groups
 from ctllm_jax.evaluate.extract import UNDECIDED, agreement, extracted, failed
 from ctllm_jax.evaluate.jail import Limits, run_programs
 from ctllm_jax.evaluate.scoring import rolling
-from ctllm_jax.evaluate.summary import item_score, mean, perplexity, summarise
+from ctllm_jax.evaluate.summary import item_score, mean, mean_f1, perplexity, summarise
 from ctllm_jax.generate import generate
 from ctllm_jax.loading import LoadedModel
 
@@ -155,7 +155,8 @@ def _written(
                 "finished": not stops.isdisjoint(ids) or text != whole,
                 "extracted": answers,
                 "accepted": item.answers,
-                "failed": {metric: failed(answer) for metric, answer in answers.items()},
+                # Nothing is an answer, too, where it is an accepted one.
+                "failed": {name: failed(answer) and answer not in item.answers for name, answer in answers.items()},
                 "shots": shots,
                 "cut": cut,
             }
@@ -214,6 +215,7 @@ def summary(benchmark: Benchmark, log: dict[str, list[dict]]) -> dict:
         leanings = _scores(task, log, task.directions)
         return result | {"headline": next(iter(task.directions)), "leanings": leanings}
     return result | {
+        **({"f1": mean_f1(entries, HEADLINE[task.kind], len(task.options))} if task.f1 else {}),
         "chance": mean([1 / len(entry["options"]) for entry in entries])["mean"],
         "headline": HEADLINE[task.kind],
         "strays": sum(entry["gold"] is None for entry in entries),

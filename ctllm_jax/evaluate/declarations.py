@@ -83,6 +83,7 @@ class Task:
     subsets: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # category: "name title", ...
     averages: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # further groups of subsets
     points: str = ""  # template of what a row counts for in averages; all rows alike if not given
+    f1: bool = False  # also the mean of the options' F1 (lm_eval)
     mutual: bool = False  # also by log-likelihood less that without the question (lm_eval)
     max_tokens: int = 0  # of generate
     stop: tuple[str, ...] = ()  # texts that end an answer

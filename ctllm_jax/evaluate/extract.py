@@ -7,11 +7,12 @@ counted.
 
 import ast
 import collections
+import functools
 import re
 import string
 from collections.abc import Callable, Sequence
 
-from ctllm_jax.evaluate import exams, replies
+from ctllm_jax.evaluate import exams, harness, replies
 from ctllm_jax.evaluate.math_answers import equivalent_plain, equivalent_v2, final_answer, final_answer_v2
 
 _CODE = re.compile(r"```(.*?)```", re.DOTALL)
@@ -259,6 +260,7 @@ def mbpp_2026(text: str) -> str:
 
 EXTRACTORS: dict[str, Callable[[str], str]] = {
     "whole": lambda text: text,
+    "stripped": str.strip,
     "math": final_answer,
     "math_v2": final_answer_v2,
     "nq": natural_questions,
@@ -269,7 +271,7 @@ EXTRACTORS: dict[str, Callable[[str], str]] = {
             *(lambada, tydiqa, theoremqa, gsm8k, gsm8k_strict, gsm8k_flexible, humaneval, humaneval_first),
             *(humaneval_block, humaneval_last_block, humaneval_indented, mbpp, mbpp_2026),
             *(exams.several_options, exams.five_of_seven, exams.agieval_math, exams.cmrc, exams.cmath),
-            replies.preferred_reply,
+            *(replies.preferred_reply, harness.between_dollars),
         )
     },
 }
@@ -321,11 +323,18 @@ MATCHES: dict[str, Callable[[str, str], float]] = {
     "number": _number,
     "lm_eval_number": _lm_eval_number,
     "math": equivalent_plain,
+    "math_strict": functools.partial(equivalent_plain, strict=True),
     "math_v2": equivalent_v2,
     "places": exams.places,
     "partial_credit": exams.partial_credit,
     "near_number": exams.near_number,
     "overlap": overlap,
+    "same_letters": harness.same_letters,
+    "same_without_articles": harness.same_without_articles,
+    "squad_exact": harness.squad_exact,
+    "squad_f1": harness.squad_f1,
+    "tydiqa_exact": harness.tydiqa_exact,
+    "tydiqa_f1": harness.tydiqa_f1,
 }
 
 

@@ -93,13 +93,13 @@ def equivalent(one: str | None, other: str | None) -> bool:
     return _equivalent(one, other, _plain)
 
 
-def equivalent_plain(one: str | None, other: str | None) -> bool:
+def equivalent_plain(one: str | None, other: str | None, strict: bool = False) -> bool:
     """The same by the MATH data set's own rule, which AGIEval keeps: equal in plain form, or letter by letter where one
-    has none."""
+    has none; a quotient of letters has none if `strict` (lm-eval-harness's hendrycks_math)."""
     if one is None or other is None:
         return one is other
     try:
-        return _plain(one, strict=False) == _plain(other, strict=False)
+        return _plain(one, strict) == _plain(other, strict)
     except (ValueError, IndexError):
         return one == other
 

@@ -8,6 +8,7 @@ import ast
 import re
 from collections.abc import Callable
 
+from ctllm_jax.evaluate.harness import squad_words
 from ctllm_jax.evaluate.math_answers import boxed
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -77,18 +78,42 @@ def siqa(row: dict) -> Rows:
 
 def boolq(row: dict) -> Rows:
     """`label` "true" or "false". SuperGLUE's passages begin with a title, which `text` leaves out, with the question's
-    first letter in upper case (OpenCompass's BoolQDatasetV3); those published before it have neither."""
-    label = str(row.get("label", row.get("answer"))).lower()
+    first letter in upper case (OpenCompass's BoolQDatasetV3); those published before it have it apart. `titled` is the
+    passage with it in both."""
+    label, passage = str(row.get("label", row.get("answer"))).lower(), row["passage"]
     if "label" not in row:
-        return [{**row, "label": label, "text": row["passage"], "asked": row["question"]}]
+        titled = f"{row['title']} -- {passage}" if "title" in row else passage
+        return [{**row, "label": label, "text": passage, "asked": row["question"], "titled": titled}]
     question = row["question"]
-    text = " -- ".join(row["passage"].split(" -- ")[1:])
-    return [{**row, "label": label, "text": text, "asked": question[0].upper() + question[1:]}]
+    text = " -- ".join(passage.split(" -- ")[1:])
+    return [{**row, "label": label, "text": text, "asked": question[0].upper() + question[1:], "titled": passage}]
 
 
 def superglue(row: dict) -> Rows:
     """`label` as text in lower case: true, false, entailment, ..."""
     return [{**row, "label": str(row["label"]).lower()}]
+
+
+def wic(row: dict) -> Rows:
+    """As `superglue`; `used` is the word as the first sentence has it."""
+    return [{**found, "used": row["sentence1"][row["start1"] : row["end1"]]} for found in superglue(row)]
+
+
+def copa(row: dict) -> Rows:
+    """`stem`: the premise without its full stop; `connector`; `first` and `second`: the choices, going on from there
+    (lm-eval-harness's wording)."""
+    return [_connected(row, {"cause": "because", "effect": "therefore"})]
+
+
+def xcopa(row: dict) -> Rows:
+    """The same in Chinese."""
+    return [_connected(row, {"cause": "因为", "effect": "所以"})]
+
+
+def _connected(row: dict, connectors: dict[str, str]) -> dict:
+    first, second = (text[0].lower() + text[1:] for text in (row["choice1"], row["choice2"]))
+    stem, connector = row["premise"].strip()[:-1], connectors[row["question"]]
+    return {**row, "stem": stem, "connector": connector, "first": first, "second": second}
 
 
 def multirc(row: dict) -> Rows:
@@ -198,16 +223,28 @@ def choices(row: dict) -> Rows:
 
 def squad(row: dict) -> Rows:
     """SQuAD files: one row a question with `answers`; for unanswerable ones the plausible answers and
-    "impossible to answer" (OpenCompass)."""
+    "impossible to answer" (OpenCompass). `article` is its title, `kind` "answerable" or "unanswerable", `given` the
+    answers alone, of unanswerable ones the empty text (SQuAD 2.0's own script)."""
     found = []
-    for paragraph in (paragraph for article in row["data"] for paragraph in article["paragraphs"]):
+    for title, paragraph in ((each.get("title", ""), own) for each in row["data"] for own in each["paragraphs"]):
         for question in paragraph["qas"]:
             impossible = question.get("is_impossible", False)
-            given = question["plausible_answers" if impossible else "answers"]
-            texts = list(dict.fromkeys(answer["text"] for answer in given))
-            texts += ["impossible to answer"] if impossible else []
-            found.append({"context": paragraph["context"], "question": question["question"], "answers": texts})
+            texts = _texts(question["plausible_answers" if impossible else "answers"])
+            found.append(
+                {
+                    "article": title,
+                    "context": paragraph["context"],
+                    "question": question["question"],
+                    "answers": texts + ["impossible to answer"] * impossible,
+                    "kind": "unanswerable" if impossible else "answerable",
+                    "given": [text for text in _texts(question["answers"]) if squad_words(text)] or [""],
+                }
+            )
     return found
+
+
+def _texts(answers: list[dict]) -> list[str]:
+    return list(dict.fromkeys(answer["text"] for answer in answers))
 
 
 def tydiqa(row: dict) -> Rows:
@@ -217,7 +254,15 @@ def tydiqa(row: dict) -> Rows:
             {"passage_text": found["context"], "question_text": found["question"], "answers": found["answers"]}
             for found in squad(row)
         ]
-    return [{**row, "answers": list(dict.fromkeys(answer["text"] for answer in row["answers"]))}]
+    return [{**row, "answers": _texts(row["answers"])}]
+
+
+def triviaqa(row: dict) -> Rows:
+    """TriviaQA's own files: `asked` and `answers`, the aliases."""
+    return [
+        {"asked": entry["Question"].strip(), "answers": [alias.strip() for alias in entry["Answer"]["Aliases"]]}
+        for entry in row["Data"]
+    ]
 
 
 def open_questions(row: dict) -> Rows:
@@ -237,7 +282,7 @@ def math(row: dict) -> Rows:
 
 
 def mbpp(row: dict) -> Rows:
-    """`tests`: the assertions, one a line."""
+    """`tests`: the assertions, one a line (three in every problem)."""
     return [{**row, "tests": "\n".join(row["test_list"])}]
 
 
@@ -249,17 +294,11 @@ def lambada(row: dict) -> Rows:
     return [{**row, "context": context, "word": word}]
 
 
-def xcopa(row: dict) -> Rows:
-    """`stem`: the premise without its full stop; `connector`, as lm-eval-harness words it in Chinese."""
-    connector = {"cause": "因为", "effect": "所以"}[row["question"]]
-    return [{**row, "stem": row["premise"].strip()[:-1], "connector": connector}]
-
-
 PREPARE: dict[str, Callable[[dict], Rows]] = {
     function.__name__: function
     for function in (
-        *(hellaswag, c3, arc, openbookqa, siqa, boolq, superglue, multirc, winogrande, nli, csl, chid, cluewsc, squad),
-        *(open_questions, gsm8k, math, mbpp, lambada, xcopa, gaokao, agieval, cvalues, tydiqa),
+        *(hellaswag, c3, arc, openbookqa, siqa, boolq, superglue, wic, copa, xcopa, multirc, winogrande, nli, csl),
+        *(chid, cluewsc, squad, triviaqa, open_questions, gsm8k, math, mbpp, lambada, gaokao, agieval, cvalues, tydiqa),
         *(statements, choices),
     )
 }

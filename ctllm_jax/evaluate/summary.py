@@ -87,6 +87,17 @@ def summarise(
     }
 
 
+def mean_f1(entries: Sequence[Mapping], metric: str, options: int) -> float:
+    """The mean of the options' F1, as lm-eval-harness scores CB; 0 of one that is neither right nor picked anywhere."""
+    found = []
+    for option in range(options):
+        picked = [entry["picked"][metric] == option for entry in entries]
+        right = [entry["gold"] == option for entry in entries]
+        both = sum(one and other for one, other in zip(picked, right, strict=True))
+        found.append(2 * both / (sum(picked) + sum(right)) if both else 0.0)
+    return sum(found) / options
+
+
 def perplexity(logprobs: Sequence[float], draws: int = BOOTSTRAP) -> dict:
     """{mean: exp of minus the mean log-likelihood, stderr, n}, the error by lm-eval-harness's bootstrap.
 
