@@ -63,6 +63,7 @@ CASES = [
     Case("dpo", "tiny", "train", (("init_from", "RUN"),)),
     Case("eval", None, "eval"),
     Case("eval", "ct_llm", "eval"),
+    Case("eval", "lm_eval", "eval"),
     Case("eval", "chinese", "eval"),
     Case("compare", None, "compare", (("evaluations", ("A", "B")),)),
     Case("table", None, "table", (("evaluations", ("A", "B")),)),
