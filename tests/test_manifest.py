@@ -66,6 +66,40 @@ def test_a_folder_of_another_run_is_refused_and_the_difference_named(tmp_path, c
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_stage_goes_on_where_only_what_is_asked_has_changed(tmp_path, capsys):
+    def open_it(asked, seed=1):
+        return manifest.open_stage("build", 1, tmp_path, {"seed": seed}, {"fingerprint": "abc"}, asked=asked)
+
+    first = open_it({"rows": 3})
+    first.finish({})
+    assert open_it({"rows": 3}).done and "goes on" not in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="settings.seed: 1 there, 2 now\\)"):
+        open_it({"rows": 4}, seed=2)
+    with pytest.raises(UserError, match="made from other inputs"):
+        manifest.open_stage("build", 1, tmp_path, {"seed": 1}, {"fingerprint": "def"}, asked={"rows": 4})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    again = open_it({"rows": 4})
+    assert not again.done and again.fingerprint != first.fingerprint and names(tmp_path) == ["stage.json"]
+    assert f"build: {tmp_path} goes on with other settings (rows: 3 there, 4 now)" in capsys.readouterr().err
+    again.finish({"rows": 4})
+    assert open_it({"rows": 4}).done and not open_it({"rows": 3}).done
+
+
+def test_a_stage_that_another_process_works_on_does_not_change(tmp_path):
+    asked = "manifest.open_stage('build', 1, {!r}, {{}}, {{}}, asked={})".format
+    program = f"import sys; from ctllm_jax.common import manifest; {asked(str(tmp_path), 1)}; print(flush=True)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{program}; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    holder.stdout.readline()
+    claim = (tmp_path / "stage.json").read_bytes()
+    with pytest.raises(UserError, match="another process is working here"):
+        manifest.open_stage("build", 1, tmp_path, {}, {}, asked=2)
+    assert (tmp_path / "stage.json").read_bytes() == claim
+    holder.communicate()
+
+
 def test_a_folder_is_worked_on_by_one_process_at_a_time(tmp_path):
     def program(then: str) -> list[str]:
         claim = f"manifest.open_stage('build', 1, {str(tmp_path)!r}, {{}}, {{}})"

@@ -47,26 +47,29 @@ def is_remote(location: str | os.PathLike) -> bool:
     return "://" in str(location)
 
 
-def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a whole file: under another name first, flushed to the disk, then renamed."""
+def write_atomic(path: str | os.PathLike, content: str | bytes, ending: str = ".tmp") -> None:
+    """Writes a whole file: under another name first (`atomic_file`), flushed to the disk, then renamed."""
     path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
     if not isinstance(path, pathlib.Path):  # object stores publish an object only when it is whole
         path.write_bytes(data)
         return
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+    with atomic_file(path, ending) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary local path to write to; renames it to `path` when the block ends without an error."""
+def atomic_file(path: str | os.PathLike, ending: str = ".tmp") -> Iterator[pathlib.Path]:
+    """Yields a temporary local path to write to; renames it to `path` when the block ends without an error.
+
+    Another `ending` is for a folder into which several processes write: `remove_temporaries` leaves the file alone.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{ending}")
     try:
         yield temporary
         os.replace(temporary, path)

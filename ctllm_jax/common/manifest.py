@@ -3,7 +3,8 @@
 Every verb writes into a folder of its own. `stage.json` is written first and says what the folder is for (the
 fingerprint of inputs, settings and format version); `manifest.json` is written last and says what is there. Hence:
 a manifest means a whole result; a fingerprint that differs means another run's folder, which is never overwritten;
-a stage without a manifest was cut short and is taken up again.
+a stage without a manifest was cut short and is taken up again. Of some stages a part of the settings may change in the
+same folder; what is there then counts as cut short.
 """
 
 import dataclasses
@@ -65,7 +66,13 @@ class Stage:
 
 
 def open_stage(
-    name: str, version: int, workdir: str | os.PathLike, settings: Any, inputs: Any, exclusive: bool = True
+    name: str,
+    version: int,
+    workdir: str | os.PathLike,
+    settings: Any,
+    inputs: Any,
+    exclusive: bool = True,
+    asked: Any = None,
 ) -> Stage:
     """Claims `workdir` for a stage, or finds it finished or cut short.
 
@@ -76,6 +83,8 @@ def open_stage(
       settings: JSON-able settings that decide the result.
       inputs: JSON-able identities of what it reads (`files.file_digest`, fingerprints of earlier stages).
       exclusive: whether this process alone writes the folder, until it ends.
+      asked: JSON-able settings that may change in the folder: where they alone are others than before, the stage is no
+        longer finished, and said on stderr to go on. It must not take what it finds there for its own.
 
     Raises:
       UserError: the folder holds a stage made from something else, another process is working on it, or it is not
@@ -84,22 +93,26 @@ def open_stage(
     if is_remote(workdir):
         raise UserError(f"{workdir}: a stage's folder must be on a local or shared file system; copy it afterwards")
     folder = pathlib.Path(workdir)
-    mark = fingerprint([name, version, settings, inputs])
+    made_from = {"stage": name, "version": version, "settings": settings, "inputs": inputs}
+    changing = {} if asked is None else {"asked": asked}
+    mark = fingerprint([name, version, settings, inputs, *changing.values()])
     claim = folder / "stage.json"
     if claim.exists():
         held = read_json(claim)
         if held.get("fingerprint") != mark:
-            raise UserError(
-                f"{folder} holds a {held.get('stage')!r} run made from other inputs or settings "
-                f"({_difference(held, {'stage': name, 'version': version, 'settings': settings, 'inputs': inputs})}). "
-                "Choose another --workdir, or delete this folder to start over."
-            )
+            before = held.pop("asked", None)
+            if asked is None or fingerprint([held.get(key) for key in made_from]) != fingerprint([*made_from.values()]):
+                raise UserError(
+                    f"{folder} holds a {held.get('stage')!r} run made from other inputs or settings "
+                    f"({_difference(held, made_from)}). Choose another --workdir, or delete this folder to start over."
+                )
+            _lock(folder)
+            print(f"{name}: {folder} goes on with other settings ({_difference(before, asked)})", file=sys.stderr)
+            (folder / "manifest.json").unlink(missing_ok=True)
+            write_json(claim, {**made_from, "fingerprint": mark, **changing})
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            claim,
-            {"stage": name, "version": version, "fingerprint": mark, "settings": settings, "inputs": inputs},
-        )
+        write_json(claim, {"stage": name, "version": version, "fingerprint": mark, **made_from, **changing})
     stage = Stage(name, folder, mark, None, time.time())
     if exclusive and not stage.refresh():
         _lock(folder)
@@ -151,19 +164,19 @@ def read_result(folder: str | os.PathLike, name: str | None = None) -> tuple[str
     return manifest["fingerprint"], manifest["result"]
 
 
-def _difference(held: Mapping, wanted: Mapping, path: str = "") -> str:
-    """Names the first few entries that differ between two nested JSON values."""
+def _difference(held: Any, wanted: Any) -> str:
+    """Names the first few entries that differ between two nested JSON values, a version before all others."""
     found = []
     wanted = json.loads(json.dumps(wanted, default=list))
 
     def walk(a: Any, b: Any, where: str) -> None:
         if isinstance(a, dict) and isinstance(b, dict):
-            for key in sorted({*a, *b} - {"fingerprint"}):
+            for key in sorted({*a, *b} - {"fingerprint"}, reverse=True):
                 walk(a.get(key), b.get(key), f"{where}.{key}" if where else key)
         elif a != b:
             found.append(f"{where}: {_short(a)} there, {_short(b)} now")
 
-    walk(held, wanted, path)
+    walk(held, wanted, "")
     return "; ".join(found[:3]) or "format changed"
 
 
