@@ -15,7 +15,8 @@ One device is enough; of several in a machine each holds the whole model and wor
 group of `tensor` devices, over which a larger one is split (run on virtual CPU devices, not on several GPUs). A scoring
 batch of 4,096 tokens needs 2.1 GB for the 2B model's logits, beside 4.3 GB of bf16 parameters, on each (sizes estimated,
 not measured); `batch_tokens` changes speed and memory only.
-Expect a table on standard output, scores.json, and one log line per question under parts/.
+Expect a table on standard output, scores.json, and one log line per question under parts/. The same workdir takes other
+benchmarks or another limit later, and `cache` a folder that several evaluations share: no request is answered twice.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -70,5 +71,6 @@ def get_config(suite: str = "") -> ConfigDict:
             "chat": False,
             "sampling": sampling(max_tokens=128, temperature=0.0),
             "batch_tokens": 4_096,
+            "cache": "",
         }
     )

@@ -223,6 +223,7 @@ def config_of(tmp_path, model, **changes) -> EvalConfig:
         "chat": False,
         "sampling": SamplingConfig(max_tokens=4, temperature=0.0, top_k=0, top_p=1.0, seed=0),
         "batch_tokens": BATCH,
+        "cache": "",
     }
     return EvalConfig(**{**values, **changes})
 
@@ -234,15 +235,15 @@ def test_a_killed_evaluation_goes_on_with_the_blocks_that_are_missing(model, tmp
     whole = eval_verb.run(config, str(tmp_path / "undisturbed"))
     monkeypatch.setattr(eval_verb, "on_each_device", lambda model: on_each_device(model)[:1])
     assert sorted(whole["benchmarks"]) == ["toy_ppl", "toy_written"]
-    work, calls = eval_verb.evaluate_block, []
+    work, calls = eval_verb.answer, []
 
-    def counted(model, benchmark, subset, items, *rest):
-        calls.append((benchmark.task.name, subset))
+    def counted(model, block, *rest):
+        calls.append((block.benchmark.task.name, block.subset))
         if len(calls) in (2, 4):
             raise KeyboardInterrupt
-        return work(model, benchmark, subset, items, *rest)
+        return work(model, block, *rest)
 
-    monkeypatch.setattr(eval_verb, "evaluate_block", counted)
+    monkeypatch.setattr(eval_verb, "answer", counted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             eval_verb.run(config, str(tmp_path / "cut"))

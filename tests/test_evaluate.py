@@ -16,9 +16,10 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.record import Row
 from ctllm_jax.evaluate import run as eval_verb
 from ctllm_jax.evaluate.devices import on_each_device
+from ctllm_jax.evaluate.engine import score_groups
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
 from ctllm_jax.evaluate.run import EvalConfig
-from ctllm_jax.evaluate.scoring import encode_pair, rolling, score
+from ctllm_jax.evaluate.scoring import encode_pair, joined, score, windows
 from ctllm_jax.hf_export import export
 from ctllm_jax.model import forward
 from ctllm_jax.sampling import SamplingConfig
@@ -82,7 +83,7 @@ def test_a_context_that_does_not_fit_loses_its_beginning_and_is_counted(model):
 
 def test_rolling_windows_predict_every_token_once(model):
     document = np.random.default_rng(0).integers(4, 300, 150).tolist()
-    [found] = rolling(model, [document], 1, 256)
+    found = joined([one for [one] in score_groups(model, [[own] for own in windows(model, document, 1)], 256, "")])
     opened = [1, *document]
     parts = [(opened[:1], opened[1:65]), (opened[64:65], opened[65:129]), (opened[86:129], opened[129:151])]
     assert found.tokens == 150
@@ -209,6 +210,7 @@ def test_an_interrupted_evaluation_ends_in_the_bytes_of_an_undisturbed_one(model
         chat=False,
         sampling=SamplingConfig(max_tokens=4, temperature=0.0, top_k=0, top_p=1.0, seed=0),
         batch_tokens=256,
+        cache="",
     )
     whole = eval_verb.run(config, str(tmp_path / "undisturbed"))
     assert sorted(whole["benchmarks"]) == ["toy"]
@@ -220,14 +222,14 @@ def test_an_interrupted_evaluation_ends_in_the_bytes_of_an_undisturbed_one(model
     def unwanted(*_):
         raise AssertionError("done again")
 
-    monkeypatch.setattr(eval_verb, "evaluate_block", killed)
+    monkeypatch.setattr(eval_verb, "answer", killed)
     with pytest.raises(KeyboardInterrupt):
         eval_verb.run(config, str(tmp_path / "cut"))
     assert not (tmp_path / "cut" / "manifest.json").exists()
     monkeypatch.undo()
     monkeypatch.setattr(eval_verb, "perplexity", unwanted)  # the finished part is not done again
     assert eval_verb.run(config, str(tmp_path / "cut")) == whole
-    parts = ["parts/perplexity.json", "parts/toy/zh-0000.jsonl", "parts/toy/en-0000.jsonl"]
+    parts = ["parts/toy/zh-0000.jsonl", "parts/toy/en-0000.jsonl"]
     for name in ("scores.json", "samples.jsonl", *parts):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
     assert eval_verb.run(config, str(tmp_path / "cut")) == whole  # finished: returns at once

@@ -14,7 +14,7 @@ from tiny_models import REFERENCE
 from ctllm_jax.evaluate import benchmark as benchmarks
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
 from ctllm_jax.evaluate.encoding import encode_open, encode_options
-from ctllm_jax.evaluate.scoring import rolling
+from ctllm_jax.evaluate.scoring import windows
 from ctllm_jax.evaluate.summary import average, mean, perplexity
 from ctllm_jax.loading import load_model
 
@@ -213,7 +213,7 @@ def check_documents(model, found, entries, golden, twice):
     """`twice`: lm-eval-harness gives the opening id twice and predicts the second, which our tasks do not."""
     with pytest.MonkeyPatch.context() as patch:
         if twice:
-            patch.setattr(benchmarks, "rolling", opened_twice)
+            patch.setattr(benchmarks, "windows", opened_twice)
         log = benchmarks.evaluate_block(model, found, "", found.items[""], False, BATCH)
     for ours, entry in zip(log, entries, strict=True):
         assert ours["logprob"] == pytest.approx(entry["resps"][0][0], rel=1e-6)
@@ -225,8 +225,8 @@ def check_documents(model, found, entries, golden, twice):
         assert result[name] == pytest.approx(golden[f"{name},none"], rel=1e-4 if name == "word_perplexity" else 1e-6)
 
 
-def opened_twice(model, documents, opening, batch_tokens):
-    return rolling(model, [[opening, *ids] for ids in documents], opening, batch_tokens)
+def opened_twice(model, ids, opening):
+    return windows(model, [opening, *ids], opening)
 
 
 def check_written(model, found, items, entries, golden):

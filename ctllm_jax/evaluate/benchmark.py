@@ -1,9 +1,10 @@
 """Evaluates a declared task: options by log-likelihood, documents, answers that a model writes.
 
-A task's items are worked on in blocks. A block's log, one entry an item, is a pure function of the block, so a run that
-was cut short goes on with the blocks that are missing and ends in the same bytes.
+A task's items are worked on in blocks: what a block asks (`ask`), what the model says to it (`answer`; `cache` knows
+what it said before), what is logged of that (`entries`, a pure function of the two, one an item).
 """
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -12,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.evaluate.cache import Groups
 from ctllm_jax.evaluate.declarations import Benchmark, Item, Task, fill
 from ctllm_jax.evaluate.declarations import options as templates
-from ctllm_jax.evaluate.encoding import encode_open, encode_options, end_ids
-from ctllm_jax.evaluate.engine import Score, score_groups
+from ctllm_jax.evaluate.encoding import Opening, encode_open, encode_options, end_ids
+from ctllm_jax.evaluate.engine import Request, Score, score_groups
 from ctllm_jax.evaluate.extract import UNDECIDED, agreement, extracted, failed
 from ctllm_jax.evaluate.jail import Limits, run_programs
-from ctllm_jax.evaluate.scoring import rolling
+from ctllm_jax.evaluate.scoring import joined, windows
 from ctllm_jax.evaluate.summary import item_score, mean, mean_f1, perplexity, summarise
 from ctllm_jax.generate import generate
 from ctllm_jax.loading import LoadedModel
@@ -49,6 +51,69 @@ def blocks(benchmark: Benchmark, limit: int | None) -> Iterator[tuple[str, str, 
             yield f"{subset or 'all'}-{start // size:04d}", subset, items[start : start + size]
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Items of a subset as a model is asked.
+
+    Attributes:
+      groups: requests, by item (of documents each on its own: their windows begin alike by chance only).
+      encoded: how each item was asked: `Encoded`, (text, windows) of a document, or as `encode_open` gives it.
+    """
+
+    benchmark: Benchmark
+    subset: str
+    items: list[Item]
+    groups: list[list[Request | Opening]]
+    encoded: list
+
+    @property
+    def label(self) -> str:
+        """What a progress line calls it."""
+        return f"{self.benchmark.task.name} {self.subset}".strip()
+
+
+def ask(model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool) -> Block:
+    """The requests of items of a subset; UserError as of `encode_options` and `encode_open`."""
+    task = benchmark.task
+    if task.kind == "rolling":
+        texts = [fill(task.question, item.fields) for item in items]
+        ids, opening = model.tokenizer.encode_batch(texts), model.tokenizer.opening_id
+        groups = [windows(model, own, opening) for own in ids]
+        encoded = [(text, len(own)) for text, own in zip(texts, groups, strict=True)]
+        groups = [[window] for own in groups for window in own]
+    elif task.kind == "generate":
+        encoded = encode_open(model, benchmark, subset, items, bos)
+        stops = frozenset(end_ids(model, benchmark))
+        groups = [[Opening(ids, task.max_tokens, stops)] for _, ids, _, _ in encoded]
+    else:
+        encoded = encode_options(model, benchmark, subset, items, bos)
+        groups = [[*own.requests, *own.alone] for own in encoded]
+    return Block(benchmark, subset, items, groups, encoded)
+
+
+def answer(
+    model: LoadedModel, block: Block, groups: Groups, batch_tokens: int, label: str
+) -> list[list[Score]] | list[list[list[int]]]:
+    """What the model says to `groups`, some requests of the block: scores, or the ids that it goes on with."""
+    if block.benchmark.task.kind != "generate":
+        return score_groups(model, groups, batch_tokens, label)
+    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    openings = [opening for [opening] in groups]
+    limits = {"max_tokens": openings[0].max_tokens, "stop_ids": openings[0].stop_ids}  # the same for all of a task
+    return [[ids] for ids in generate(model, [opening.ids for opening in openings], **limits, **greedy)]
+
+
+def entries(model: LoadedModel, block: Block, answers: Groups, isolate: bool = True) -> list[dict]:
+    """The log entries of a block's items, by the answers to all its groups; `isolate` as in `jail.run_programs`."""
+    task = block.benchmark.task
+    if task.kind == "rolling":
+        return _documents(block, answers)
+    log = _written(model, block, answers, isolate) if task.kind == "generate" else _chosen(block, answers)
+    if task.points:
+        log = [entry | {"points": item.points} for item, entry in zip(block.items, log, strict=True)]
+    return log
+
+
 def evaluate_block(
     model: LoadedModel,
     benchmark: Benchmark,
@@ -58,27 +123,15 @@ def evaluate_block(
     batch_tokens: int,
     isolate: bool = True,
 ) -> list[dict]:
-    """The log entries of a block's items; `isolate` as in `jail.run_programs`."""
-    if benchmark.task.kind == "rolling":
-        return _documents(model, benchmark.task, items, batch_tokens)
-    if benchmark.task.kind == "generate":
-        log = _written(model, benchmark, subset, items, bos, isolate)
-    else:
-        log = _chosen(model, benchmark, subset, items, bos, batch_tokens)
-    if benchmark.task.points:
-        log = [entry | {"points": item.points} for item, entry in zip(items, log, strict=True)]
-    return log
+    """The log entries of a block's items, all of them asked now."""
+    block = ask(model, benchmark, subset, items, bos)
+    return entries(model, block, answer(model, block, block.groups, batch_tokens, block.label), isolate)
 
 
-def _chosen(
-    model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool, batch_tokens: int
-) -> list[dict]:
-    task = benchmark.task
-    encoded = encode_options(model, benchmark, subset, items, bos)
-    groups = [[*own.requests, *own.alone] for own in encoded]
-    scores = score_groups(model, groups, batch_tokens, f"{task.name} {subset}".strip())
+def _chosen(block: Block, answers: list[list[Score]]) -> list[dict]:
+    task = block.benchmark.task
     log = []
-    for item, own, found in zip(items, encoded, scores, strict=True):
+    for item, own, found in zip(block.items, block.encoded, answers, strict=True):
         options, alone = found[: len(own.requests)], found[len(own.requests) :] or [None] * len(own.requests)
         texts = [fill(template, item.fields) for template in templates(task, item.fields)]
         names = [name for name in NORMS if name != "mutual" or task.mutual]
@@ -119,9 +172,9 @@ def _margin(values: list[float]) -> float | None:
     return best - second
 
 
-def _documents(model: LoadedModel, task: Task, items: list[Item], batch_tokens: int) -> list[dict]:
-    texts = [fill(task.question, item.fields) for item in items]
-    scores = rolling(model, model.tokenizer.encode_batch(texts), model.tokenizer.opening_id, batch_tokens)
+def _documents(block: Block, answers: list[list[Score]]) -> list[dict]:
+    found = (score for [score] in answers)
+    scores = [joined([next(found) for _ in range(count)]) for _, count in block.encoded]
     return [
         {
             "id": item.id,
@@ -130,19 +183,14 @@ def _documents(model: LoadedModel, task: Task, items: list[Item], batch_tokens: 
             "bytes": len(text.encode()),
             "words": len(_SPACE.split(text)),
         }
-        for item, text, score in zip(items, texts, scores, strict=True)
+        for item, (text, _), score in zip(block.items, block.encoded, scores, strict=True)
     ]
 
 
-def _written(
-    model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool, isolate: bool
-) -> list[dict]:
-    task, stops = benchmark.task, end_ids(model, benchmark)
-    encoded = encode_open(model, benchmark, subset, items, bos)
-    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-    outputs = generate(model, [ids for _, ids, _, _ in encoded], max_tokens=task.max_tokens, **greedy, stop_ids=stops)
+def _written(model: LoadedModel, block: Block, answers: list[list[list[int]]], isolate: bool) -> list[dict]:
+    task, items, stops = block.benchmark.task, block.items, end_ids(model, block.benchmark)
     log = []
-    for item, (prompt, _, shots, cut), ids in zip(items, encoded, outputs, strict=True):
+    for item, (prompt, _, shots, cut), [ids] in zip(items, block.encoded, answers, strict=True):
         whole = text = model.tokenizer.decode([token for token in ids if token not in stops])
         for stop in task.stop:
             text = text.split(stop)[0]

@@ -7,11 +7,12 @@ counted.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.chat import ChatTemplate, own_template
 from ctllm_jax.data.tokenizer import Tokenizer
+from ctllm_jax.evaluate.cache import named
 from ctllm_jax.evaluate.declarations import Benchmark, Item, Task
 from ctllm_jax.evaluate.engine import Request
 from ctllm_jax.evaluate.prompts import Prompt, head, open_prompt, option_prompts, turns
@@ -34,6 +35,28 @@ class Encoded:
     requests: list[Request]
     alone: list[Request]
     shots: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """A request for the likeliest ids after these, one by one: `max_tokens` at most, up to the first stop id."""
+
+    ids: Sequence[int]
+    max_tokens: int
+    stop_ids: frozenset[int]
+
+    @functools.cached_property
+    def name(self) -> bytes:
+        """Names what decides the ids that follow (see `cache`)."""
+        return named("go on", self.max_tokens, sorted(self.stop_ids), ids=self.ids)
+
+    def kept(self, answer: list[int]) -> list[int]:
+        """They are kept as they are."""
+        return answer
+
+    def restored(self, kept: list[int]) -> list[int]:
+        """The ids that were kept."""
+        return kept
 
 
 def opening_ids(model: LoadedModel, bos: bool) -> list[int]:

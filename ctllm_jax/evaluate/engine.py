@@ -22,6 +22,7 @@ import numpy as np
 
 from ctllm_jax.cache import Cache
 from ctllm_jax.common.progress import Progress
+from ctllm_jax.evaluate.cache import named
 from ctllm_jax.evaluate.pieces import Piece, Row, Share, most_pieces, pack, padded_beginning, plan, unique
 from ctllm_jax.loading import LoadedModel, check_ids
 from ctllm_jax.losses import token_logprobs
@@ -43,6 +44,21 @@ class Request:
     ids: Sequence[int]
     start: int
     cut: int
+
+    @functools.cached_property
+    def name(self) -> bytes:
+        """Names what decides the score (see `cache`)."""
+        return named("score", self.start, ids=self.ids)
+
+    def kept(self, answer: "Score") -> list:
+        """What of a score the request does not say itself."""
+        return [answer.sum_logprob, answer.whole_logprob, answer.is_greedy]
+
+    def restored(self, kept: Sequence) -> "Score":
+        """The score of which this was kept."""
+        sum_logprob, whole_logprob, is_greedy = kept
+        length = len(self.ids)
+        return Score(sum_logprob, length - self.start, is_greedy, self.cut, whole_logprob, length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +128,7 @@ def _score(request: Request, piece: Piece, last: int) -> Score:
     logprobs = np.append(piece.logprobs[:inner], piece.logprobs[inner + last]).astype(np.float64)
     hits = np.append(piece.hits[:inner], piece.hits[inner + last])
     own = slice(request.start - 1, None)
-    return Score(
-        sum_logprob=float(logprobs[own].sum()),
-        tokens=len(request.ids) - request.start,
-        is_greedy=bool(hits[own].all()),
-        cut=request.cut,
-        whole_logprob=float(logprobs.sum()),
-        length=len(request.ids),
-    )
+    return request.restored([float(logprobs[own].sum()), float(logprobs.sum()), bool(hits[own].all())])
 
 
 def _run(model: LoadedModel, shares: list[Share], batch_tokens: int, progress: Progress) -> None:

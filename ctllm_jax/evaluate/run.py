@@ -1,23 +1,24 @@
 """`ctllm eval`: a model against held-out data, benchmarks and prompts.
 
-Writes {workdir}/scores.json, samples.jsonl and parts/perplexity.json (a part's result, keyed by a fingerprint).
-Benchmarks are logged in blocks, parts/<benchmark>/<subset>-<number>.jsonl, one line per item. What an interrupted run
-finished is not done again.
+Writes {workdir}/scores.json, samples.jsonl and of benchmarks, block by block, a line an item:
+parts/<benchmark>/<subset>-<number>.jsonl. All of that is made from what the model answered, which a folder of its own
+keeps (`cache`): what it answered before, in a run that was killed, for other benchmarks, is not asked again.
 """
 
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import read_json, read_jsonl, write_json, write_jsonl
-from ctllm_jax.common.manifest import Stage, fingerprint, open_stage
+from ctllm_jax.common.files import read_jsonl, write_json, write_jsonl
+from ctllm_jax.common.manifest import Stage, open_stage
 from ctllm_jax.compiled import keep_compiled
 from ctllm_jax.data.chat import own_template
 from ctllm_jax.data.store import open_store
-from ctllm_jax.evaluate.benchmark import blocks, evaluate_block, summary
-from ctllm_jax.evaluate.declarations import Benchmark, Item, in_conversation, load_benchmark, load_task
+from ctllm_jax.evaluate.benchmark import Block, answer, ask, blocks, entries, summary
+from ctllm_jax.evaluate.cache import Cache, Claim, model_mark
+from ctllm_jax.evaluate.declarations import Benchmark, in_conversation, load_benchmark, load_task
 from ctllm_jax.evaluate.devices import on_each_device, spread
 from ctllm_jax.evaluate.jail import isolated
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
@@ -47,10 +48,11 @@ class EvalConfig:
     chat: bool  # prompts and generate tasks (then NAME_chat) as a user's message in the model's chat template
     sampling: SamplingConfig  # of generated answers and samples
     batch_tokens: int  # [tokens] most tokens of a scoring batch; speed and memory only
+    cache: str  # folder of answers that evaluations share; "" keeps them in the workdir's own, cache/
 
 
 def run(config: EvalConfig, workdir: str) -> dict:
-    """Evaluates, or takes up an evaluation that was cut short. Returns the scores."""
+    """Evaluates, or takes up an evaluation that was cut short or asked for something else. Returns the scores."""
     benchmarks, missing = _benchmarks(config)
     names = [benchmark.task.name for benchmark in benchmarks]
     if len(set(names)) < len(names):
@@ -63,32 +65,38 @@ def run(config: EvalConfig, workdir: str) -> dict:
     model = load_model(config.model, config.step, config.dtype, config.tensor)
     if any(benchmark.chat for benchmark in benchmarks):
         own_template(model.tokenizer)  # a model without one is told before anything is worked out
-    settings = {**dataclasses.asdict(config), "model": None, "step": None}
-    settings |= {"benchmarks": None, "data": None, "partly": None, "unsafe_programs": None}
-    settings["perplexity"]["store"] = None
-    inputs = {
-        "model": model.digest,
-        "store": store.fingerprint if store else None,
+    settings = {"dtype": config.dtype, "bos": config.bos, "chat": config.chat}
+    asked = {
+        "limit": config.limit,
         "benchmarks": {benchmark.task.name: benchmark.protocol for benchmark in benchmarks},
+        "missing": missing,
+        "perplexity": {**dataclasses.asdict(config.perplexity), "store": store.fingerprint} if store else None,
+        "prompts": config.prompts,
+        "sampling": dataclasses.asdict(config.sampling) if config.prompts else None,
     }
-    stage = open_stage("eval", 6, workdir, settings, inputs)
+    stage = open_stage("eval", 7, workdir, settings, {"model": model.digest}, asked=asked)
     if stage.done:
         print(table(stage.result))
         return stage.result
 
+    cache = Cache(config.cache or stage.folder / "cache", model_mark(model))
     models = on_each_device(model)
     result: dict = {"model": model.name, "digest": model.digest, "step": model.step, "tokens": model.tokens}
     result |= {"limit": config.limit, "perplexity": None, "benchmarks": {}, "missing": missing}
     if store:
-        result["perplexity"] = _part(
-            stage, "perplexity", lambda: perplexity(models, store, config.perplexity, config.batch_tokens)
+        result["perplexity"] = cache.remember(
+            ["perplexity", asked["perplexity"]],
+            lambda: perplexity(models, store, config.perplexity, config.batch_tokens),
         )
-    _run_blocks(stage, models, benchmarks, config, isolate)
+    logs = _run_blocks(stage, cache, models, benchmarks, config, isolate)
     for benchmark in benchmarks:
         result["benchmarks"][benchmark.task.name] = summary(benchmark, _log(stage, benchmark, config.limit))
     if config.prompts:
-        samples = sample(model, config.prompts, config.chat, config.sampling)
+        about = ["samples", config.prompts, config.chat, asked["sampling"]]
+        samples = cache.remember(about, lambda: sample(model, config.prompts, config.chat, config.sampling))
         write_jsonl(stage.folder / "samples.jsonl", samples)
+        logs.add(stage.folder / "samples.jsonl")
+    _remove_others(stage, logs)
     write_json(stage.folder / "scores.json", result)
     print(table(result))
     return stage.finish(result)
@@ -110,17 +118,6 @@ def _benchmarks(config: EvalConfig) -> tuple[list[Benchmark], list[str]]:
     return found, missing
 
 
-def _part(stage: Stage, name: str, work: Callable[[], dict]) -> dict:
-    """A part's result: read where an interrupted run of this very stage left it, else worked out and kept."""
-    path = stage.folder / "parts" / f"{name}.json"
-    key = fingerprint([stage.fingerprint, name])
-    if path.exists() and (kept := read_json(path))["key"] == key:
-        return kept["result"]
-    result = work()
-    write_json(path, {"key": key, "result": result})
-    return result
-
-
 def _isolation(benchmarks: list[Benchmark], unsafe: bool) -> bool:
     """Whether programs are isolated; UserError where they cannot be and nobody insists."""
     coded = [benchmark.task.name for benchmark in benchmarks if benchmark.task.match == "program"]
@@ -134,27 +131,51 @@ def _isolation(benchmarks: list[Benchmark], unsafe: bool) -> bool:
 
 
 def _run_blocks(
-    stage: Stage, models: Sequence[LoadedModel], benchmarks: list[Benchmark], config: EvalConfig, isolate: bool
-) -> None:
-    """Writes the logs of the blocks that are missing, each worked on by one device."""
+    stage: Stage,
+    cache: Cache,
+    models: Sequence[LoadedModel],
+    benchmarks: list[Benchmark],
+    config: EvalConfig,
+    isolate: bool,
+) -> set[pathlib.Path]:
+    """Writes the log of each block, for which a device answers what the cache lacks. Returns the logs' paths."""
+    counts = {benchmark.task.name: [0, 0] for benchmark in benchmarks}  # requests, and those of them that are answered
+    paths = set()
 
-    def missing() -> Iterator[tuple[pathlib.Path, Benchmark, str, list[Item]]]:
+    def jobs() -> Iterator[tuple[pathlib.Path, Block, Claim]]:
         for benchmark in benchmarks:
+            count = counts[benchmark.task.name]
             for name, subset, items in blocks(benchmark, config.limit):
-                if not (path := _block_path(stage, benchmark, name)).exists():
-                    yield path, benchmark, subset, items
+                block = ask(models[0], benchmark, subset, items, config.bos)
+                claim = cache.claim(block.groups)
+                count[0], count[1] = count[0] + claim.asked, count[1] + claim.missing
+                paths.add(path := _block_path(stage, benchmark, name))
+                yield path, block, claim
 
-    def work(model: LoadedModel, block: tuple[pathlib.Path, Benchmark, str, list[Item]]) -> None:
-        path, benchmark, subset, items = block
-        write_jsonl(path, evaluate_block(model, benchmark, subset, items, config.bos, config.batch_tokens, isolate))
+    def work(model: LoadedModel, job: tuple[pathlib.Path, Block, Claim]) -> None:
+        path, block, claim = job
+        known = claim.asked - claim.missing
+        label = f"{block.label} ({known:,} of {claim.asked:,} answered before)" if known else block.label
+        cache.answer(claim, lambda groups: answer(model, block, groups, config.batch_tokens, label))
+        write_jsonl(path, entries(model, block, cache.answers(block.groups), isolate))
 
-    for _ in spread(models, work, missing()):
+    for _ in spread(models, work, jobs()):
         pass
+    for name, (asked, missing) in counts.items():
+        print(f"{name}: {asked:,} requests, {asked - missing:,} of them answered before", file=sys.stderr)
+    return paths
+
+
+def _remove_others(stage: Stage, logs: set[pathlib.Path]) -> None:
+    """Deletes logs of what the folder was asked for before and no longer is."""
+    for path in {*stage.folder.glob("samples.jsonl"), *stage.folder.glob("parts/*/*.jsonl")} - logs:
+        path.unlink()
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
 
 
 def _log(stage: Stage, benchmark: Benchmark, limit: int | None) -> dict[str, list[dict]]:
-    """A benchmark's log by subset. The stage's folder is this evaluation's alone, so a block's log that is there is the
-    one wanted."""
+    """A benchmark's log by subset."""
     log: dict[str, list[dict]] = {}
     for name, subset, _ in blocks(benchmark, limit):
         log.setdefault(subset, []).extend(read_jsonl(_block_path(stage, benchmark, name)))

@@ -77,29 +77,23 @@ def fitted(model: LoadedModel, context: Ids, continuation: Ids, name: int | str)
     return Request([*context, *continuation][cut:], len(context) - cut, cut)
 
 
-def rolling(model: LoadedModel, documents: Sequence[Ids], opening: int, batch_tokens: int) -> list[Score]:
-    """Scores whole documents, every token once, in disjoint windows of the context length (as lm-eval-harness
-    does).
+def windows(model: LoadedModel, ids: Ids, opening: int) -> list[Request]:
+    """A whole document, every token scored once, in disjoint windows of the context length (as lm-eval-harness does).
 
-    The first window follows the `opening` id alone; each later one is conditioned on as many earlier tokens
-    as fit. `Score.cut` is 0: nothing is left out of the sum.
+    The first window follows the `opening` id alone; each later one is conditioned on as many earlier tokens as fit.
     """
-    most, requests, owners = model.config.max_length, [], []
-    for number, ids in enumerate(documents):
-        opened = [opening, *ids]
-        for start in range(0, len(ids), most):
-            stop = min(start + most, len(ids))
-            requests.append((opened[max(0, stop - most) : start + 1], opened[start + 1 : stop + 1]))
-            owners.append(number)
-    parts: list[list[Score]] = [[] for _ in documents]
-    for owner, part in zip(owners, score(model, requests, batch_tokens, "rolling"), strict=True):
-        parts[owner].append(part)
-    return [_joined(own) for own in parts]
+    most, opened = model.config.max_length, [opening, *ids]
+    found = []
+    for start in range(0, len(ids), most):
+        stop = min(start + most, len(ids))
+        found.append(fitted(model, opened[max(0, stop - most) : start + 1], opened[start + 1 : stop + 1], start))
+    return found
 
 
-def _joined(windows: list[Score]) -> Score:
-    total, tokens = sum(window.sum_logprob for window in windows), sum(window.tokens for window in windows)
-    return Score(total, tokens, all(window.is_greedy for window in windows), 0, total, tokens + 1)
+def joined(scores: Sequence[Score]) -> Score:
+    """A document's score from those of its windows. `cut` is 0: nothing is left out of the sum."""
+    total, tokens = sum(window.sum_logprob for window in scores), sum(window.tokens for window in scores)
+    return Score(total, tokens, all(window.is_greedy for window in scores), 0, total, tokens + 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
