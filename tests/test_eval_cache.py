@@ -314,6 +314,7 @@ def test_a_folder_goes_on_with_other_limits_benchmarks_and_rules(model, tmp_path
     go_on(choice, limit=2, new={})
 
 
+@pytest.mark.slow  # two more shapes are compiled
 def test_of_an_item_with_another_option_that_alone_is_asked(model, tmp_path, asked):
     task = pathlib.Path(toy(tmp_path, "lm_eval"))
     for text, new in ((TASK.replace(', "山"', ""), 18), (TASK, 9)):
