@@ -11,10 +11,10 @@ for each benchmark, with its files as published; where one is missing, the messa
 file of your own is as good as their names. `--config.chat=True` asks tasks that a model answers in words (GSM8K,
 HumanEval, CValues, ceval_gen) in its chat template and calls them NAME_chat.
 
-One device is enough; of several in a machine each holds the whole model and works on blocks of items of its own, or each
-group of `tensor` devices, over which a larger one is split (run on virtual CPU devices, not on several GPUs). A scoring
-batch of 4,096 tokens needs 2.1 GB for the 2B model's logits, beside 4.3 GB of bf16 parameters, on each (sizes estimated,
-not measured); `batch_tokens` changes speed and memory only.
+One device is enough; of several in a machine each holds the whole model and works on blocks of items of its own, or
+each group of `tensor` devices, over which a larger one is split (run on virtual CPU devices, not on several GPUs). A
+scoring batch of 4,096 tokens needs 2.1 GB for the 2B model's logits, beside 4.3 GB of bf16 parameters, on each (sizes
+estimated, not measured); `batch_tokens` changes speed and memory only.
 Expect a table on standard output, scores.json, and one log line per question under parts/. The same workdir takes other
 benchmarks or another limit later, and `cache` a folder that several evaluations share: no request is answered twice.
 """

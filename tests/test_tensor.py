@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 
 from ctllm_jax import convert
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.evaluate.cache import model_mark
 from ctllm_jax.evaluate.devices import on_each_device, spread
 from ctllm_jax.evaluate.engine import Request, score_groups
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
@@ -48,6 +49,7 @@ def test_each_device_holds_its_share(whole, split):
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(split.params))
     assert split.mesh.size == 2 and held < 0.52 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole.params))
     jax.tree.map(np.testing.assert_array_equal, whole.params, split.params)
+    assert model_mark(split) != model_mark(whole)  # answers differ in their last bits
 
 
 def test_scores_are_those_of_one_device(whole, split):

@@ -73,16 +73,16 @@ def named(*about: Any, ids: Sequence[int]) -> bytes:
 
 
 def model_mark(model: LoadedModel) -> str:
-    """Names a model by all that decides its answers beyond their rounding: parameters, tokenizer, numerics, device.
+    """Names a model by all that decides its answers beyond their rounding: parameters, tokenizer, numerics, devices.
 
     A run's digest says what it was trained by; one that is trained again may end in other parameters, which are hashed.
     """
     leaves = jax.tree.leaves(model.params)
-    [device] = leaves[0].devices()
+    device, *others = leaves[0].devices()
     parameters = hashlib.sha256()
     for leaf in leaves if model.step is not None else ():
         parameters.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
-    machine = [device.platform, device.device_kind, jax.config.jax_default_matmul_precision]
+    machine = [device.platform, device.device_kind, 1 + len(others), jax.config.jax_default_matmul_precision]
     return fingerprint([VERSION, model.digest, parameters.hexdigest(), dataclasses.asdict(model.config), machine])
 
 
