@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ctllm_jax.attention import attention, prefix
 from ctllm_jax.attention.flash import LSE_NAME, OUTPUT_NAME
-from ctllm_jax.cache import Cache, put_heads, put_segments
+from ctllm_jax.kv_cache import Cache, put_heads, put_segments
 from ctllm_jax.lora import NO_ADAPTERS, Adapters, ranks_in
 from ctllm_jax.precision import wide
 from ctllm_jax.products import head_logits, product

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctllm_jax.cache import Cache
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.streaming import StopFinder, detokenizer
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.generate import decodable
+from ctllm_jax.kv_cache import Cache
 from ctllm_jax.loading import LoadedModel, check_ids
 from ctllm_jax.model import ModelConfig, forward, init_cache
 from ctllm_jax.sampling import Options, SamplingConfig, choose

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ctllm_jax.cache import Cache
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.evaluate.cache import named
 from ctllm_jax.evaluate.pieces import Piece, Row, Share, most_pieces, pack, padded_beginning, plan, unique
+from ctllm_jax.kv_cache import Cache
 from ctllm_jax.loading import LoadedModel, check_ids
 from ctllm_jax.losses import token_logprobs
 from ctllm_jax.model import ModelConfig, forward, init_cache

@@ -40,7 +40,7 @@ CACHE = cache_folder("plan")
 # Settings that do not touch the step's program: how often it is looked at, what happens beside it.
 _BESIDE = ("seed", "distributed", "log", "eval", "checkpoints", "watch")
 # All of ours that this module imports, at any remove; but for the reading of configs, whose values are in the key.
-_SOURCES = ("model.py", "cache.py", "products.py", "attention/*.py", "rotary.py", "precision.py", "lora.py")
+_SOURCES = ("model.py", "kv_cache.py", "products.py", "attention/*.py", "rotary.py", "precision.py", "lora.py")
 _SOURCES += ("cross_entropy.py", "losses.py", "objectives.py", "preference.py", "duration.py", "optim.py")
 _SOURCES += ("sharding.py", "step.py", "hardware.py", "plan/compile.py", "plan/hlo.py", "plan/gpu_target.py")
 ENVIRONMENT = {
