@@ -5,24 +5,28 @@ preconditions: a write may ask that the object is still the one (the generation)
 """
 
 import contextlib
+import errno
 import importlib
 import json
 import os
+import pathlib
 import socket
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ctllm_jax import processes
 from ctllm_jax.common.errors import UserError, first_line
+from ctllm_jax.common.files import atomic_file
 
 CLAIM = "claim.json"
 _BEAT = 10.0  # seconds between two signs of life of a claim's holder
 _SILENCE = 45.0  # seconds without one after which the claim is free
 _ANSWER = 20.0  # seconds that an answer may take, attempts included
+_PIECE = 8 << 20  # bytes that are sent at once
 
 
 class Unreachable(OSError):
@@ -31,6 +35,13 @@ class Unreachable(OSError):
 
 class Changed(Exception):
     """The object is not the one that was expected."""
+
+
+class Object(NamedTuple):
+    """What a listing says of an object: bytes, and their CRC32C in base64."""
+
+    size: int
+    crc32c: str
 
 
 class BucketFolder:
@@ -47,7 +58,7 @@ class BucketFolder:
         """
         bucket, _, path = url.removeprefix("gs://").strip("/").partition("/")
         if not url.startswith("gs://") or not path:
-            raise UserError(f"{url}: a run directory is a folder of this machine or gs://BUCKET/FOLDER")
+            raise UserError(f"{url}: a verb's folder is a folder of this machine or gs://BUCKET/FOLDER")
         try:
             storage = importlib.import_module("google.cloud.storage")
         except ImportError as error:
@@ -64,6 +75,13 @@ class BucketFolder:
             found = self._bucket.list_blobs(prefix=self._prefix + under, delimiter="/", retry=self._retry)
             names = [blob.name.removeprefix(self._prefix) for blob in found]
         return [name for name in names if name.removeprefix(under) not in ("", ".", "..")]
+
+    def contents(self) -> dict[str, Object]:
+        """Everything in the folder, in its subfolders too, by name."""
+        with self._answering():
+            found = list(self._bucket.list_blobs(prefix=self._prefix, retry=self._retry))
+        sums = {blob.name.removeprefix(self._prefix): Object(blob.size, blob.crc32c) for blob in found}
+        return {name: about for name, about in sums.items() if not {"", ".", ".."} & {*name.split("/")}}
 
     def read(self, name: str) -> bytes | None:
         """An object's content; None where there is none."""
@@ -96,8 +114,31 @@ class BucketFolder:
             )
         return blob.generation
 
-    def delete(self, name: str, expected: int) -> None:
-        """Deletes the object of a generation, if it is still there."""
+    def download(self, name: str, path: pathlib.Path) -> None:
+        """Makes a file hold what an object holds, whole or not at all.
+
+        Raises UserError where there is no such object, or no room on this machine's disk.
+        """
+        with atomic_file(path) as temporary, self._answering():
+            try:
+                self._blob(name).download_to_filename(str(temporary), timeout=_ANSWER, retry=self._retry)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise UserError(f"{path.parent}: no room here for {self.url}/{name} ({error.strerror})") from None
+                raise
+
+    def upload(self, name: str, path: pathlib.Path) -> None:
+        """Makes an object hold what a file holds, whole or not at all; of one that grows what it holds now.
+
+        Large files go in pieces, each within the time of an answer.
+        """
+        with open(path, "rb") as file, self._answering():
+            size = os.fstat(file.fileno()).st_size
+            blob = self._bucket.blob(self._prefix + name, chunk_size=_PIECE)
+            blob.upload_from_file(file, size=size, timeout=_ANSWER, retry=self._retry)
+
+    def delete(self, name: str, expected: int | None = None) -> None:
+        """Deletes the object of a generation (None: whatever is there), if it is still there."""
         with self._answering(), contextlib.suppress(self._errors.NotFound, self._errors.PreconditionFailed):
             self._blob(name).delete(if_generation_match=expected, timeout=_ANSWER, retry=self._retry)
 
@@ -122,7 +163,7 @@ class BucketFolder:
 
 
 class Claim:
-    """The right of one job to write a run; held from the beginning on, by an object of the run's folder.
+    """The right of one job to write a folder; held from the beginning on, by an object of that folder.
 
     The holder writes it anew every ten seconds. Whoever comes and finds it waits until it has changed (the other is
     alive: a UserError) or 45 seconds have passed (it is not, and the claim is taken over); no two clocks are compared.
@@ -130,14 +171,14 @@ class Claim:
     place, after an outage of its own, ends its process. Until it does, at most a beat later, both may write.
     """
 
-    def __init__(self, url: str):
-        """Takes the claim.
+    def __init__(self, url: str, verb: str = "train"):
+        """Takes the claim; `verb` is who waits for it, as messages have it.
 
         Raises:
           UserError: another job has it, or the storage refuses.
           Unreachable: the storage does not answer.
         """
-        self._folder, self._failing = BucketFolder(url), False
+        self._folder, self._verb, self._failing = BucketFolder(url), verb, False
         about = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
         self._owner, self._content = about["owner"], json.dumps(about).encode()
         self._generation = self._take()
@@ -167,7 +208,7 @@ class Claim:
     def _watch(self, holder: dict, generation: int) -> None:
         """Returns when the holder has been silent long enough."""
         who, until = f"process {holder.get('pid')} on {holder.get('host')}", time.monotonic() + _SILENCE
-        print(f"train: {self._folder.url} was last held by {who}: looking whether it is alive", file=sys.stderr)
+        print(f"{self._verb}: {self._folder.url} was last held by {who}: looking whether it is alive", file=sys.stderr)
         while time.monotonic() < until:
             time.sleep(1.0)
             if (now := self._folder.generation(CLAIM)) == 0:
@@ -184,7 +225,10 @@ class Claim:
                 self._failing = False
             except (Unreachable, UserError) as error:
                 if not self._failing:
-                    print(f"train: {error}; the run goes on, its claim is not renewed until it does", file=sys.stderr)
+                    print(
+                        f"{self._verb}: {error}; the run goes on, its claim is not renewed until it does",
+                        file=sys.stderr,
+                    )
                 self._failing = True
 
     def _beat(self) -> None:

@@ -91,7 +91,10 @@ def execute(name: str, verb: Verb, values: Mapping[str, Any], workdir: str | Non
         module, config = _configured(name, verb, values)
         if not workdir and verb.writes:
             raise UserError(f"{name}: give --workdir=DIR ({verb.workdir})")
-        return module.run(config, workdir)
+        if "://" not in f"{workdir} {values}":
+            return module.run(config, workdir)
+        with importlib.import_module("ctllm_jax.stage_mirror").at_hand(name, verb, config, workdir) as (config, folder):
+            return module.run(config, folder)
 
 
 def _quiet(verb: Verb) -> contextlib.AbstractContextManager:

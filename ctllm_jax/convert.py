@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ctllm_jax.checkpoint import save_params
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, atomic_dir, read_json, write_json
+from ctllm_jax.common.files import as_path, atomic_dir, place, read_json, write_json
 from ctllm_jax.common.manifest import fingerprint, open_stage
 from ctllm_jax.hf_export import export
 from ctllm_jax.loading import LoadedModel, load_stored
@@ -63,14 +63,14 @@ def run(config: ConvertConfig, workdir: str) -> dict:
         check = None
         write_run(model, folder, config.dtype)
     result = {
-        "model": str(folder),
+        "model": place(folder),
         "source": model.name,
         "digest": model.digest,
         "parameters": count_params(model.config),
         "dtype": config.dtype,
         "check": check,
     }
-    print(f"convert: {model.name} -> {folder} ({config.to}, {config.dtype})")
+    print(f"convert: {model.name} -> {place(folder)} ({config.to}, {config.dtype})")
     return stage.finish(result)
 
 

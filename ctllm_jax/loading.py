@@ -17,10 +17,11 @@ from ctllm_jax.common.files import file_digest, is_remote, read_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from ctllm_jax.lora import NO_ADAPTERS, NO_LORA, LoraConfig, merged, trained
-from ctllm_jax.mirror import fetched
+from ctllm_jax.mirror import fetched, is_there
 from ctllm_jax.model import ModelConfig, abstract_params, as_read, logical_axes
 from ctllm_jax.restore import find_step, load_params
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
+from ctllm_jax.stage_mirror import copied
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def load_model(location: str, step: int | None = None, dtype: str | None = None,
     """Loads a model to compute with, its parameters held as `model.as_read` says.
 
     Args:
-      location: a run directory (holds run.json; may be on gs://) or a Hugging Face folder (holds config.json).
+      location: a run directory (holds run.json) or a Hugging Face folder (holds config.json), both also on gs://.
         Adapters of a run are merged into the parameters. Of a run that keeps an average of its parameters it is that.
       step: which checkpoint of a run; None takes the newest. A Hugging Face folder has none.
       dtype: overrides the compute dtype, "float32" or "bfloat16".
@@ -115,12 +116,12 @@ def find_model(location: str, step: int | None = None) -> FoundModel:
     folder = fetched(location)
     if (folder / "run.json").exists():
         return _find_run(folder, step)
+    if is_remote(location) and is_there(location, "config.json"):
+        folder = pathlib.Path(copied(location))
     if (folder / "config.json").exists():
         if step is not None:
-            raise UserError(f"{folder} is a Hugging Face folder; it has no step {step} (leave step unset)")
+            raise UserError(f"{location} is a Hugging Face folder; it has no step {step} (leave step unset)")
         return _find_huggingface(folder)
-    if is_remote(location):
-        raise UserError(f"{location}: no run directory (run.json); Hugging Face folders are read from a disk")
     raise UserError(f"{location}: neither a run directory (run.json) nor a Hugging Face folder (config.json)")
 
 

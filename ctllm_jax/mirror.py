@@ -39,8 +39,7 @@ _FILES = ("stage.json", "run.json", "manifest.json", "metrics.jsonl", "samples.j
 _FOLDERS = ("", "tokenizer/", "reference/", "base/", "base/tokenizer/")  # and where
 _OWN = ("stacks", "profile")  # what a process that is not the first has to tell
 _NOT_COPIED = ("checkpoints", "wandb")  # these go where they belong by themselves
-_EVERY = 60.0  # seconds after which changes are copied unasked,
-_SMALL = 4 << 20  # bytes, of files up to this size: one that has grown is copied as a whole
+SMALL = 4 << 20  # bytes; a larger file that grows is not copied each time, as it would be copied as a whole
 _PAUSES = (1.0, 5.0, 10.0, 20.0, 30.0)  # seconds between attempts; the last one for ever
 _PATIENCE = 300.0  # seconds that a checkpoint, or the end of a run, waits for its metrics to arrive
 _PARTING = 15.0  # seconds, where the run fails anyhow
@@ -77,15 +76,31 @@ def run_folder(workdir: str) -> Iterator[RunFolder]:
     if not is_remote(workdir):
         yield RunFolder(pathlib.Path(workdir))
         return
-    first = jax.process_index() == 0
-    with processes.first_process_first():
-        claim = _retry_while_unreachable(functools.partial(Claim, workdir)) if first else None
-        try:
-            mirror = _retry_while_unreachable(functools.partial(Mirror, workdir))
-        except BaseException:
-            if claim:
-                claim.release()
-            raise
+    index = jax.process_index()
+    with contextlib.ExitStack() as held:
+        with processes.first_process_first():
+            make = functools.partial(Mirror, workdir, "train", index)
+            mirror = held.enter_context(mirrored(make, workdir, "train", claims=index == 0))
+        yield mirror
+
+
+@contextlib.contextmanager
+def mirrored(make: Callable[[], "Mirror"], workdir: str, verb: str, claims: bool = True) -> Iterator["Mirror"]:
+    """The mirror that `make` makes, inside the block; after it all is on the bucket. Errors as of `run_folder`.
+
+    Args:
+      make: makes it; called again while the storage does not answer.
+      workdir: what it is a mirror of.
+      verb: who writes there, as messages have it.
+      claims: whether it is this process that keeps other jobs out.
+    """
+    claim = _retry_while_unreachable(functools.partial(Claim, workdir, verb), verb) if claims else None
+    try:
+        mirror = _retry_while_unreachable(make, verb)
+    except BaseException:
+        if claim:
+            claim.release()
+        raise
     patience = _PARTING
     try:
         yield mirror
@@ -100,11 +115,11 @@ def run_folder(workdir: str) -> Iterator[RunFolder]:
         if claim:
             claim.release()
     if not whole:
-        print(f"train: {workdir} lacks files of {mirror.path}; the same command makes up for them", file=sys.stderr)
+        print(f"{verb}: {workdir} lacks files of {mirror.path}; the same command makes up for them", file=sys.stderr)
         sys.exit(EXIT_RESUME)
 
 
-def _retry_while_unreachable(action: Callable[[], T]) -> T:
+def _retry_while_unreachable(action: Callable[[], T], verb: str) -> T:
     """Does something, again and again while the storage does not answer."""
     until, reported = time.monotonic() + _START, False
     while True:
@@ -114,7 +129,7 @@ def _retry_while_unreachable(action: Callable[[], T]) -> T:
             if time.monotonic() > until:
                 raise UserError(f"{error}; nothing was changed") from error
             if not reported:
-                print(f"train: {error}; trying again", file=sys.stderr)
+                print(f"{verb}: {error}; trying again", file=sys.stderr)
             reported = True
             time.sleep(_PAUSES[2])
 
@@ -140,6 +155,14 @@ def fetched(location: str) -> pathlib.Path:
     return folder
 
 
+def is_there(folder: str, name: str) -> bool:
+    """Whether a folder of a bucket holds a file; UserError where it cannot be reached."""
+    try:
+        return name in BucketFolder(folder).names()
+    except Unreachable as error:
+        raise UserError(str(error)) from error
+
+
 def remote_of(path: str | os.PathLike) -> str | None:
     """What a folder mirrors; None where it is no mirror, or part of one."""
     path = pathlib.Path(path).absolute()
@@ -159,28 +182,35 @@ def prepare_paths() -> None:
 class Mirror(RunFolder):
     """A folder of this machine whose files are copied to a bucket by a thread, as they change."""
 
-    def __init__(self, url: str):
-        """Begins with what is on the bucket.
+    every = 60.0  # seconds after which changes are copied unasked
+
+    def __init__(self, url: str, verb: str, index: int = 0):
+        """Begins with what is on the bucket; `index` is the process's in its job.
 
         Raises:
           UserError: it refuses, or is not on Google Cloud Storage.
           Unreachable: it does not answer.
         """
-        remote, index = BucketFolder(url), jax.process_index()
+        remote = BucketFolder(url)
         mark = hashlib.sha256(remote.url.encode()).hexdigest()[:16] + (f"-process-{index}" if index else "")
         super().__init__(cache_folder("runs") / mark / remote.url.rpartition("/")[2])
-        self._only = _OWN if index else ()
-        self._sent: dict[str, tuple[int, int]] = {}  # {name: size and time of the version that has arrived}
+        self._verb, self._only = verb, _OWN if index else ()
+        self._sent: dict[str, tuple[int, ...]] = {}  # {name: `version` of what has arrived}
         self._ticket = self._arrived = 0  # wishes, and those that are fulfilled
         self._changed, self._leaving = threading.Condition(), False
         self.before_commit = self._settle
-        _fetch(remote, self.path)
-        for name, path in self._files():
-            if _is_of_run(name):
-                self._sent[name] = _version(path)
-        self._remote = remote  # from here on the thread's alone
+        self._failing_since: float | None = None  # of the clock that only grows
+        self._remote = remote  # after the beginning the thread's alone
+        self._begin()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
         self._thread.start()
+
+    def _begin(self) -> None:
+        """Makes the folder what it is on the bucket."""
+        _fetch(self._remote, self.path)
+        for name, path in self._files():
+            if _is_of_run(name):
+                self._sent[name] = version(path)
 
     def publish(self) -> None:
         """Has changes copied; returns at once."""
@@ -221,7 +251,7 @@ class Mirror(RunFolder):
                 if failures:
                     self._changed.wait_for(lambda: self._leaving, _PAUSES[min(failures, len(_PAUSES)) - 1])
                 else:
-                    self._changed.wait_for(lambda: self._leaving or self._ticket > self._arrived, _EVERY)
+                    self._changed.wait_for(lambda: self._leaving or self._ticket > self._arrived, self.every)
                 if self._leaving:
                     return
                 ticket = self._ticket
@@ -230,11 +260,14 @@ class Mirror(RunFolder):
             except (OSError, UserError) as error:  # Unreachable, or the disk
                 failures += 1
                 if failures == 1:
-                    print(f"train: {error}; the run goes on, what it logs is copied later", file=sys.stderr, flush=True)
+                    self._failing_since = time.monotonic()
+                    said = f"{self._verb}: {error}; the run goes on, what it writes is copied later"
+                    print(said, file=sys.stderr, flush=True)
                 continue
             if failures:
-                print(f"train: {self._remote.url} has what the run has logged again", file=sys.stderr, flush=True)
-            failures = 0
+                said = f"{self._verb}: {self._remote.url} has what the run has written again"
+                print(said, file=sys.stderr, flush=True)
+            failures, self._failing_since = 0, None
             with self._changed:
                 self._arrived = ticket
                 self._changed.notify_all()
@@ -243,10 +276,10 @@ class Mirror(RunFolder):
         """Copies what has changed, large files when asked to; the manifest, which says that a run is whole, last."""
         for name, path in sorted(self._files(), key=lambda found: (found[0] == "manifest.json", found[0])):
             with contextlib.suppress(FileNotFoundError):
-                version = _version(path)
-                if self._sent.get(name) != version and (asked or version[0] <= _SMALL):
+                now = version(path)
+                if self._sent.get(name) != now and (asked or now[0] <= SMALL):
                     self._remote.write(name, path.read_bytes())
-                    self._sent[name] = version  # what was added since is another version
+                    self._sent[name] = now  # what was added since is another version
 
     def _files(self) -> list[tuple[str, pathlib.Path]]:
         found = [(path.relative_to(self.path), path) for path in self.path.rglob("*") if path.is_file()]
@@ -280,6 +313,7 @@ def _is_of_run(name: str) -> bool:
     return known and not last.startswith(".")
 
 
-def _version(path: pathlib.Path) -> tuple[int, int]:
+def version(path: pathlib.Path) -> tuple[int, int, int]:
+    """(bytes, time, inode): another one after every change, with the same inode where the file was added to."""
     about = path.stat()
-    return about.st_size, about.st_mtime_ns
+    return about.st_size, about.st_mtime_ns, about.st_ino

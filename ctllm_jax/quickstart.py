@@ -16,7 +16,7 @@ from ctllm_jax import __version__
 from ctllm_jax.cli import flag_value
 from ctllm_jax.common.children import die_with_parent
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import ROOT, expand, file_digest, identity, read_json, write_atomic, write_json
+from ctllm_jax.common.files import ROOT, expand, file_digest, identity, place, read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import fingerprint, read_result
 from ctllm_jax.quickstart_report import collect, page, table
 
@@ -159,7 +159,7 @@ def run(config: QuickstartConfig, workdir: str) -> dict:
         print(f"\n[{number}/{len(stages)}] {shlex.join(shown)}", file=sys.stderr, flush=True)
         key = fingerprint([__version__, arguments, inputs])
         if finished.get(folder) == key and (pathlib.Path(out) / folder / "manifest.json").exists():
-            print(f"already finished in {out}/{folder}", file=sys.stderr)
+            print(f"already finished in {place(out)}/{folder}", file=sys.stderr)
             continue
         process = subprocess.run(
             [sys.executable, "-m", "ctllm_jax.cli", *shown[1:]], preexec_fn=die_with_parent(), check=False
@@ -177,7 +177,7 @@ def run(config: QuickstartConfig, workdir: str) -> dict:
     write_json(pathlib.Path(out) / "summary.json", summary)
     write_atomic(pathlib.Path(out) / "report.html", page(summary))
     print(table(summary))
-    print(f"\nreport: {out}/report.html\nnumbers: {out}/summary.json")
+    print(f"\nreport: {place(out)}/report.html\nnumbers: {place(out)}/summary.json")
     return summary
 
 

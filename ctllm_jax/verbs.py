@@ -35,6 +35,9 @@ class Verb:
     about: str | None = None  # the key of the config dataclass that the config file fills; the options fill the others
     options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     writes: bool = True  # whether --workdir is needed
+    reads: bool = False  # whether --workdir is only looked into
+    mirrored: bool = True  # whether a --workdir on a bucket is a folder of this machine while the verb is at work
+    folders: tuple[str, ...] = ()  # keys of the config that name folders which have to be on a disk
     extra: str = "data"  # what to install where a library is missing
     bare: tuple[str, str] | None = None  # arguments without a flag: the key that lists them, how the help has them
 
@@ -45,6 +48,7 @@ VERBS = {
         "CorpusConfig",
         "configs/corpus.py",
         "raw documents -> MAP-CC, rejects with every reason, report",
+        folders=("dedup.earlier", "benchmarks.data"),
     ),
     "explain": Verb(
         "data_pipeline.explain",
@@ -57,6 +61,7 @@ VERBS = {
             "json": Short("--json", "a JSON object a line instead of text", bare="True"),
         },
         bare=("documents", "ID [ID ...]"),
+        reads=True,
     ),
     "sweep": Verb(
         "data_pipeline.sweep",
@@ -65,24 +70,28 @@ VERBS = {
         "corpus -> which share of it other thresholds would keep, from stored signals",
         workdir="folder of `ctllm corpus` to look into; nothing is written",
         short={"json": Short("--json", "a JSON object a line instead of a table", bare="True")},
+        reads=True,
     ),
     "contamination": Verb(
         "data_pipeline.contamination.run",
         "ContaminationConfig",
         "configs/contamination.py",
         "documents, conversations or token store + benchmarks -> which items they hold, and where",
+        folders=("corpus", "benchmarks.data"),
     ),
     "tokenizer": Verb(
         "data_pipeline.tokenizer",
         "TokenizerConfig",
         "configs/tokenizer.py",
         "MAP-CC -> SentencePiece model (or one that is given), fertility report",
+        folders=("corpus", "model"),
     ),
     "tokenize": Verb(
         "data_pipeline.token_store",
         "TokenizeConfig",
         "configs/tokenize.py",
         "documents or conversations + tokenizer -> token store",
+        folders=("corpus", "tokenizer"),
     ),
     "plan": Verb(
         "ctllm_jax.plan.run",
@@ -99,18 +108,21 @@ VERBS = {
             "json": Option("--json", "a JSON object a line instead of text", False),
         },
         writes=False,
+        mirrored=False,
     ),
     "train": Verb(
         "ctllm_jax.train",
         "TrainConfig",
         None,  # a run is always named: configs/pretrain.py, configs/sft.py, configs/dpo.py
         "token store -> checkpoints: pretraining, SFT, DPO",
+        mirrored=False,
     ),
     "eval": Verb(
         "ctllm_jax.evaluate.run",
         "EvalConfig",
         "configs/eval.py",
         "checkpoint or Hugging Face folder + tasks -> scores",
+        folders=("data",),
     ),
     "compare": Verb(
         "ctllm_jax.evaluate.compare",
@@ -120,6 +132,7 @@ VERBS = {
         workdir="folder for comparison.json, if it is wanted",
         writes=False,
         bare=("evaluations", "A B"),
+        mirrored=False,
     ),
     "table": Verb(
         "ctllm_jax.evaluate.leaderboard",
@@ -133,6 +146,7 @@ VERBS = {
         },
         writes=False,
         bare=("evaluations", "EVALUATION [EVALUATION ...]"),
+        mirrored=False,
     ),
     "answer": Verb(
         "ctllm_jax.evaluate.judged.answers",
@@ -194,6 +208,8 @@ VERBS = {
             "text_chars": Short("--text_chars=N", "characters of text to show"),
             "json": Short("--json", "a JSON object a line instead of a table", bare="True"),
         },
+        reads=True,
+        mirrored=False,
     ),
     "report": Verb(
         "ctllm_jax.metrics.report",
@@ -207,6 +223,7 @@ VERBS = {
         },
         writes=False,
         bare=("runs", "RUN [RUN ...]"),
+        mirrored=False,
     ),
     "quickstart": Verb(
         "ctllm_jax.quickstart", "QuickstartConfig", "configs/quickstart.py", "every stage, small, to a report page"

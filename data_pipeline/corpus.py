@@ -21,7 +21,7 @@ from collections.abc import Callable
 import apache_beam as beam
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import identity, write_atomic, write_json
+from ctllm_jax.common.files import identity, place, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
 from data_pipeline import pilot, report
@@ -95,7 +95,7 @@ def _build(files: list[InputFile], config: CorpusConfig, workdir: str) -> dict:
         found = report.collect(files, corpora, config.filters, seen)
         write_json(layout.report("json"), found)
         write_atomic(layout.report("html"), page(found))
-        _print_summary(found, os.path.join(workdir, "report.html"))
+        _print_summary(found, place(os.path.join(workdir, "report.html")))
         _write_map_cc(found, len(files), layout, config.beam)
         stage.finish(report.summary(found))
     shutil.rmtree(layout.work, ignore_errors=True)

@@ -28,6 +28,8 @@ from ctllm_jax.common.files import (
     expand,
     file_digest,
     identity,
+    is_remote,
+    place,
     read_json,
     shown,
     write_atomic,
@@ -139,7 +141,10 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
     names = _register(config, tokenizer, stage.folder)
     write_json(stage.folder / "rejected.json", found.rejected)
     if found.rejected:
-        print(f"tokenize: {len(found.rejected)} records rejected, see {stage.folder}/rejected.json", file=sys.stderr)
+        print(
+            f"tokenize: {len(found.rejected)} records rejected, see {place(stage.folder)}/rejected.json",
+            file=sys.stderr,
+        )
     windows = _windows(names, config.shards)
     _build(windows, _inputs_of(names) or len(found.kept), config, stage.folder)
     shutil.rmtree(_records(stage.folder), ignore_errors=True)
@@ -151,7 +156,7 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
         "kind": config.kind,
         "sequence_length": config.sequence_length,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "digest": tokenizer.digest},
-        "made_from": [shown(os.path.abspath(file)) for file in files],
+        "made_from": [shown(file if is_remote(file) else place(os.path.abspath(file))) for file in files],
         "splits": _collect(stage.folder, windows, config),
         "rejected_records": len(found.rejected),
     }

@@ -22,7 +22,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import file_digest, read_json, write_atomic, write_json
+from ctllm_jax.common.files import file_digest, place, read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import Stage, open_stage, read_result
 from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.order import keyed, mix
@@ -108,7 +108,7 @@ def run(config: TokenizerConfig, workdir: str) -> dict:
     report = {"origin": origin, "vocab_size": tokenizer.vocab_size, "notes": notes, "sample": sample, **measured}
     write_json(stage.folder / "report.json", report)
     write_atomic(stage.folder / "report.html", tokenizer_report.page(report))
-    _print_summary(measured["subsets"], os.path.join(workdir, "report.html"))
+    _print_summary(measured["subsets"], place(os.path.join(workdir, "report.html")))
     return stage.finish(report)
 
 

@@ -175,6 +175,10 @@ def test_a_verb_is_a_module_with_a_config_and_run(name):
     workdir = str if verb.writes else str | None
     assert typing.get_type_hints(module.run) == {"config": config, "workdir": workdir, "return": dict}
     assert verb.help and module.__doc__ and module.run.__doc__
+    for key in verb.folders:  # "benchmarks.data": a key of a key
+        kind = config
+        for part in key.split("."):
+            kind = typing.get_type_hints(kind)[part]
 
 
 SMALL_SET = """

@@ -186,7 +186,7 @@ def test_an_outage_is_said_once_and_made_up_for(server, monkeypatch, capsys):
         server.down = False
         folder.before_commit()
         said += capsys.readouterr().err
-    assert said.count("does not answer") == 1 and "has what the run has logged again" in said
+    assert said.count("does not answer") == 1 and "has what the run has written again" in said
     assert (there(server) / "metrics.jsonl").read_text() == "line"
 
 
@@ -205,7 +205,7 @@ def test_what_cannot_arrive_in_the_end_is_said_and_the_job_may_be_taken_up(serve
 
 def test_of_other_processes_than_the_first_stacks_and_profiles_are_copied(server, monkeypatch):
     monkeypatch.setattr(mirror.jax, "process_index", lambda: 1)
-    folder = mirror.Mirror(RUN)
+    folder = mirror.Mirror(RUN, "train", 1)
     for name in ("stacks/process-1.txt", "profile/step-3-process-1/x", "metrics.jsonl"):
         (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
         (folder.path / name).write_text(name)
@@ -351,7 +351,7 @@ def test_the_other_verbs_read_a_run_on_a_bucket(server, undisturbed, store, tmp_
     assert status == 0, err
     with pytest.raises(UserError, match=f"{RUN}: no checkpoint of step 7; there are: .5, 10, 12."):
         load_model(RUN, step=7)
-    with pytest.raises(UserError, match="gs://bucket/nowhere: no run directory"):
+    with pytest.raises(UserError, match="gs://bucket/nowhere: neither a run directory"):
         load_model("gs://bucket/nowhere")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ctllm_jax.common.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]  # the repository
+COPY_OF = ".ctllm-copy"  # in a folder of this machine that stands for one on a bucket: which
 _EDGE = 64 * 1024  # bytes hashed at either end of an input file by `identity`
 
 
@@ -35,6 +36,16 @@ def as_path(location: str | os.PathLike) -> Any:
 def shown(path: str | os.PathLike) -> str:
     r"""A path as a text that can be written: file names are bytes, and those that are no UTF-8 are said as `\xff`."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def place(path: str | os.PathLike) -> str:
+    """A path as it is to be said and recorded: of what lies in a copy of a bucket's folder, where that lies there."""
+    absolute = pathlib.Path(os.path.abspath(path))
+    for folder in (absolute, *absolute.parents):
+        with contextlib.suppress(OSError):
+            url, inside = (folder / COPY_OF).read_text().strip(), absolute.relative_to(folder).as_posix()
+            return url if inside == "." else f"{url}/{inside}"
+    return str(path)
 
 
 def cache_folder(name: str) -> pathlib.Path:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import as_path, is_remote, read_json, remove_temporaries, write_json
+from ctllm_jax.common.files import as_path, is_remote, place, read_json, remove_temporaries, write_json
 
 
 def fingerprint(value: Any) -> str:
@@ -118,7 +118,7 @@ def open_stage(
         _lock(folder)
         remove_temporaries(folder)
     if stage.refresh():  # after the lock: another process may have finished just before
-        print(f"{name}: already finished in {folder}", file=sys.stderr)
+        print(f"{name}: already finished in {place(folder)}", file=sys.stderr)
     return stage
 
 
