@@ -42,7 +42,9 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     plan, job_id = hosts.plan(payload, options), new_id(payload.verb)
     name = options["name"] or job_id
     text = jobset.script(job_id, name, plan, shape, options)
-    made = _yaml(jobset.jobset(job_id, name, plan, shape, options, _overlay(options["pod"])))
+    made = jobset.jobset(job_id, name, plan, shape, options, _overlay(options["pod"]))
+    _check_disk(payload, options["folder"], made)
+    made = _yaml(made)
     context = options["context"] or kubectl(CONTEXT, options["wait"]).strip()
     cluster = Cluster(context, options["namespace"], options["wait"])
     if dry_run:
@@ -82,6 +84,16 @@ def _overlay(path: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not set(found) <= {"metadata", "spec"}:
         raise UserError(f"launch gke: --pod={path}: must be a YAML mapping with `metadata`, `spec`, or both")
     return found
+
+
+def _check_disk(payload: Payload, folder: str, made: Mapping[str, Any]) -> None:
+    """Refuses what would write where nothing outlives the pod."""
+    path = payload.disk_folder(folder)
+    if path is not None and not any(path == kept or path.startswith(f"{kept}/") for kept in jobset.kept_folders(made)):
+        raise UserError(
+            f"launch gke: --workdir={payload.writes_to} is on the disk of a pod, and lost with it: give "
+            "--workdir=gs://BUCKET/FOLDER, or a folder of a volume that --pod=FILE mounts"
+        )
 
 
 def _describe(

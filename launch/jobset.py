@@ -222,6 +222,15 @@ def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
     }
 
 
+def kept_folders(made: Mapping[str, Any]) -> list[str]:
+    """Where the pods of a JobSet have volumes that outlive them."""
+    pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    volumes, mounts = pod["volumes"] or [], pod["containers"][0]["volumeMounts"] or []
+    passing = {_name(volume) for volume in volumes if {"emptyDir", "ephemeral", "projected"} & volume.keys()}
+    kept = [mount for mount in mounts if _name(mount) not in passing and mount.get("mountPath")]
+    return [mount["mountPath"].rstrip("/") for mount in kept]
+
+
 def _template(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
     """A pod's."""
     parts = [{"configMap": {"name": f"{name}-code-{index}"}} for index in range(len(archive(plan)))]

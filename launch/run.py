@@ -9,6 +9,7 @@ from absl import flags
 
 from ctllm_jax import cli
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import is_remote
 from ctllm_jax.verbs import VERBS, Option
 from launch import view
 from launch.target import Payload, Target
@@ -106,7 +107,11 @@ def _payload(name: str, command: list[str]) -> Payload | None:
     if verb not in VERBS:
         raise UserError(f"launch {name}: unknown verb {verb!r}; there are: {', '.join(VERBS)}")
     parsed = cli.parse(verb, VERBS[verb], arguments)
-    return None if parsed is None else Payload(verb, tuple(arguments), "distributed" in parsed[0])
+    if parsed is None:
+        return None
+    values, workdir, _ = parsed
+    writes_to = None if VERBS[verb].reads or not workdir or is_remote(workdir) else workdir
+    return Payload(verb, tuple(arguments), "distributed" in values, writes_to)
 
 
 def _help(name: str, target: Target) -> str:

@@ -1,6 +1,7 @@
 """What a target is: a place where a verb's processes run."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,11 +11,21 @@ from launch.jobs import Job, State, held_cancel, held_profile, held_state
 
 @dataclasses.dataclass(frozen=True)
 class Payload:
-    """The command line after `--`, checked as far as it can be without running it."""
+    """The command line after `--`, checked as far as it can be without running it.
+
+    Attributes:
+      distributed: whether the verb can be a job of several processes.
+      writes_to: its --workdir, if that is written and on no bucket.
+    """
 
     verb: str
     arguments: tuple[str, ...]
-    distributed: bool  # whether the verb can be a job of several processes
+    distributed: bool
+    writes_to: str | None = None
+
+    def disk_folder(self, folder: str) -> str | None:
+        """Where it writes on a machine's disk, its paths relative to `folder` there; None where it writes none."""
+        return None if self.writes_to is None else os.path.normpath(os.path.join(folder, self.writes_to))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,8 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     if options["slices"] > 1 and not payload.distributed:
         raise UserError(f"launch tpu: {payload.verb} runs in one process: give --slices=1, and a --type of one host")
     plan, slices = hosts.plan(payload, options), Slices(options)
+    if not options["keep"]:
+        _check_disk(payload, options["folder"])
     if dry_run:
         listed = [host for node in slices.nodes for host in slices.hosts(node, 1)]
         print("# the slices", *map(_line, (slices.describe_request(), slices.create())), sep="\n")
@@ -81,6 +83,19 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
 
     revision = plan.place.code.revision
     return hold("tpu", payload, revision, start, options["restarts"], options["detach"], finish)
+
+
+def _check_disk(payload: Payload, folder: str) -> None:
+    """Says where the result would go with the slices."""
+    path = payload.disk_folder(folder)
+    if path is None:
+        return
+    if not path.startswith("/"):
+        raise UserError(
+            f"launch tpu: --workdir={payload.writes_to} is on the disk of a machine that is deleted in the end, with "
+            "what is in it: give --workdir=gs://BUCKET/FOLDER; or --keep, then fetch it and delete the slices yourself"
+        )
+    say(f"--workdir={payload.writes_to} is lost with the machines unless it is on a file system that they share")
 
 
 class Slices:

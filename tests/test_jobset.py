@@ -70,7 +70,7 @@ def test_a_dry_run_prints_every_command_and_file_and_no_secret(here, capsys, mon
     assert secret["stringData"] == {"TOKEN": "***"}
     command = f'-m ctllm_jax.cli train --config="$home"/.ctllm/code/{shipped.tree}/configs/pretrain.py:tiny '
     script = code["data"]["run"]
-    assert f"{here.environment}/bin/python {command}'--config.data.store=a b' --workdir=RUN" in script
+    assert f"{here.environment}/bin/python {command}'--config.data.store=a b' --workdir=gs://b/RUN" in script
     assert "JAX_COORDINATOR" not in script  # JAX goes by what GKE sets in a TPU's pods
     gone = f"kubectl delete jobsets.jobset.x-k8s.io big {where} --cascade=foreground --wait=false --ignore-not-found\n"
     assert out.endswith(f"# in the end\n{gone}")

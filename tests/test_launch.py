@@ -384,7 +384,7 @@ def test_a_target_is_a_table_entry(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "moon", type(sys)("moon"))
     sys.modules["moon"].TARGET = target
     assert ctllm(capsys, "launch", "moon", "--craters=4", "--dry_run", "--", *TRAIN)[0] is None
-    assert calls == [(Payload("train", TRAIN[1:], True), {"craters": 4}, True)]
+    assert calls == [(Payload("train", TRAIN[1:], True, "RUN"), {"craters": 4}, True)]
 
 
 def test_the_launcher_needs_no_jax():

@@ -19,7 +19,7 @@ from ctllm_jax.common.errors import UserError
 from launch import jobs, ship, view
 from launch.target import Payload
 
-TRAIN = ("train", "--config=configs/pretrain.py:tiny", "--config.data.store=a b", "--workdir=RUN")
+TRAIN = ("train", "--config=configs/pretrain.py:tiny", "--config.data.store=a b", "--workdir=gs://b/RUN")
 HEARD = "import signal; [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)]"
 
 

@@ -317,6 +317,29 @@ def test_mistakes_are_one_line_each(hosts, capsys, monkeypatch, tmp_path):
         kubectl.kubectl(["kubectl"], 1)
 
 
+def test_a_result_that_would_go_with_the_pod_is_refused(hosts, capsys, tmp_path):
+    pod = tmp_path / "pod.yaml"
+    pod.write_text(
+        "spec:\n  volumes: [{name: nfs, nfs: {server: s, path: /}}, {name: scratch, emptyDir: {}}]\n"
+        "  containers:\n  - name: main\n"
+        "    volumeMounts: [{name: nfs, mountPath: /shared/}, {name: scratch, mountPath: /s}]\n"
+    )
+    for given, options, lost in (
+        ("RUN", [], True),
+        ("/shared/RUN", [], True),
+        ("/shared/RUN", [f"--pod={pod}"], False),
+        ("/sharedRUN", [f"--pod={pod}"], True),
+        ("/shared/../RUN", [f"--pod={pod}"], True),
+        ("/s/RUN", [f"--pod={pod}"], True),
+        ("RUN", [f"--pod={pod}", "--folder=/shared"], False),
+        ("gs://b/RUN", [], False),
+    ):
+        status, out, err = ctllm(capsys, *launch(hosts, *options, "--dry_run")[:-1], f"--workdir={given}")
+        said = f"launch gke: --workdir={given} is on the disk of a pod, and lost with it: give --workdir=gs://BUCKET/"
+        assert (status == 2 and said in err and not out) if lost else (status == 0 and not err), (given, err)
+    assert "create" not in hosts.calls()
+
+
 def test_a_name_that_is_taken_is_refused(hosts, capsys):
     hosts.program("time.sleep(1000)")
     assert ctllm(capsys, *launch(hosts, "--name=big", "--detach"))[0] == 0

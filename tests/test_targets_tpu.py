@@ -68,7 +68,7 @@ def test_slices_that_are_taken_away_are_made_again_and_deleted_in_the_end(hosts,
     assert sum(call.startswith("queued-resources delete") for call in calls) == 2
     for index in range(4):
         arguments = (hosts.folder / f"attempt{index}.1").read_text()
-        assert arguments.endswith("--workdir=RUN --config.distributed=True")
+        assert arguments.endswith("--workdir=gs://b/RUN --config.distributed=True")
     (job,) = jobs.everything()
     assert (job.target, job.status) == ("tpu", 0)
 
@@ -214,12 +214,36 @@ def test_of_a_job_of_which_half_has_started_the_half_says_so_and_nothing_is_left
 
 def test_a_verb_of_one_process_runs_on_a_slice_of_one_host_and_on_no_other(hosts, capsys):
     hosts.program("print('arguments', *sys.argv[1:])")
-    evaluate = ["eval", "--config.model=RUN", "--workdir=SCORES"]
+    evaluate = ["eval", "--config.model=RUN", "--workdir=gs://b/SCORES"]
     status, out, err = ctllm(capsys, *launch(hosts)[: -len(TRAIN)], *evaluate)
     assert status == 2 and "eval runs in one process, and big has 2 hosts: take a --type of one host" in err
     assert "arguments" not in out and hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
     status, out, err = ctllm(capsys, *launch(hosts, "--type=v6e-8")[: -len(TRAIN)], *evaluate)
-    assert status == 0 and "[0 big/0] arguments eval --config.model=RUN --workdir=SCORES\n" in out, out + err
+    assert status == 0 and "[0 big/0] arguments eval --config.model=RUN --workdir=gs://b/SCORES\n" in out, out + err
+
+
+def test_a_result_that_would_go_with_the_machine_is_refused_or_told_of(hosts, capsys):
+    hosts.program("pass")
+    verb = launch(hosts)[: -len(TRAIN)]
+    for local in ([*TRAIN[:-1], "--workdir=RUN"], ["eval", "--config.model=RUN", "--workdir=a/b"]):
+        status, out, err = ctllm(capsys, *verb, *local)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"{local[-1]} is on the disk of a machine that is deleted in the end" in err
+        assert "--workdir=gs://BUCKET/FOLDER; or --keep" in err
+    assert not hosts.calls()
+    for options, given, said in (
+        (["--keep"], "RUN", ""),
+        (
+            [],
+            "/nfs/RUN",
+            "launch: --workdir=/nfs/RUN is lost with the machines unless it is on a file system that they ",
+        ),
+        (["--folder=/nfs"], "RUN", "launch: --workdir=RUN is lost with the machines unless "),
+    ):
+        status, _, err = ctllm(capsys, *launch(hosts, *options, "--dry_run")[:-1], f"--workdir={given}")
+        assert status == 0 and err.startswith(said) and bool(err) == bool(said), err
+    for reads in (["trace", "--step=1", "--workdir=RUN"], ["plan", *TRAIN[1:2], "--slice=v5e:2x2"]):
+        assert ctllm(capsys, *launch(hosts, "--type=v6e-8", "--dry_run")[: -len(TRAIN)], *reads)[::2] == (0, "")
 
 
 def test_slices_that_do_not_come_in_time_are_given_up(hosts, capsys, monkeypatch):
