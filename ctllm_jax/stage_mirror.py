@@ -3,9 +3,9 @@
 A verb writes into a folder of this machine, as ever: a mirror, of which a thread copies to the bucket what has changed,
 every twenty seconds and in the end. A verb that goes on where it was cut short trusts what it finds: a file that is
 there is whole, and so is all that was written before it. Hence mirror.json, beside the files on the bucket: the names
-of those that were in the folder at one moment and have all arrived. A run begins with them and with no others, on
-whatever machine, so a copy that was cut short is as if it had not begun. What the verb has deleted is deleted there
-after that; what it has not written is never touched.
+of those that were in the folder at one moment and have all arrived ("files"). A run begins with them and with no
+others, on whatever machine, so a copy that was cut short is as if it had not begun. It also names others that may be
+there ("begun"): on their way, or to be deleted. What the verb has not written is never touched.
 """
 
 import atexit
@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -29,6 +30,8 @@ from typing import Any
 from ctllm_jax.bucket import CLAIM, BucketFolder, Object, Unreachable
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import COPY_OF, is_remote, write_atomic
+from ctllm_jax.common.manifest import LOCK
+from ctllm_jax.common.status import EXIT_RESUME
 from ctllm_jax.mirror import SMALL, Mirror, mirrored, version
 from ctllm_jax.verbs import Verb
 
@@ -44,7 +47,7 @@ def at_hand(name: str, verb: Verb, config: Any, workdir: str | None) -> Iterator
 
     Raises:
       UserError: a folder cannot be reached, another job writes it, or Beam's workers would not see it.
-      SystemExit: with EXIT_RESUME, the verb has finished but for files that could not be copied.
+      SystemExit: with EXIT_RESUME, the process was asked to end, or files could not be copied.
     """
     copies: dict[str, str] = {}  # {folder of this machine: of the bucket}
 
@@ -57,21 +60,36 @@ def at_hand(name: str, verb: Verb, config: Any, workdir: str | None) -> Iterator
         copies[folder] = value
         return folder
 
+    far = bool(workdir) and is_remote(workdir) and verb.mirrored
+    if far and not verb.reads:
+        _check_workers(name, config, workdir)
     for key in verb.folders:
         config = _replaced(config, key.split("."), copy)
     try:
-        if not workdir or not is_remote(workdir) or not verb.mirrored:
+        if not far:
             yield config, workdir
         elif verb.reads:
             yield config, copy(workdir)
         else:
-            _check_workers(name, config, workdir)
-            with mirrored(functools.partial(StageMirror, workdir, name), workdir, name) as mirror:
+            with mirrored(functools.partial(StageMirror, workdir, name), workdir, name) as mirror, _leaving_on_signal():
                 yield config, str(mirror.path)
             shutil.rmtree(mirror.path, ignore_errors=True)  # it may be large, and all of it has arrived
     except UserError as error:
         text = functools.reduce(lambda text, pair: text.replace(*pair), copies.items(), str(error))
         raise UserError(text) from error
+
+
+@contextlib.contextmanager
+def _leaving_on_signal() -> Iterator[None]:
+    """SIGTERM, as of a machine that is taken away, ends the block as an exit does: what is there is copied first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_RESUME))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_workers(name: str, config: Any, workdir: str) -> None:
@@ -119,8 +137,8 @@ class StageMirror(Mirror):
     every = 20.0
 
     def _begin(self) -> None:
-        names, contents = _listed(self._remote, self._verb)
-        self._listed = set(names)  # what mirror.json says
+        names, begun, contents = _listed(self._remote, self._verb)
+        self._listed, self._begun = {*names}, begun  # as mirror.json has them
         self._together = _Together(self._remote.url)
         write_atomic(self.path / COPY_OF, self._remote.url)
         for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder before the folder
@@ -137,7 +155,7 @@ class StageMirror(Mirror):
         """As of a Mirror; while the storage takes what is left, `patience` does not run out."""
         ticket, told = self._request_copy(), time.monotonic() + _TOLD
         with self._changed:
-            while self._arrived < ticket and not self._has_given_up(patience):
+            while self._arrived < ticket and self._thread.is_alive() and not self._has_given_up(patience):
                 self._changed.wait(0.5)
                 if time.monotonic() > told:
                     print(f"{self._verb}: copying what is left to {self._remote.url}", file=sys.stderr, flush=True)
@@ -161,19 +179,25 @@ class StageMirror(Mirror):
         try:
             now = {name: version(path) for name, path in files.items()}
             changed = {name for name in now if now[name] != self._sent.get(name) and (asked or self._is_due(name, now))}
+            self._list(self._listed, self._begun | changed - self._listed)
             manifests = {name for name in changed if pathlib.PurePath(name).name == "manifest.json"}
             for names in (changed - manifests, manifests):  # a folder that says it is whole is whole
                 self._together.each(lambda own, name: own.upload(name, files[name]), sorted(names))
         except FileNotFoundError:
             return False
         self._sent |= {name: now[name] for name in changed}  # what was added since is another version
-        if self._listed != {*files}:
-            self._remote.write(LISTING, json.dumps({"files": sorted(files)}).encode())
-            self._listed = {*files}
-        gone = self._sent.keys() - files.keys()
+        gone = (self._listed | self._begun) - files.keys()
+        self._list({*files}, gone)
         self._together.each(lambda own, name: own.delete(name), gone)
+        self._list({*files}, set())
         self._sent = {name: self._sent[name] for name in files}
         return True
+
+    def _list(self, names: set[str], begun: set[str]) -> None:
+        """Writes mirror.json where it says something else."""
+        if (names, begun) != (self._listed, self._begun):
+            self._remote.write(LISTING, json.dumps({"files": sorted(names), "begun": sorted(begun)}).encode())
+            self._listed, self._begun = names, begun
 
     def _is_due(self, name: str, now: Mapping[str, tuple[int, int, int]]) -> bool:
         """A large file that grows would be copied as a whole each time."""
@@ -197,24 +221,27 @@ class StageMirror(Mirror):
 
 
 def _is_finished(name: str) -> bool:
-    """Whether a file or folder has the name that it is to keep; by our, TFDS's and Orbax's names for others."""
-    return not (name.startswith((".", "incomplete.")) or name.endswith(".tmp") or ".orbax-checkpoint-tmp" in name)
+    """Whether a file or folder is of the result and has the name that it is to keep; others have ours, TFDS's or
+    Orbax's."""
+    passing = name.startswith("incomplete.") or name.endswith(".tmp") or ".orbax-checkpoint-tmp" in name
+    return not passing and name not in (LOCK, COPY_OF)
 
 
-def _listed(remote: BucketFolder, verb: str) -> tuple[list[str], dict[str, Object]]:
-    """(names of the files that a run of the verb begins with, all that is in the folder)."""
+def _listed(remote: BucketFolder, verb: str) -> tuple[list[str], set[str], dict[str, Object]]:
+    """(names of the files that a run of the verb begins with, of others that are there of its making, all there is)."""
     contents = remote.contents()
     stage, listing = _object(remote, "stage.json"), _object(remote, LISTING)
     if stage.get("stage", verb) != verb:  # of another verb, which this one is going to refuse
-        return ["stage.json"], contents
+        return ["stage.json"], set(), contents
+    files = contents.keys() - {CLAIM, LISTING}
     if LISTING in contents:
-        listed = listing.get("files")
-        if not isinstance(listed, list):
+        listed, begun = listing.get("files"), listing.get("begun")
+        if not (isinstance(listed, list) and isinstance(begun, list)):
             raise UserError(f"{remote.url}/{LISTING} is damaged; delete the folder to start over")
-        return [name for name in contents if name in listed and name not in (CLAIM, LISTING)], contents
+        return sorted(files & {*map(str, listed)}), files & {*map(str, begun)}, contents
     if "manifest.json" in contents:  # put there by hand
-        return [name for name in contents if name != CLAIM], contents
-    return [name for name in contents if name == "stage.json"], contents
+        return sorted(files), set(), contents
+    return sorted(files & {"stage.json"}), set(), contents
 
 
 def _object(remote: BucketFolder, name: str) -> dict:
@@ -241,13 +268,14 @@ class _Together:
 
     def __init__(self, url: str):
         self._url, self._own = url, threading.local()
+        self._pool = concurrent.futures.ThreadPoolExecutor(_TOGETHER)
 
     def each(self, action: Callable[[BucketFolder, str], None], names: Iterable[str]) -> None:
         """Does it for each name; raises the first error when all have ended."""
-        names = list(names)
-        if names:
-            with concurrent.futures.ThreadPoolExecutor(min(_TOGETHER, len(names))) as pool:
-                list(pool.map(functools.partial(self._do, action), names))
+        begun = [self._pool.submit(self._do, action, name) for name in names]
+        concurrent.futures.wait(begun)
+        for one in begun:
+            one.result()
 
     def _do(self, action: Callable[[BucketFolder, str], None], name: str) -> None:
         if not hasattr(self._own, "folder"):

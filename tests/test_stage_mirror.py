@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from test_benchmark import config_of, model  # noqa: F401 (a fixture)
@@ -19,6 +21,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import place
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.status import EXIT_RESUME
+from ctllm_jax.data.store import open_store
 from ctllm_jax.loading import find_model
 from ctllm_jax.stage_mirror import LISTING, StageMirror, at_hand
 from ctllm_jax.verbs import VERBS
@@ -54,13 +57,13 @@ def there(server) -> pathlib.Path:  # noqa: F811
     return server.root / "bucket" / "deep" / "scores"
 
 
-def settled(folder: str, server, name: str) -> None:  # noqa: F811
-    """Returns when a file of a run's folder has arrived, and the listing that has it."""
-    until = time.monotonic() + 20
+def wait_for(folder: str | pathlib.Path, name: str) -> None:
+    """Returns when files whose names begin so are among those that a run would begin with."""
+    listing, until = pathlib.Path(folder, LISTING), time.monotonic() + 60
     while time.monotonic() < until:
-        if (there(server) / LISTING).exists() and name in (there(server) / LISTING).read_text():
+        if listing.exists() and any(found.startswith(name) for found in json.loads(listing.read_text())["files"]):
             return
-        time.sleep(0.02)
+        time.sleep(0.01)
     raise AssertionError(f"{name} has not arrived")
 
 
@@ -70,14 +73,15 @@ def test_what_is_written_arrives_what_is_deleted_goes_and_nothing_stays_here(ser
     with writing() as (_, folder):
         assert place(folder) == URL and place(f"{folder}/a/b") == f"{URL}/a/b" and place("/x") == "/x"
         put(folder, "stage.json", "work/1", "parts/a.jsonl", ".lock", "a.tmp", "x/incomplete.AB_1.0.0/y", text="{}")
-        settled(folder, server, "work/1")
+        wait_for(there(server), "work/1")
         assert files(there(server)) == [CLAIM, "parts/a.jsonl", "raw/of-somebody-else", "stage.json", "work/1"]
         pathlib.Path(folder, "work/1").unlink()
         put(folder, "manifest.json", text="{}")
         server.requests.clear()
     assert files(there(server)) == ["manifest.json", "parts/a.jsonl", "raw/of-somebody-else", "stage.json"]
     assert json.loads((there(server) / LISTING).read_text()) == {
-        "files": ["manifest.json", "parts/a.jsonl", "stage.json"]
+        "files": ["manifest.json", "parts/a.jsonl", "stage.json"],
+        "begun": [],
     }
     assert not [request for request in server.requests if "upload" in request and "parts" in request]
     assert not pathlib.Path(folder).exists()
@@ -106,12 +110,15 @@ def test_a_run_begins_with_what_was_there_at_one_moment_wherever_it_goes_on(serv
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
     with writing() as (_, folder):
         assert files(folder) == ["parts/1", "stage.json"]
-        put(folder, "set/1", "set/2", "set/3")
-    assert files(there(server)) == ["parts/1", "set/1", "set/2", "set/3", "stage.json"]
+        put(folder, "set/3")
+    assert files(there(server)) == ["parts/1", "set/3", "stage.json"]  # what had arrived in vain is gone
     put(there(server), "../../outside", "x", text="planted")
-    (there(server) / LISTING).write_text(json.dumps({"files": ["../../outside", "parts/1", CLAIM, "/etc/hosts", 3]}))
+    (there(server) / LISTING).write_text(
+        json.dumps({"files": ["../../outside", "parts/1", CLAIM, "/etc/hosts", 3], "begun": ["x"]})
+    )
     with writing() as (_, folder):
         assert files(folder) == ["parts/1"]
+    assert files(there(server)) == ["parts/1", "set/3", "stage.json"] and (server.root / "bucket" / "outside").exists()
 
 
 def test_files_that_are_still_here_are_not_fetched_again(server):  # noqa: F811
@@ -154,11 +161,11 @@ def test_a_large_file_that_grows_is_not_copied_each_time(server, monkeypatch):  
     monkeypatch.setattr(stage_mirror, "SMALL", 4)
     with writing() as (_, folder):
         put(folder, "log", text="12345678")
-        settled(folder, server, "log")
+        wait_for(there(server), "log")
         with open(f"{folder}/log", "a") as log:
             log.write("9")
         put(folder, "other")
-        settled(folder, server, "other")
+        wait_for(there(server), "other")
         assert (there(server) / "log").read_text() == "12345678"
         with open(f"{folder}/log", "a") as log:
             log.write("0")
@@ -183,6 +190,14 @@ def test_pieces_of_a_large_file_make_it_whole(server, monkeypatch, tmp_path):  #
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "large"]
 
 
+def test_names_that_lead_elsewhere_on_a_disk_are_not_of_the_folder(server):  # noqa: F811
+    folder = BucketFolder(URL)
+    names = ["a", "/etc/hosts", "../a", "a/../b", "a//b", "folder/", "./a"]
+    found = [types.SimpleNamespace(name=f"deep/scores/{name}", size=1, crc32c="") for name in names]
+    folder._bucket = types.SimpleNamespace(list_blobs=lambda **_: found)
+    assert [*folder.contents()] == ["a"]
+
+
 def test_what_does_not_arrive_in_the_end_is_said_and_the_job_may_be_taken_up(server, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(mirror, "_PATIENCE", 0.5)
     monkeypatch.setattr(bucket, "_ANSWER", 0.3)
@@ -192,6 +207,15 @@ def test_what_does_not_arrive_in_the_end_is_said_and_the_job_may_be_taken_up(ser
             server.down = True
     assert end.value.code == EXIT_RESUME
     assert f"eval: {URL} lacks files of {folder}; the same command makes up for them" in capsys.readouterr().err
+
+
+def test_a_process_that_is_asked_to_end_copies_what_it_has(server):  # noqa: F811
+    with pytest.raises(SystemExit) as end, writing() as (_, folder):
+        put(folder, "parts/1")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+    assert end.value.code == EXIT_RESUME and files(there(server)) == ["parts/1"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_folders_that_a_verb_reads_from_a_disk_are_copied_there(server):  # noqa: F811
@@ -251,7 +275,8 @@ def command(*arguments: str, before: str = "pass") -> list[str]:
 
 
 KILLED = """
-import os, pathlib, signal, time
+import os, signal
+import test_stage_mirror
 from ctllm_jax.evaluate import run
 from ctllm_jax.stage_mirror import StageMirror
 StageMirror.every = 0.1
@@ -260,8 +285,7 @@ run.on_each_device = lambda model: [model]
 def block(*arguments):
     calls.append(arguments)
     if len(calls) == 3:
-        while "two-0000" not in (pathlib.Path({there!r}) / "mirror.json").read_text():
-            time.sleep(0.02)
+        test_stage_mirror.wait_for({there!r}, "parts/toy_ppl/two-0000")
         os.kill(os.getpid(), signal.SIGKILL)
     return work(*arguments)
 run.evaluate_block = block
@@ -301,3 +325,57 @@ def test_an_evaluation_that_is_killed_goes_on_elsewhere_to_the_same_bytes(server
     ended = subprocess.run(command(*far), cwd=ROOT, check=True, timeout=300, capture_output=True, text=True)
     assert f"eval: already finished in {URL}" in ended.stderr
     assert not pathlib.Path("gs:").exists()
+
+
+STOPPED = """
+import os, signal, threading
+import test_stage_mirror
+from ctllm_jax.stage_mirror import StageMirror
+StageMirror.every = 0.1
+def watch():
+    test_stage_mirror.wait_for({there!r}, {name!r})
+    os.kill(os.getpid(), signal.SIGKILL)
+def begin(self, begin=StageMirror._begin):
+    begin(self)
+    threading.Thread(target=watch, daemon=True).start()
+StageMirror._begin = begin
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["work/filtered/00000.json", "work/deduplicated/00001.json"])
+def test_a_corpus_that_is_killed_goes_on_elsewhere_and_is_tokenized_and_read_there(
+    server,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    name,
+):
+    inputs = "--config.input=('sample/documents/en.jsonl','sample/documents/zh_books.jsonl')"
+    store = ["--config.sequence_length=64", "--config.validation_share=0.1"]
+    size = ["--config.vocab_size=2000", "--config.character_coverage=0.98"]
+
+    def build(folder: str, before: str = "pass") -> int:
+        made = subprocess.run(command("corpus", inputs, f"--workdir={folder}/corpus", before=before), cwd=ROOT)
+        if made.returncode == 0:
+            chain = [["tokenizer", f"--config.corpus={folder}/corpus", *size, f"--workdir={folder}/tokenizer"]]
+            given = [f"--config.corpus={folder}/corpus", f"--config.tokenizer={folder}/tokenizer"]
+            chain.append(["tokenize", *given, *store, f"--workdir={folder}/store"])
+            for words in chain:
+                subprocess.run(command(*words), cwd=ROOT, check=True, timeout=300)
+        return made.returncode
+
+    far = server.root / "bucket" / "deep"
+    assert build("gs://bucket/deep", STOPPED.format(name=name, there=str(far / "corpus"))) == -signal.SIGKILL
+    assert not (far / "corpus" / "manifest.json").exists()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    assert build("gs://bucket/deep") == build(str(tmp_path)) == 0
+    for part in ("corpus", "tokenizer", "store"):
+        names = [name for name in files(tmp_path / part) if name != ".lock"]
+        assert files(far / part) == names
+        for name in names:
+            if name not in ("manifest.json", "stage.json"):
+                assert (far / part / name).read_bytes() == (tmp_path / part / name).read_bytes(), name
+    rows = [
+        list(open_store(folder).rows("train", "en")) for folder in ("gs://bucket/deep/store", str(tmp_path / "store"))
+    ]
+    assert len(rows[0]) == len(rows[1]) > 0

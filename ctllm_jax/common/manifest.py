@@ -21,6 +21,8 @@ from typing import Any
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, is_remote, place, read_json, remove_temporaries, write_json
 
+LOCK = ".lock"  # a stage's folder is locked by it while a process works there
+
 
 def fingerprint(value: Any) -> str:
     """SHA-256 (16 hex digits) of a JSON-able value, independent of key order."""
@@ -130,7 +132,7 @@ def _lock(folder: pathlib.Path) -> None:
     path = os.path.abspath(folder)
     if path in _locks:
         return
-    descriptor = os.open(os.path.join(path, ".lock"), os.O_CREAT | os.O_RDWR)
+    descriptor = os.open(os.path.join(path, LOCK), os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
