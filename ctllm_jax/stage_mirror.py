@@ -73,7 +73,7 @@ def at_hand(name: str, verb: Verb, config: Any, workdir: str | None) -> Iterator
         else:
             with mirrored(functools.partial(StageMirror, workdir, name), workdir, name) as mirror, _leaving_on_signal():
                 yield config, str(mirror.path)
-            shutil.rmtree(mirror.path, ignore_errors=True)  # it may be large, and all of it has arrived
+            shutil.rmtree(mirror.path.parent, ignore_errors=True)  # it may be large, and all of it has arrived
     except UserError as error:
         text = functools.reduce(lambda text, pair: text.replace(*pair), copies.items(), str(error))
         raise UserError(text) from error

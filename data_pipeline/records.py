@@ -6,6 +6,7 @@ keys, see `formats.FORMATS`, and comes out as {id, language?, source?, messages}
 
 import dataclasses
 import gzip
+import io
 import itertools
 import re
 import zlib
@@ -107,7 +108,7 @@ def entries(file: str) -> Iterator[tuple[int, Any]]:
     with as_path(file).open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        stream = gzip.GzipFile(fileobj=raw) if packed else raw
+        stream = gzip.GzipFile(fileobj=raw) if packed else io.BufferedReader(raw)  # gcsfs's knows no readline(SIZE)
         try:
             start = _start(stream)
             if start == b"[" and re.search(r"\.json(\.gz)?$", str(file)):

@@ -1,5 +1,6 @@
 """Stores on gs://, read from a server on this machine through the libraries that read the real one."""
 
+import gzip
 import shutil
 
 import jax
@@ -14,6 +15,7 @@ from ctllm_jax.common.files import expand, file_digest, identity, read_json
 from ctllm_jax.data.batches import DataConfig, global_batch, make_stream
 from ctllm_jax.data.store import open_store
 from ctllm_jax.sharding import MeshConfig, make_mesh
+from data_pipeline import records
 
 STORE = "gs://bucket/deep/store"
 
@@ -48,6 +50,16 @@ def test_files_are_found_read_and_identified_as_local_ones_are(server):
         assert [mark(name) for name in found] == [mark(name.replace(STORE, local(server))) for name in found]
     with pytest.raises(UserError, match="no file matches 'gs://bucket/deep/store/none"):
         expand([f"{STORE}/none-*"])
+
+
+def test_records_on_a_bucket_are_read_as_local_ones_are(server):
+    folder = server.root / "bucket" / "records"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"id": 1}\n{"id": 2}\n', encoding="utf-8")
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b'{"id": 3}\n'))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        near, far = ([*records.entries(f"{root}/{name}")] for root in (folder, "gs://bucket/records"))
+        assert near == far and near[0][1]["id"] in (1, 3)
 
 
 def test_batches_from_a_bucket_are_those_from_the_disk(server):

@@ -84,7 +84,7 @@ def test_what_is_written_arrives_what_is_deleted_goes_and_nothing_stays_here(ser
         "begun": [],
     }
     assert not [request for request in server.requests if "upload" in request and "parts" in request]
-    assert not pathlib.Path(folder).exists()
+    assert not pathlib.Path(folder).parent.exists()
 
 
 def test_a_run_begins_with_what_was_there_at_one_moment_wherever_it_goes_on(server, monkeypatch, tmp_path):  # noqa: F811
@@ -324,7 +324,10 @@ def test_an_evaluation_that_is_killed_goes_on_elsewhere_to_the_same_bytes(server
     assert results[0] == results[1]
     ended = subprocess.run(command(*far), cwd=ROOT, check=True, timeout=300, capture_output=True, text=True)
     assert f"eval: already finished in {URL}" in ended.stderr
-    assert not pathlib.Path("gs:").exists()
+    compare = command("compare", URL, f"{tmp_path}/near", "--workdir=gs://bucket/deep/compared")
+    subprocess.run(compare, cwd=ROOT, check=True, timeout=300)
+    assert (server.root / "bucket" / "deep" / "compared" / "comparison.json").exists()
+    assert not (ROOT / "gs:").exists()
 
 
 STOPPED = """

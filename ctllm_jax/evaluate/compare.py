@@ -7,7 +7,6 @@ Holm's correction for their number.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,7 +61,7 @@ def run(config: CompareConfig, workdir: str | None) -> dict:
         compared[name]["holm"] = p
     result = {"models": [result["model"] for result in results], "benchmarks": compared, "left_out": left_out}
     if workdir:
-        write_json(pathlib.Path(workdir) / "comparison.json", result)
+        write_json(as_path(workdir) / "comparison.json", result)
     print(_text(result))
     return result
 
