@@ -31,6 +31,7 @@ OPTIONS = {
     "install_minutes": Option("--install_minutes=M", "how long making the environment may take (30)", 30),
     **ship.OPTIONS,
 }
+_REACHING = {"gcs", "tpu", "dev"}  # extras that have what goes to gs://
 _PORTS = range(20000, 32768)  # below those that Linux gives to outgoing connections
 
 
@@ -60,11 +61,14 @@ def plan(payload: Payload, options: Mapping[str, Any]) -> Plan:
 
     Raises:
       UserError: uncommitted changes, a variable that is not set or is no assignment, a config file that is not shipped,
-        a wrong number.
+        a wrong number, gs:// without what goes there.
     """
     for name, least in (("devices", 0), ("restarts", 0), ("wait", 1), ("install_minutes", 1)):
         if options[name] < least:
             raise UserError(f"launch: --{name}={options[name]}: must be at least {least}")
+    reaches = options["environment"] or _REACHING & {*options["extra"].split(",")}
+    if not reaches and any("gs://" in argument for argument in payload.arguments):
+        raise UserError(f"launch: --extra={options['extra']}: gs:// needs libraries there: add gcs to --extra")
     place = ship.place(options)
     config, arguments = ship.split_config(payload, place.code)
     secrets, variables = ship.forwarded(options["forward"]), ship.variables(options["variables"])

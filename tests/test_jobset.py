@@ -80,7 +80,7 @@ def test_a_dry_run_prints_every_command_and_file_and_no_secret(here, capsys, mon
 @pytest.mark.parametrize("environment", [True, False])
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed (Debian: shellcheck)")
 def test_what_pods_run_passes_shellcheck(here, capsys, tmp_path, environment):
-    options = ["--nodes=3", "--devices=2", "--folder=a b", "--dry_run"]
+    options = ["--nodes=3", "--devices=2", "--folder=a b", "--extra=gcs", "--dry_run"]
     command = [word for word in launch(here, *options) if environment or not word.startswith("--environment")]
     out = ctllm(capsys, *command)[1]
     (code,) = yaml.safe_load_all(files(out)[1])

@@ -261,6 +261,7 @@ def test_mistakes_are_one_line_each_and_start_nothing(hosts, capsys, tmp_path):
         (ssh(hosts, "--uncommitted=setup.py", "--forward=NOBODY_SETS_THIS"), "--forward=NOBODY_SETS_THIS: no such"),
         (ssh(hosts, "--wait=0"), "--wait=0: must be at least 1"),
         (ssh(hosts, "--prepare=true"), "--environment names one that is there"),
+        ([word for word in ssh(hosts, "--extra=cuda") if "environment" not in word], "there: add gcs to --extra"),
         (ssh(hosts, "--uncommitted=setup.py", "--variables=A=1 -B=2"), "'-B=2' is not NAME=VALUE"),
         (ssh(hosts, "--uncommitted=setup.py", "--variables=A='1"), "--variables=A='1: No closing quotation"),
         ([*ssh(hosts)[: -len(TRAIN)], "eval"], "eval runs in one process: give one host, not 2"),

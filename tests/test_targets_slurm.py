@@ -53,7 +53,7 @@ def test_a_dry_run_prints_the_script_and_submits_nothing(hosts, capsys, monkeypa
     assert "export JAX_NUM_PROCESSES=4 " in out
     assert " XLA_FLAGS='--a --b' JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=3\n" in out
     tree = f"{os.environ['HOME']}/.ctllm/code/{ship.code('', hosts.checkout).tree}"
-    command = f"train --config={tree}/configs/pretrain.py:tiny '--config.data.store=a b' --workdir=RUN"
+    command = f"train --config={tree}/configs/pretrain.py:tiny '--config.data.store=a b' --workdir=gs://b/RUN"
     python = f"{hosts.environment}/bin/python"
     assert f'--kill-on-bad-exit=1 {python} -m launch.task "$statuses" TOKEN \\\n' in out
     assert f"    {python} -m ctllm_jax.cli {command} --config.distributed=True &\n" in out
