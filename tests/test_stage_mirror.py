@@ -1,5 +1,7 @@
 """Verbs whose folder is on gs://: a server on this machine, reached through the library that goes to the real one."""
 
+# ruff: noqa: F811 (fixtures of other tests)
+
 import dataclasses
 import json
 import os
@@ -21,7 +23,6 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import place
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.status import EXIT_RESUME
-from ctllm_jax.data.store import open_store
 from ctllm_jax.loading import find_model
 from ctllm_jax.stage_mirror import LISTING, StageMirror, at_hand
 from ctllm_jax.verbs import VERBS
@@ -53,7 +54,7 @@ def files(folder: str | pathlib.Path) -> list[str]:
     return sorted(name for name in found if name not in (LISTING, ".ctllm-copy"))
 
 
-def there(server) -> pathlib.Path:  # noqa: F811
+def there(server) -> pathlib.Path:
     return server.root / "bucket" / "deep" / "scores"
 
 
@@ -67,7 +68,7 @@ def wait_for(folder: str | pathlib.Path, name: str) -> None:
     raise AssertionError(f"{name} has not arrived")
 
 
-def test_what_is_written_arrives_what_is_deleted_goes_and_nothing_stays_here(server, monkeypatch):  # noqa: F811
+def test_what_is_written_arrives_what_is_deleted_goes_and_nothing_stays_here(server, monkeypatch):
     monkeypatch.setattr(StageMirror, "every", 0.05)
     put(there(server), "raw/of-somebody-else")
     with writing() as (_, folder):
@@ -87,7 +88,7 @@ def test_what_is_written_arrives_what_is_deleted_goes_and_nothing_stays_here(ser
     assert not pathlib.Path(folder).parent.exists()
 
 
-def test_a_run_begins_with_what_was_there_at_one_moment_wherever_it_goes_on(server, monkeypatch, tmp_path):  # noqa: F811
+def test_a_run_begins_with_what_was_there_at_one_moment_wherever_it_goes_on(server, monkeypatch, tmp_path):
     monkeypatch.setattr(mirror, "_PARTING", 0.2)
     upload = BucketFolder.upload
 
@@ -121,7 +122,7 @@ def test_a_run_begins_with_what_was_there_at_one_moment_wherever_it_goes_on(serv
     assert files(there(server)) == ["parts/1", "set/3", "stage.json"] and (server.root / "bucket" / "outside").exists()
 
 
-def test_files_that_are_still_here_are_not_fetched_again(server):  # noqa: F811
+def test_files_that_are_still_here_are_not_fetched_again(server):
     with pytest.raises(KeyboardInterrupt), writing() as (_, folder):
         put(folder, "stage.json", text="{}")
         put(folder, "one", "two")
@@ -136,7 +137,7 @@ def test_files_that_are_still_here_are_not_fetched_again(server):  # noqa: F811
     assert len(fetched) == 1 and "two" in fetched[0]
 
 
-def test_a_folder_of_something_else_is_refused_and_left_as_it_is(server):  # noqa: F811
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(server):
     with writing() as (_, folder):
         open_stage("eval", 1, folder, {"limit": 1}, {})
         put(folder, "parts/1")
@@ -149,14 +150,14 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(server):  # noq
     assert {name: (there(server) / name).read_bytes() for name in [*files(there(server)), LISTING]} == before
 
 
-def test_a_finished_folder_that_was_copied_there_by_hand_counts(server):  # noqa: F811
+def test_a_finished_folder_that_was_copied_there_by_hand_counts(server):
     put(there(server), "stage.json", "manifest.json", text="{}")
     put(there(server), "parts/1")
     with writing() as (_, folder):
         assert files(folder) == ["manifest.json", "parts/1", "stage.json"]
 
 
-def test_a_large_file_that_grows_is_not_copied_each_time(server, monkeypatch):  # noqa: F811
+def test_a_large_file_that_grows_is_not_copied_each_time(server, monkeypatch):
     monkeypatch.setattr(StageMirror, "every", 0.05)
     monkeypatch.setattr(stage_mirror, "SMALL", 4)
     with writing() as (_, folder):
@@ -177,7 +178,7 @@ def test_a_large_file_that_grows_is_not_copied_each_time(server, monkeypatch):  
     assert (there(server) / "log").read_text() == "1234567890x"
 
 
-def test_pieces_of_a_large_file_make_it_whole(server, monkeypatch, tmp_path):  # noqa: F811
+def test_pieces_of_a_large_file_make_it_whole(server, monkeypatch, tmp_path):
     monkeypatch.setattr(bucket, "_PIECE", 1 << 18)
     content = bytes(range(256)) * 4000
     (tmp_path / "large").write_bytes(content)
@@ -190,7 +191,7 @@ def test_pieces_of_a_large_file_make_it_whole(server, monkeypatch, tmp_path):  #
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "large"]
 
 
-def test_names_that_lead_elsewhere_on_a_disk_are_not_of_the_folder(server):  # noqa: F811
+def test_names_that_lead_elsewhere_on_a_disk_are_not_of_the_folder(server):
     folder = BucketFolder(URL)
     names = ["a", "/etc/hosts", "../a", "a/../b", "a//b", "folder/", "./a"]
     found = [types.SimpleNamespace(name=f"deep/scores/{name}", size=1, crc32c="") for name in names]
@@ -198,7 +199,7 @@ def test_names_that_lead_elsewhere_on_a_disk_are_not_of_the_folder(server):  # n
     assert [*folder.contents()] == ["a"]
 
 
-def test_what_does_not_arrive_in_the_end_is_said_and_the_job_may_be_taken_up(server, monkeypatch, capsys):  # noqa: F811
+def test_what_does_not_arrive_in_the_end_is_said_and_the_job_may_be_taken_up(server, monkeypatch, capsys):
     monkeypatch.setattr(mirror, "_PATIENCE", 0.5)
     monkeypatch.setattr(bucket, "_ANSWER", 0.3)
     with pytest.raises(SystemExit) as end:
@@ -209,7 +210,7 @@ def test_what_does_not_arrive_in_the_end_is_said_and_the_job_may_be_taken_up(ser
     assert f"eval: {URL} lacks files of {folder}; the same command makes up for them" in capsys.readouterr().err
 
 
-def test_a_process_that_is_asked_to_end_copies_what_it_has(server):  # noqa: F811
+def test_a_process_that_is_asked_to_end_copies_what_it_has(server):
     with pytest.raises(SystemExit) as end, writing() as (_, folder):
         put(folder, "parts/1")
         os.kill(os.getpid(), signal.SIGTERM)
@@ -218,7 +219,7 @@ def test_a_process_that_is_asked_to_end_copies_what_it_has(server):  # noqa: F81
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_folders_that_a_verb_reads_from_a_disk_are_copied_there(server):  # noqa: F811
+def test_folders_that_a_verb_reads_from_a_disk_are_copied_there(server):
     put(server.root / "bucket" / "corpus", "manifest.json", "map_cc/en/1.0.0/ids.npy", LISTING, text="{}")
 
     @dataclasses.dataclass(frozen=True)
@@ -247,7 +248,7 @@ def test_folders_that_a_verb_reads_from_a_disk_are_copied_there(server):  # noqa
         stage_mirror.copied("gs://bucket/none")
 
 
-def test_workers_that_would_not_see_the_folder_are_refused(server):  # noqa: F811
+def test_workers_that_would_not_see_the_folder_are_refused(server):
     @dataclasses.dataclass(frozen=True)
     class Beam:
         runner: str
@@ -293,7 +294,7 @@ run.evaluate_block = block
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_is_killed_goes_on_elsewhere_to_the_same_bytes(server, model, tmp_path, monkeypatch):  # noqa: F811
+def test_an_evaluation_that_is_killed_goes_on_elsewhere_to_the_same_bytes(server, model, tmp_path, monkeypatch):
     config = config_of(tmp_path, model)
     shutil.copytree(tmp_path / "hf", server.root / "bucket" / "hf")
     shutil.copytree(tmp_path / "toy", server.root / "bucket" / "tasks" / "toy")
@@ -348,7 +349,7 @@ StageMirror._begin = begin
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["work/filtered/00000.json", "work/deduplicated/00001.json"])
 def test_a_corpus_that_is_killed_goes_on_elsewhere_and_is_tokenized_and_read_there(
-    server,  # noqa: F811
+    server,
     tmp_path,
     monkeypatch,
     name,
@@ -378,7 +379,11 @@ def test_a_corpus_that_is_killed_goes_on_elsewhere_and_is_tokenized_and_read_the
         for name in names:
             if name not in ("manifest.json", "stage.json"):
                 assert (far / part / name).read_bytes() == (tmp_path / part / name).read_bytes(), name
-    rows = [
-        list(open_store(folder).rows("train", "en")) for folder in ("gs://bucket/deep/store", str(tmp_path / "store"))
+    count = (
+        "import sys; from ctllm_jax.data.store import open_store; print(open_store(sys.argv[1]).size('train', 'en'))"
+    )
+    sizes = [
+        subprocess.check_output([sys.executable, "-c", count, folder], cwd=ROOT, text=True)
+        for folder in ("gs://bucket/deep/store", str(tmp_path / "store"))
     ]
-    assert len(rows[0]) == len(rows[1]) > 0
+    assert sizes[0] == sizes[1] and int(sizes[0])
