@@ -281,7 +281,7 @@ import test_stage_mirror
 from ctllm_jax.evaluate import run
 from ctllm_jax.stage_mirror import StageMirror
 StageMirror.every = 0.1
-work, calls = run.evaluate_block, []
+work, calls = run.answer, []
 run.on_each_device = lambda model: [model]
 def block(*arguments):
     calls.append(arguments)
@@ -289,7 +289,7 @@ def block(*arguments):
         test_stage_mirror.wait_for({there!r}, "parts/toy_ppl/two-0000")
         os.kill(os.getpid(), signal.SIGKILL)
     return work(*arguments)
-run.evaluate_block = block
+run.answer = block
 """
 
 
@@ -310,7 +310,7 @@ def test_an_evaluation_that_is_killed_goes_on_elsewhere_to_the_same_bytes(server
     killed = subprocess.run(command(*far, before=KILLED.format(there=str(there(server)))), cwd=ROOT, timeout=300)
     assert killed.returncode == -signal.SIGKILL
     kept = {
-        name: (there(server) / name).stat().st_mtime_ns for name in files(there(server)) if name.startswith("parts")
+        name: (there(server) / name).stat().st_mtime_ns for name in files(there(server)) if name.startswith("cache/")
     }
     assert len(kept) == 2
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
@@ -318,7 +318,7 @@ def test_an_evaluation_that_is_killed_goes_on_elsewhere_to_the_same_bytes(server
     for name in (names := [name for name in files(tmp_path / "near") if name not in ("manifest.json", ".lock")]):
         assert (there(server) / name).read_bytes() == (tmp_path / "near" / name).read_bytes(), name
     assert files(there(server)) == sorted([*names, "manifest.json"])
-    assert {name: (there(server) / name).stat().st_mtime_ns for name in kept} == kept  # not done again
+    assert {name: (there(server) / name).stat().st_mtime_ns for name in kept} == kept  # not asked again
     results = [
         json.loads((folder / "manifest.json").read_text())["result"] for folder in (there(server), tmp_path / "near")
     ]
