@@ -2,8 +2,10 @@
 
 import collections
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import seqio
 import tensorflow as tf
@@ -13,7 +15,8 @@ from ctllm_jax.common.files import expand
 from ctllm_jax.data.chat import ChatTemplate, CtllmTemplate
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.evaluate.declarations import Item, load_benchmark, load_task
-from ctllm_jax.evaluate.prompts import head, option_prompts
+from ctllm_jax.evaluate.extract import agreement, extracted, until_stop
+from ctllm_jax.evaluate.prompts import head, open_prompt, option_prompts
 from data_pipeline.documents import SUBSETS, DocumentReader, Fields, InputFile, Malformed, input_files
 from data_pipeline.splits import is_held_out
 from data_pipeline.tasks import SPLITS, tokenize_documents
@@ -110,11 +113,13 @@ def folder_task(
 
 
 def choice_task(declaration: str, tokenizer: Tokenizer, data: str = "") -> str:
-    """Registers a declared task of kind lm_eval with the split "test"; returns its name, choice_NAME.
+    """Registers a declared task of kind lm_eval, ppl or ll with the split "test"; returns its name, choice_NAME.
 
     Examples: inputs int32 [tokens], the prompt; targets int32 [tokens], the right choice and the end of document; id,
-    inputs_pretokenized and targets_pretokenized, texts. Prompt and choice are parted as `ctllm eval` parts them: white
-    space at the prompt's end belongs to the choice. The metric is the share of predictions equal to the right choice.
+    inputs_pretokenized and targets_pretokenized, texts. Of kind lm_eval, prompt and choice are parted as `ctllm eval`
+    parts them: white space at the prompt's end belongs to the choice. Of the other kinds, whose options are scored as
+    whole texts, inputs are the ids with which all options begin. The metric is the share of predictions equal to the
+    right choice.
 
     Args:
       declaration: a TOML file, or the name of a shipped one.
@@ -126,25 +131,79 @@ def choice_task(declaration: str, tokenizer: Tokenizer, data: str = "") -> str:
     """
     found = load_benchmark(load_task(declaration), data)
     task = found.task
-    if task.kind != "lm_eval":
-        raise UserError(f"{task.name} is of kind {task.kind}; a SeqIO task is made of kind lm_eval")
+    if task.kind not in ("lm_eval", "ppl", "ll"):
+        raise UserError(f"{task.name} is of kind {task.kind}; choices are of kind lm_eval, ppl or ll")
 
     def example(item: Item) -> dict:
-        opening = head(found, item.subset, task.shots.count if task.shots else 0)
-        prompt = option_prompts(task, item, opening)[item.gold]
-        whole, given = tokenizer.encode_batch([prompt.text, prompt.context.rstrip()])
-        return {
-            "id": item.id,
-            "inputs": tokenizer.start_ids + given,
-            "targets": [*whole[len(given) :], tokenizer.eos_id],
-            "inputs_pretokenized": prompt.context,
-            "targets_pretokenized": prompt.delimiter + prompt.continuation,
-        }
+        prompts = option_prompts(task, item, head(found, item.subset, task.shots.count if task.shots else 0))
+        if task.kind == "lm_eval":
+            prompt = prompts[item.gold]
+            given, answer = prompt.context, prompt.delimiter + prompt.continuation
+            whole, inputs = tokenizer.encode_batch([prompt.text, given.rstrip()])
+        else:
+            texts = [prompt.text for prompt in prompts]
+            given = os.path.commonprefix(texts)
+            answer, options = texts[item.gold][len(given) :], tokenizer.encode_batch(texts)
+            whole, inputs = options[item.gold], os.path.commonprefix(options)
+        return _answered(tokenizer, item, (inputs, whole[len(inputs) :]), (given, answer))
 
     examples = [example(item) for own in found.items.values() for item in own if item.gold is not None]
     name = f"choice_{task.name}"
     _add_answers(name, lambda split: examples, ("test",), tokenizer)
     return name
+
+
+def written_task(declaration: str, tokenizer: Tokenizer, data: str = "") -> str:
+    """Registers a declared task of kind generate with the split "test"; returns its name, written_NAME.
+
+    Examples as of `choice_task`: inputs are the prompt, targets the first accepted answer and the end of document. The
+    metrics are the declaration's: predictions end at its stop texts, and answers are read from them and held to those
+    that are accepted as `ctllm eval` does.
+
+    Raises:
+      UserError: names the file at fault; the task is of another kind, or its answers are programs to be run.
+    """
+    found = load_benchmark(load_task(declaration), data)
+    task = found.task
+    if task.kind != "generate" or task.match == "program":
+        what = "programs, which `ctllm eval` runs" if task.match == "program" else f"kind {task.kind}"
+        raise UserError(f"{task.name} is of {what}; a written task is of kind generate, with texts as answers")
+    items = {item.id: item for own in found.items.values() for item in own}
+
+    def example(item: Item) -> dict:
+        prompt = open_prompt(task, item, head(found, item.subset, task.shots.count if task.shots else 0))
+        texts = prompt, item.answers[0] if item.answers else ""
+        return _answered(tokenizer, item, tuple(tokenizer.encode_batch(texts)), texts)
+
+    def postprocess(text: str, example: dict | None = None, is_target: bool = False) -> str:
+        return example["id"].decode() if is_target else until_stop(text, task.stop)
+
+    def metrics(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
+        asked, means = [items[name] for name in targets], {}
+        for metric, rule in task.extract.items():
+            match = task.matches.get(metric, task.match)
+            found = [
+                agreement(match, extracted(rule, text, item.answers), item.answers)
+                for item, text in zip(asked, predictions, strict=True)
+            ]
+            means[metric] = sum(found) / len(found)
+        return means
+
+    name = f"written_{task.name}"
+    examples = [example(item) for item in items.values()]
+    _add_answers(name, lambda split: examples, ("test",), tokenizer, metrics, postprocess)
+    return name
+
+
+def _answered(tokenizer: Tokenizer, item: Item, ids: tuple[list[int], list[int]], texts: tuple[str, str]) -> dict:
+    """An example of (what is given, the answer)."""
+    return {
+        "id": item.id,
+        "inputs": tokenizer.start_ids + ids[0],
+        "targets": [*ids[1], tokenizer.eos_id],
+        "inputs_pretokenized": texts[0],
+        "targets_pretokenized": texts[1],
+    }
 
 
 # ---- Instructions
@@ -207,9 +266,14 @@ def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str,
 
 
 def _add_answers(
-    name: str, examples: Callable[[str], Sequence[dict] | Iterator[dict]], splits: Sequence[str], tokenizer: Tokenizer
+    name: str,
+    examples: Callable[[str], Sequence[dict] | Iterator[dict]],
+    splits: Sequence[str],
+    tokenizer: Tokenizer,
+    metric: Callable[..., dict[str, float]] = exact_match,
+    postprocess: Callable[..., Any] | None = None,
 ) -> None:
-    """A task of `inputs` and `targets` from Python examples of a split."""
+    """A task of `inputs` and `targets` from Python examples of a split; metric and postprocess are as SeqIO's."""
     signature = {key: tf.TensorSpec([None], tf.int32) for key in ("inputs", "targets")}
     texts = ("id", "inputs_pretokenized", "targets_pretokenized")
     signature |= {key: tf.TensorSpec([], tf.string) for key in texts}
@@ -220,7 +284,7 @@ def _add_answers(
 
     source = seqio.FunctionDataSource(dataset_fn, splits=splits)
     features = {"inputs": _feature(tokenizer), "targets": _feature(tokenizer)}
-    _add(name, source, features, metric_fns=[exact_match])
+    _add(name, source, features, metric_fns=[metric], postprocess_fn=postprocess)
 
 
 def _add(name: str, source: seqio.DataSource, features: dict, **kwargs) -> None:

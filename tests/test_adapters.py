@@ -12,7 +12,9 @@ from tiny_stages import SAMPLE, dataset_of
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.chat import CtllmTemplate
+from ctllm_jax.evaluate.benchmark import judged
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
+from ctllm_jax.evaluate.extract import extracted, until_stop
 from ctllm_jax.evaluate.prompts import head, option_prompts
 from ctllm_jax.evaluate.scoring import encode_pair
 from data_pipeline import adapters
@@ -143,12 +145,77 @@ def test_shots_options_and_letters_too(tmp_path):
         ({"answer": 3}, TASK, "answer 3 names none of its choices"),
         ({}, TASK.replace("count = 2", "count = 4"), "4 examples wanted, the file has 3"),
         ({}, TASK.replace("{question}", "{moon}"), "template .*moon.*; fields"),
-        ({}, TASK.replace('"lm_eval"', '"ppl"'), "letters is of kind ppl"),
+        ({}, TASK.replace('"lm_eval"', '"stance"') + "[directions]\nx = '1'", "values and directions"),
     ],
 )
 def test_a_declaration_that_cannot_be_read_is_refused(tmp_path, question, text, message):
     with pytest.raises(UserError, match=message):
         adapters.choice_task(declared(tmp_path, [{**QUESTIONS[0], **question}], text), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["ppl", "ll"])
+def test_options_that_are_whole_texts_part_where_they_begin_to_differ(tmp_path, kind):
+    trained = tiny_tokenizer()
+    declaration = declared(tmp_path, QUESTIONS, TASK.replace('"lm_eval"', f'"{kind}"'))
+    found = load_benchmark(load_task(declaration), "")
+    examples = dataset_of(adapters.choice_task(declaration, trained), "test")
+    for example, item in zip(examples, found.items[""], strict=True):
+        texts = [prompt.text for prompt in option_prompts(found.task, item, head(found, "", 2))]
+        whole, inputs = trained.encode_batch(texts), example["inputs"].tolist()
+        assert [*inputs, *example["targets"]] == [*trained.start_ids, *whole[item.gold], trained.eos_id]
+        shared = inputs[len(trained.start_ids) :]
+        assert all(ids[: len(shared)] == shared for ids in whole) and len({ids[len(shared)] for ids in whole}) > 1
+        given, answer = (example[f"{name}_pretokenized"].decode() for name in ("inputs", "targets"))
+        assert given + answer == texts[item.gold] and answer == "ABC"[item.gold]
+
+
+WRITTEN = r"""
+source = "this test"
+kind = "generate"
+split = "test"
+question = "Q: {question}\nA:"
+gold = "{answer}"
+max_tokens = 16
+stop = ["\n", "Q:"]
+extract.accuracy = "gsm8k"
+match = "number"
+
+[files]
+folder = "./"
+about = "these questions"
+splits.test = ["questions.jsonl"]
+"""
+
+
+def test_seqios_evaluator_reads_written_answers_as_ctllm_eval_does(tmp_path):
+    trained = tiny_tokenizer()
+    declaration = declared(tmp_path, [{"question": f"{n} and 1?", "answer": str(n + 1)} for n in range(4)], WRITTEN)
+    name = adapters.written_task(declaration, trained)
+    example = dataset_of(name, "test")[2]
+    assert example["inputs"].tolist() == [*trained.start_ids, *trained.encode("Q: 2 and 1?\nA:")]
+    assert example["targets"].tolist() == [*trained.encode("3"), trained.eos_id]
+    said = [" The answer is 1", " The answer is 9", " It is 3\nNo, 7", "4 Q: 5"]  # right, wrong, right, right
+    evaluator = seqio.Evaluator(name, seqio.EncDecFeatureConverter(pack=False), eval_split="test")
+
+    def predict(dataset, *_):
+        ids = [trained.encode(text) for text in said]
+        rows = [own + [trained.eos_id] * (40 - len(own)) for own in ids]  # SeqIO wants them of one length
+        return [(int(number), rows[int(number)]) for number, _ in dataset.as_numpy_iterator()]
+
+    metrics, _ = evaluator.evaluate(compute_metrics=True, step=0, predict_fn=predict, score_fn=None)
+    benchmark = load_benchmark(load_task(declaration), "")
+    answers = [extracted("gsm8k", until_stop(text, benchmark.task.stop), ()) for text in said]
+    right = judged(benchmark.task, "accuracy", benchmark.items[""], answers, isolate=True)
+    assert right == [1, 0, 1, 1] and metrics.result()[name] == {"accuracy": pytest.approx(0.75)}
+
+
+def test_tasks_of_another_kind_are_refused(tmp_path):
+    choice, written = declared(tmp_path, QUESTIONS), tmp_path / "written.toml"
+    written.write_text(WRITTEN)
+    with pytest.raises(UserError, match="letters is of kind lm_eval; a written task is of kind generate"):
+        adapters.written_task(choice, tiny_tokenizer())
+    with pytest.raises(UserError, match="written is of kind generate; choices are of kind lm_eval, ppl or ll"):
+        adapters.choice_task(str(written), tiny_tokenizer())
 
 
 def test_seqios_evaluator_scores_a_choice_task(tmp_path):

@@ -26,6 +26,7 @@ SHARED = {
     "ctllm_jax.data.order",
     "ctllm_jax.data.store",
     "ctllm_jax.evaluate.declarations",
+    "ctllm_jax.evaluate.extract",
     "ctllm_jax.evaluate.prompts",
     "ctllm_jax.evaluate.texts",
 }

@@ -18,7 +18,7 @@ from ctllm_jax.evaluate.declarations import Benchmark, Item, Task, fill
 from ctllm_jax.evaluate.declarations import options as templates
 from ctllm_jax.evaluate.encoding import Opening, encode_open, encode_options, end_ids
 from ctllm_jax.evaluate.engine import Request, Score, score_groups
-from ctllm_jax.evaluate.extract import UNDECIDED, agreement, extracted, failed
+from ctllm_jax.evaluate.extract import UNDECIDED, agreement, extracted, failed, until_stop
 from ctllm_jax.evaluate.jail import Limits, run_programs
 from ctllm_jax.evaluate.scoring import joined, windows
 from ctllm_jax.evaluate.summary import item_score, mean, mean_f1, perplexity, summarise
@@ -191,9 +191,8 @@ def _written(model: LoadedModel, block: Block, answers: list[list[list[int]]], i
     task, items, stops = block.benchmark.task, block.items, end_ids(model, block.benchmark)
     log = []
     for item, (prompt, _, shots, cut), [ids] in zip(items, block.encoded, answers, strict=True):
-        whole = text = model.tokenizer.decode([token for token in ids if token not in stops])
-        for stop in task.stop:
-            text = text.split(stop)[0]
+        whole = model.tokenizer.decode([token for token in ids if token not in stops])
+        text = until_stop(whole, task.stop)
         answers = {metric: extracted(name, text, item.answers) for metric, name in task.extract.items()}
         log.append(
             {

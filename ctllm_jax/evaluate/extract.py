@@ -282,6 +282,11 @@ UNDECIDED: dict[str, tuple[str, ...]] = {"preferred_reply": replies.UNDECIDED}
 COUNTED: dict[str, Callable[[str, int], str]] = {"answer_sheet": exams.answer_sheet}
 
 
+def until_stop(text: str, stops: Sequence[str]) -> str:
+    """A text up to the first of those that end it."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
+
+
 def extracted(name: str, text: str, accepted: Sequence[str]) -> str:
     """The answer in a text, by the rule of this name."""
     return COUNTED[name](text, len(accepted[0])) if name in COUNTED else EXTRACTORS[name](text)
