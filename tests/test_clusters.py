@@ -159,6 +159,11 @@ def test_on_gke_a_job_of_four_that_lost_a_pod_and_was_stopped_ends_in_the_bits_o
 ):
     store, workdir, log = tiny_store(tmp_path / "store").folder, tmp_path / "run", tmp_path / "log"
     options = ["--accelerator=tpu-v5-lite-podslice", "--topology=2x4", "--slices=2", "--spot", "--devices=1"]
+    options.append(f"--pod={tmp_path / 'volume.yaml'}")
+    (tmp_path / "volume.yaml").write_text(
+        "spec:\n  volumes: [{name: shared, nfs: {server: files, path: /}}]\n"
+        f"  containers: [{{name: main, volumeMounts: [{{name: shared, mountPath: {tmp_path}}}]}}]\n"
+    )
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
