@@ -4,6 +4,7 @@ Absolute times mean little on a shared machine, so contestants take turns on one
 seconds, and what counts is the ratio within one run.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ctllm_jax.common.files import cache_folder
 
@@ -120,6 +121,33 @@ class Peak:
         self._over.set()
         self._thread.join()
         return self._most / 1024
+
+
+class Peer:
+    """Another contestant: a script that works once for each line it is sent, and waits while it is not its turn.
+
+    It prints a line of JSON when it is ready, and one for each turn, with "cpu" and "wall" seconds.
+
+    Attributes:
+      about: the first line.
+      found: the last one.
+    """
+
+    def __init__(self, process: subprocess.Popen):
+        self._process, self.about = process, json.loads(process.stdout.readline())
+        self.found: dict = {}
+
+    def __call__(self, line: object = "go") -> Cost:
+        print(line, file=self._process.stdin, flush=True)
+        self.found = json.loads(self._process.stdout.readline())
+        return Cost(self.found["cpu"], self.found["wall"])
+
+
+@contextlib.contextmanager
+def peer(command: Sequence[object], kind: type[Peer] = Peer) -> Iterator[Peer]:
+    """A peer that is ready; its process ends with the block."""
+    with subprocess.Popen([*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield kind(process)
 
 
 def take_turns(contestants: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:

@@ -9,21 +9,17 @@ benchmarks/README.md says what is counted, and how.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import Cost, environment, finish, least, pin, table, take_turns
+from common import Cost, environment, finish, least, middle, peer, pin, table, take_turns
 from evaluate import PEERS, drawn_model
 from jax.sharding import NamedSharding
 
@@ -38,6 +34,7 @@ from ctllm_jax.sampling import Options
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings, spec
 from ctllm_jax.slots import SlotState, decode_step
 
+HERE = pathlib.Path(__file__).resolve().parent
 PARTS = ("texts", "compiled")
 PROMPTS, PROMPT, NEW = 16, 64, 128  # texts, tokens of a prompt, tokens that follow it
 SLICES = ("v6e:1x1", "v5e:2x2", "h200x1")
@@ -80,29 +77,6 @@ class Ours:
         return Cost(time.process_time() - cpu, time.perf_counter() - wall)
 
 
-class Theirs:
-    """`transformers_texts.py` in a process of its own, which waits while it is not its turn."""
-
-    def __init__(self, process: subprocess.Popen):
-        self._process, self.versions = process, json.loads(process.stdout.readline())
-        self.ids: list[list[int]] = []
-
-    def __call__(self) -> Cost:
-        print("go", file=self._process.stdin, flush=True)
-        found = json.loads(self._process.stdout.readline())
-        self.ids = found["ids"]
-        return Cost(found["cpu"], found["wall"])
-
-
-@contextlib.contextmanager
-def peer(folder: pathlib.Path, prompts: pathlib.Path) -> Iterator[Theirs]:
-    """The other contestant, its model loaded."""
-    script = pathlib.Path(__file__).with_name("transformers_texts.py")
-    command = [environment("evaluate", PEERS), script, folder, prompts, str(NEW)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield Theirs(process)
-
-
 def texts(scratch: pathlib.Path, rounds: int) -> dict:
     """Prints the table; returns its figures."""
     model = drawn_model(scratch)
@@ -110,21 +84,22 @@ def texts(scratch: pathlib.Path, rounds: int) -> dict:
     prompts = random.integers(8, model.tokenizer.vocab_size, (PROMPTS, PROMPT)).tolist()
     (scratch / "prompts.json").write_text(json.dumps(prompts))
     ours = Ours(model, prompts)
-    with peer(scratch / "model", scratch / "prompts.json") as theirs:
+    script, files = HERE / "transformers_texts.py", (scratch / "model", scratch / "prompts.json")
+    with peer([environment("evaluate", PEERS), script, *files, NEW]) as theirs:
         contestants = {"ctllm-jax": ours, "transformers": theirs}
         for contestant in contestants.values():
             contestant()  # compiles
         costs = take_turns(contestants, rounds)
     count = PROMPTS * NEW
-    same = float(np.mean(np.array(ours.ids) == np.array(theirs.ids)))
+    same = float(np.mean(np.array(ours.ids) == np.array(theirs.found["ids"])))
+    speed = {name: count / least(own) for name, own in costs.items()}
     table(
         f"{PROMPTS} texts of {NEW} tokens after {PROMPT}, {count_params(model.config):,} parameters, fp32; "
-        f"jax {jax.__version__}, " + ", ".join(f"{name} {version}" for name, version in theirs.versions.items()),
+        f"jax {jax.__version__}, " + ", ".join(f"{name} {version}" for name, version in theirs.about.items()),
         ("", "tokens/CPU s", "median"),
-        [(name, count / least(own), count / statistics.median(c.cpu for c in own)) for name, own in costs.items()],
+        [(name, speed[name], count / middle(own)) for name, own in costs.items()],
     )
     print(f"{100 * same:.1f} % of the tokens are the same")
-    speed = {name: count / least(own) for name, own in costs.items()}
     ratio = speed["ctllm-jax"] / speed["transformers"]
     return {"decode_to_transformers_ratio": ratio, "decode_tokens_per_cpu_second": speed, "decode_same_tokens": same}
 

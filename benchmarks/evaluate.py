@@ -11,14 +11,13 @@ import contextlib
 import json
 import pathlib
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from common import Cost, environment, finish, least, made, pin, table, take_turns
+from common import Cost, environment, finish, least, made, peer, pin, table, take_turns
 from train_step import config_of
 
 from ctllm_jax.data.tokenizer import load_tokenizer
@@ -30,7 +29,7 @@ from ctllm_jax.hf_export import export
 from ctllm_jax.loading import LoadedModel, load_model
 from ctllm_jax.model import count_params, init_params
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+HERE = pathlib.Path(__file__).resolve().parent
 PEERS = (
     "torch==2.15.0",
     "transformers==5.23.0",
@@ -76,7 +75,7 @@ def chosen(benchmark: Benchmark, count: int) -> list[Subset]:
 
 def drawn_model(scratch: pathlib.Path) -> LoadedModel:
     """A model as drawn, with a tokenizer of the sample, read back from the export that the peer reads."""
-    corpus = made(scratch / "corpus", "corpus", {"input": (f"{ROOT}/sample/documents/*.jsonl",)})
+    corpus = made(scratch / "corpus", "corpus", {"input": (f"{HERE.parent}/sample/documents/*.jsonl",)})
     trained = {"corpus": corpus, "vocab_size": 4096, "character_coverage": 0.99}
     tokenizer = made(scratch / "tokenizer", "tokenizer", trained)
     store = made(scratch / "store", "tokenize", {"corpus": corpus, "tokenizer": tokenizer, "sequence_length": 256})
@@ -114,34 +113,6 @@ class Ours:
         return Cost(time.process_time() - cpu, time.perf_counter() - wall)
 
 
-class Theirs:
-    """`lm_eval_scores.py` in a process of its own, which waits while it is not its turn."""
-
-    def __init__(self, process: subprocess.Popen):
-        self.process = process
-        self.versions = json.loads(process.stdout.readline())
-        self.logprobs: list[list[float]] = []
-
-    def __call__(self) -> Cost:
-        print("go", file=self.process.stdin, flush=True)
-        found = json.loads(self.process.stdout.readline())
-        self.logprobs = found["logprobs"]
-        return Cost(found["cpu"], found["wall"])
-
-
-@contextlib.contextmanager
-def peer(model: pathlib.Path, requests: pathlib.Path, batch: int) -> Iterator[Theirs]:
-    """The other contestant, its model loaded."""
-    script = pathlib.Path(__file__).with_name("lm_eval_scores.py")
-    command = [environment("evaluate", PEERS), script, model, requests, str(batch)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield Theirs(process)
-    finally:
-        process.stdin.close()
-        process.wait()
-
-
 def compare(
     model: LoadedModel,
     benchmark: Benchmark,
@@ -154,13 +125,14 @@ def compare(
     count = sum(len(items) for _, items in subsets)
     ours = Ours(model, benchmark, subsets)
     with contextlib.ExitStack() as stack:
-        peers = {f"lm_eval, {batch} rows": stack.enter_context(peer(folder, requests, batch)) for batch in BATCHES}
+        command = [environment("evaluate", PEERS), HERE / "lm_eval_scores.py", folder, requests]
+        peers = {f"lm_eval, {batch} rows": stack.enter_context(peer([*command, batch])) for batch in BATCHES}
         contestants = {"ctllm-jax": ours, **peers}
         first = {name: contestant() for name, contestant in contestants.items()}
         costs = take_turns(contestants, rounds)
     compiled = engine._prefill._cache_size() + engine._continue._cache_size()
     speed = {name: count / least(own) for name, own in costs.items()}
-    versions = next(iter(peers.values())).versions
+    versions = next(iter(peers.values())).about
     table(
         f"{benchmark.task.name}: {count} items of {len(subsets)} subsets, {len(ours.logprobs[0])} options each, "
         f"{count_params(model.config):,} parameters; "
@@ -179,8 +151,8 @@ def compare(
         ],
     )
     own = np.array(ours.logprobs)
-    distance = max(float(np.abs(own - np.array(other.logprobs)).max()) for other in peers.values())
-    same = min(float(np.mean(own.argmax(1) == np.array(other.logprobs).argmax(1))) for other in peers.values())
+    distance = max(float(np.abs(own - np.array(other.found["logprobs"])).max()) for other in peers.values())
+    same = min(float(np.mean(own.argmax(1) == np.array(other.found["logprobs"]).argmax(1))) for other in peers.values())
     best = max(peers, key=speed.get)
     print(f"{compiled} shapes compiled; log-probabilities agree within {distance:.1e}, answers in {100 * same:.1f} %")
     return {

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 import statistics
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from common import Cost, environment, table, take_turns
+from common import Cost, Peer, environment, peer, table, take_turns
 
 from configs import pretrain
 from ctllm_jax.common.config import build
@@ -66,19 +65,17 @@ class Ours:
         return cost
 
 
-@dataclasses.dataclass
-class Theirs:
-    """`torch_step.py` in a process of its own, which waits while it is not its turn."""
+class Theirs(Peer):
+    """`torch_step.py`, taken some steps at a time."""
 
-    process: subprocess.Popen
-    about: dict
-    losses: list[float]
+    def __init__(self, process: subprocess.Popen):
+        super().__init__(process)
+        self.losses: list[float] = []
 
     def __call__(self, steps: int) -> Cost:
-        print(steps, file=self.process.stdin, flush=True)
-        found = json.loads(self.process.stdout.readline())
-        self.losses += found["losses"]
-        return Cost(found["cpu"], found["wall"])
+        cost = super().__call__(steps)
+        self.losses += self.found["losses"]
+        return cost
 
 
 def step(store_folder: pathlib.Path, scratch: pathlib.Path, rounds: int, batch_size: int = 4, steps: int = 3) -> dict:
@@ -88,8 +85,11 @@ def step(store_folder: pathlib.Path, scratch: pathlib.Path, rounds: int, batch_s
     ours = own_step(config, store, scratch)
     with contextlib.ExitStack() as stack:
         contestants = {"ctllm-jax": ours}
+        script = pathlib.Path(__file__).with_name("torch_step.py")
+        inputs = [scratch / "model", scratch / "batches.npz", scratch / "settings.json"]
         for mode in ("eager", "compiled"):
-            contestants[f"PyTorch, {mode}"] = stack.enter_context(peer(scratch, mode))
+            command = [environment("train", PEERS), script, *inputs, mode, cores()]
+            contestants[f"PyTorch, {mode}"] = stack.enter_context(peer(command, Theirs))
         warm = {name: contestant(steps) for name, contestant in contestants.items()}
         turns = {name: lambda contestant=contestant: contestant(steps) for name, contestant in contestants.items()}
         costs = take_turns(turns, rounds)
@@ -163,17 +163,3 @@ def own_step(config: TrainConfig, store: TokenStore, scratch: pathlib.Path) -> O
     objective = make_objective(config.objective, config.model, len(store.sources("train")))
     take = jit_step(objective, optimizer, 1, layout)
     return Ours(config, start_state(params, optimizer, layout), take, itertools.cycle(batches), [])
-
-
-@contextlib.contextmanager
-def peer(scratch: pathlib.Path, mode: str) -> Iterator[Theirs]:
-    """The other contestant, ready to step."""
-    script = pathlib.Path(__file__).with_name("torch_step.py")
-    inputs = [scratch / "model", scratch / "batches.npz", scratch / "settings.json"]
-    command = [environment("train", PEERS), script, *inputs, mode, str(cores())]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield Theirs(process, json.loads(process.stdout.readline()), [])
-    finally:
-        process.stdin.close()
-        process.wait()

@@ -91,7 +91,7 @@ def execute(name: str, verb: Verb, values: Mapping[str, Any], workdir: str | Non
         module, config = _configured(name, verb, values)
         if not workdir and verb.writes:
             raise UserError(f"{name}: give --workdir=DIR ({verb.workdir})")
-        if "://" not in f"{workdir} {values}":
+        if "://" not in f"{workdir} {values}":  # nothing on a bucket: no library for one is needed
             return module.run(config, workdir)
         with importlib.import_module("ctllm_jax.stage_mirror").at_hand(name, verb, config, workdir) as (config, folder):
             return module.run(config, folder)

@@ -182,11 +182,11 @@ def written_task(declaration: str, tokenizer: Tokenizer, data: str = "") -> str:
         asked, means = [items[name] for name in targets], {}
         for metric, rule in task.extract.items():
             match = task.matches.get(metric, task.match)
-            found = [
+            marks = [
                 agreement(match, extracted(rule, text, item.answers), item.answers)
                 for item, text in zip(asked, predictions, strict=True)
             ]
-            means[metric] = sum(found) / len(found)
+            means[metric] = sum(marks) / len(marks)
         return means
 
     name = f"written_{task.name}"

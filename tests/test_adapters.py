@@ -145,7 +145,6 @@ def test_shots_options_and_letters_too(tmp_path):
         ({"answer": 3}, TASK, "answer 3 names none of its choices"),
         ({}, TASK.replace("count = 2", "count = 4"), "4 examples wanted, the file has 3"),
         ({}, TASK.replace("{question}", "{moon}"), "template .*moon.*; fields"),
-        ({}, TASK.replace('"lm_eval"', '"stance"') + "[directions]\nx = '1'", "values and directions"),
     ],
 )
 def test_a_declaration_that_cannot_be_read_is_refused(tmp_path, question, text, message):
