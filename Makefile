@@ -19,11 +19,14 @@ install: $(VENV)/installed
 quickstart: $(VENV)/installed
 	$(BIN)/ctllm quickstart --workdir=$(WORKDIR) $(if $(INPUT),--config.input="('$(INPUT)',)")
 
+# A worker that dies ends the run, which names its test: pytest-xdist may wait for ever for what would replace it.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --max-worker-restart=0
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(PYTEST)
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow --numprocesses=2 --dist=loadfile
+	$(PYTEST) -m slow
 
 notebooks: $(VENV)/installed
 	timeout --signal=INT 600 $(BIN)/python -m pytest -m slow tests/test_notebooks.py

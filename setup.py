@@ -50,7 +50,7 @@ GCS = ["gcsfs", "google-cloud-storage"]  # the gs:// of universal-pathlib; runs 
 SERVE = ["aiohttp>=3.9"]  # HTTP, parsed and limited in C; gcsfs needs it as well
 PLOTS = ["matplotlib"]  # the picture of `ctllm table`
 NOTEBOOKS = ["ipykernel", "nbclient"]  # what runs notebooks/, in any editor and in the tests
-DEV = [*GCS, *SERVE, *PLOTS, *NOTEBOOKS, "hypothesis", "pytest", "pytest-xdist", "ruff"]
+DEV = [*GCS, *SERVE, *PLOTS, *NOTEBOOKS, "hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"]
 
 setuptools.setup(
     name="ctllm-jax",

@@ -14,12 +14,18 @@ import grpc
 from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, PrismRunnerOptions
 from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 from apache_beam.runners.portability import fn_api_runner
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
 from apache_beam.runners.portability.portable_runner import PortableRunner
 from apache_beam.utils import interactive_utils
 
 from ctllm_jax.common.errors import UserError
 
 _SECONDS_TO_ANSWER = 10
+
+# The local runner's workers in threads send what they have every second, from a thread that may cut an element that is
+# just being written in two: what is then read is other values, or counts of billions. They send by size alone instead,
+# as Beam's workers do everywhere else.
+worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
 
 # In a notebook Beam looks for the pipelines of its cells, to name their steps after them, and needs libraries of its
 # `interactive` extra for that. Ours are no cell's.

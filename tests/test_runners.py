@@ -4,6 +4,7 @@ import ast
 import contextlib
 import os
 import pathlib
+import resource
 import signal
 import socket
 import sys
@@ -11,12 +12,14 @@ import threading
 import time
 
 import pytest
+from apache_beam import Create, Map, Reshuffle
+from apache_beam.testing.util import assert_that, equal_to
 from clusters import beam
 from test_corpus import config, contents, make_inputs
 
 from ctllm_jax.common.errors import UserError
 from data_pipeline import corpus
-from data_pipeline.runner import BeamConfig, make_runner
+from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 
 EXTERNAL = "--environment_type=EXTERNAL"
 
@@ -80,6 +83,27 @@ def test_a_killed_worker_fails_the_run_and_the_next_one_ends_in_the_same_bytes(l
     assert killed and not (workdir / "manifest.json").exists()
     on("prism", inputs, workdir, tmp_path / "second")
     assert contents(workdir) == contents(local)
+
+
+class Slow:
+    """An element that takes longer to write than Beam's workers in threads would wait before they send."""
+
+    def __reduce__(self):
+        time.sleep(1.2)
+        return (Slow, ())
+
+
+def test_an_element_that_takes_long_to_write_arrives_whole():
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 30), limits[1]))  # or all memory goes
+    try:
+        options = ("--direct_running_mode=multi_threading", "--direct_num_workers=2")
+        with make_pipeline(BeamConfig("local", options)) as pipeline:
+            arrived = pipeline | Create([None]) | Map(lambda _: Slow()) | Reshuffle() | "Type" >> Map(type)
+            assert_that(arrived, equal_to([Slow]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_a_job_service_that_is_not_there_is_said_at_once():
