@@ -96,7 +96,8 @@ class Slow:
 def test_an_element_that_takes_long_to_write_arrives_whole():
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (8 << 30), limits[1]))  # or all memory goes
+    enough = pages * resource.getpagesize() + (8 << 30)  # or a count that is none takes all memory
+    resource.setrlimit(resource.RLIMIT_AS, (enough, limits[1]))
     try:
         options = ("--direct_running_mode=multi_threading", "--direct_num_workers=2")
         with make_pipeline(BeamConfig("local", options)) as pipeline:
