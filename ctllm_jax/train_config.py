@@ -145,17 +145,28 @@ def check_fit(config: TrainConfig, model: ModelConfig, origin: FoundModel | None
         raise UserError(f"{store.folder} is a {store.kind} store; objective {config.objective.name} reads {wanted}")
     if config.objective.name == "dpo" and origin is None:
         raise UserError("objective dpo starts from a model, which is its reference too: give init_from")
-    if store.tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{store.folder}: its tokenizer has {store.tokenizer.vocab_size} ids, the model only {model.vocab_size}"
-        )
+    _check_sizes(model, origin, store)
     if origin and origin.tokenizer.digest != store.tokenizer.digest:
         raise UserError(
             f"{store.folder} was made with another tokenizer than {config.init_from}; "
             f"build it with `ctllm tokenize --config.tokenizer={origin.tokenizer.file}`"
         )
-    if store.sequence_length > model.max_length:
-        raise UserError(f"{store.folder}: rows of {store.sequence_length} tokens, the model takes {model.max_length}")
+
+
+def _check_sizes(model: ModelConfig, origin: FoundModel | None, store: TokenStore) -> None:
+    """The model takes every id and row of the store, or UserError with all that has to be larger."""
+    ids, length = store.tokenizer.vocab_size, store.sequence_length
+    short, larger = [], {}
+    if ids > model.vocab_size:
+        short.append(f"its tokenizer has {ids} ids, the model only {model.vocab_size}")
+        larger |= {"vocab_size": ids, "padded_vocab_size": max(model.padded_vocab_size, -(-ids // 128) * 128)}
+    if length > model.max_length:
+        short.append(f"rows of {length} tokens, the model takes {model.max_length}")
+        larger["max_length"] = length
+    if short:
+        flags = " ".join(f"--config.model.{name}={size}" for name, size in larger.items())
+        advice = "" if origin else f"; {flags} would do"
+        raise UserError(f"{store.folder}: {'; '.join(short)}{advice}")
 
 
 def check_layout(config: TrainConfig, store: TokenStore, mesh: Mesh) -> None:

@@ -24,6 +24,12 @@ def stores(tmp_path_factory):
         ("pretrain", {"objective": dataclasses.asdict(dpo())}, "is a pretrain store; objective dpo reads preference"),
         ("preference", {"objective": dataclasses.asdict(dpo())}, "objective dpo starts from a model"),
         ("pretrain", {"model__vocab_size": 300}, "its tokenizer has 370 ids, the model only 300"),
+        (
+            "pretrain",
+            {"model__vocab_size": 300, "model__padded_vocab_size": 300, "model__max_length": 31},
+            "300; rows of 32 tokens, the model takes 31; --config.model.vocab_size=370 "
+            "--config.model.padded_vocab_size=384 --config.model.max_length=32 would do",
+        ),
         ("pretrain", {"model__max_length": 31}, "rows of 32 tokens, the model takes 31"),
         ("pretrain", {"data__rates": {"code": 1.0}}, "mixture rate given for 'code'"),
         ("nowhere", {}, "manifest.json is missing"),
