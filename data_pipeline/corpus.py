@@ -25,6 +25,7 @@ from ctllm_jax.common.files import identity, place, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
 from data_pipeline import pilot, report
+from data_pipeline.containers import TEXT
 from data_pipeline.contamination.clean import clean
 from data_pipeline.contamination.items import BenchmarkConfig, read_items
 from data_pipeline.contamination.run import settings_of
@@ -77,13 +78,18 @@ def run(config: CorpusConfig, workdir: str) -> dict:
     return _build(files, config, workdir)
 
 
+def _input_of(file: InputFile) -> list[str | None]:
+    """What an input is by; of texts the paths too, as they were given, for those are the documents' ids."""
+    return [file.name, file.source, *map(identity, file.paths), *(file.paths if TEXT.search(file.path) else ())]
+
+
 def _build(files: list[InputFile], config: CorpusConfig, workdir: str) -> dict:
     settings = {name: v for name, v in dataclasses.asdict(config).items() if name not in ("input", "beam", "pilot")}
     items, asked = read_items(config.benchmarks) if config.benchmarks.wanted else ([], [])
     settings["benchmarks"] = settings_of(config.benchmarks)
     settings["dedup"] = {name: v for name, v in settings["dedup"].items() if name != "earlier"}
     fingerprints, earlier = earlier_shards(config.dedup.earlier, config.dedup)
-    inputs = [[file.name, file.source, *map(identity, file.paths)] for file in files] + fingerprints + asked
+    inputs = [_input_of(file) for file in files] + fingerprints + asked
     stage = open_stage("corpus", VERSION, workdir, settings, inputs)
     layout = Layout(os.path.abspath(workdir))
     corpora = Corpora(earlier, layout, len(files))

@@ -81,7 +81,7 @@ def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
     """The files of globs or paths, local or gs://; `SUBSET=PATTERN` says that all its records are of that subset.
 
     Raises:
-      UserError: a pattern names no file, two name one file for different subsets, or a part of a cut file is missing.
+      UserError: a pattern names no file, two name one file for different subsets, or as `input_files`.
     """
     sources: dict[str, str | None] = {}
     for pattern in patterns:
@@ -99,12 +99,14 @@ def input_files(paths: Sequence[str], sources: Mapping[str, str | None] | None =
     texts are small and many: hundreds of them are one input, if `sources` has the same for all.
 
     Raises:
-      UserError: a part is missing before another, or a file is there both whole and in parts.
+      UserError: a part is missing before another, a text is in parts, or a file is there both whole and in parts.
     """
     whole: dict[str, list[str]] = {}
     first_texts: dict[str | None, str] = {}
     for path in paths:
         name, own = PART.sub("", path), (sources or {}).get(path)
+        if TEXT.search(name) and name != path:
+            raise UserError(f"input: {path} is a part of a text, which is read whole: put its parts together")
         if TEXT.search(path):
             if len(whole.get(first_texts.get(own), ())) % _TEXTS == 0:
                 first_texts[own] = path

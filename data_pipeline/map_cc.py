@@ -4,9 +4,11 @@ Reading needs nothing from here: `tfds.load("map_cc/zh_cc", data_dir=WORKDIR)`, 
 and SeqIO's `TfdsDataSource` find the dataset by its folder. The order of records depends on their ids alone.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import pathlib
 import struct
@@ -24,11 +26,12 @@ from etils import epath
 from ctllm_jax.common.errors import UserError
 from data_pipeline.documents import SUBSETS
 from data_pipeline.runner import BeamConfig, make_options, make_pipeline, make_runner
-from data_pipeline.shards import Layout, read_lines, save_array
+from data_pipeline.shards import Layout, read_lines, save_array, save_bytes
 
 FIELDS = ("id", "url", "source", "text", "meta", "signals")  # the last two are JSON
 INDEX = "ids.npy"  # beside the shards: where each id's record lies
 _ENTRY = np.dtype([("hash", "<u8"), ("shard", "<u4"), ("offset", "<u8")])
+_MERGED = 1 << 26  # of them that are sorted at once, about: some 4 GB
 _HEADER, _FOOTER = 12, 4  # bytes of a TFRecord around its payload: length and its CRC, then the payload's CRC
 
 
@@ -115,8 +118,30 @@ def _write_index(folder: pathlib.Path, layout: Layout, runner: BeamConfig) -> No
     with make_pipeline(runner) as pipeline:
         numbered = [(number, str(path)) for number, path in enumerate(shard_files(folder))]
         _ = pipeline | beam.Create(numbered) | beam.Reshuffle() | beam.Map(_index_file, parts)
-    entries = np.concatenate([np.load(path) for path in sorted(parts.glob("*.npy"))])
-    save_array(folder / INDEX, np.sort(entries, order=["hash", "shard", "offset"]))
+    _merge(sorted(parts.glob("*.npy")), folder / INDEX)
+
+
+def _merge(parts: list[pathlib.Path], index: pathlib.Path) -> None:
+    """Writes sorted parts as one, by ranges of hashes that fit into memory; equal hashes stay in the parts' order."""
+    size = sum(len(np.load(path, mmap_mode="r")) for path in parts)
+    ranges = size // _MERGED + 1
+    bounds = [(number << 64) // ranges for number in range(ranges + 1)]
+    with save_bytes(index) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(_ENTRY), "fortran_order": False, "shape": (size,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for low, high in itertools.pairwise(bounds):
+            entries = np.concatenate([_between(np.load(path, mmap_mode="r"), low, high) for path in parts])
+            file.write(entries[np.argsort(entries["hash"], kind="stable")].tobytes())
+
+
+def _between(entries: np.ndarray, low: int, high: int) -> np.ndarray:
+    """A copy of the entries with low <= hash < high of a sorted array, without reading the others."""
+    first, last = (bisect.bisect_left(entries, bound, key=_hash) for bound in (low, high))
+    return np.array(entries[first:last])
+
+
+def _hash(entry: np.void) -> int:
+    return int(entry["hash"])
 
 
 def _index_file(numbered: tuple[int, str], parts: pathlib.Path) -> None:
@@ -127,7 +152,8 @@ def _index_file(numbered: tuple[int, str], parts: pathlib.Path) -> None:
         while feature := read_record(file):
             entries.append((xxhash.xxh3_64_intdigest(feature["id"].bytes_list.value[0]), shard, offset))
             offset = file.tell()
-    save_array(parts / f"{shard:05d}.npy", np.array(entries, _ENTRY))
+    entries = np.array(entries, _ENTRY)
+    save_array(parts / f"{shard:05d}.npy", entries[np.argsort(entries["hash"], kind="stable")])
 
 
 def read_record(file: BinaryIO) -> Mapping[str, tf.train.Feature] | None:
@@ -160,12 +186,10 @@ def find(folder: str | os.PathLike, identity: str) -> MapCcDocument | None:
     indexes = sorted(pathlib.Path(folder).rglob(INDEX))
     if not indexes:
         raise UserError(f"{folder}: no MAP-CC subset here ({INDEX} is missing); name the map_cc folder of a corpus")
-    key = np.uint64(xxhash.xxh3_64_intdigest(identity.encode()))
+    key = xxhash.xxh3_64_intdigest(identity.encode())
     for path in indexes:
-        index = np.load(path, mmap_mode="r")
         shards = shard_files(path.parent)
-        first, last = (np.searchsorted(index["hash"], key, side=side) for side in ("left", "right"))
-        for entry in index[first:last]:
+        for entry in _between(np.load(path, mmap_mode="r"), key, key + 1):
             with open(shards[entry["shard"]], "rb") as file:
                 file.seek(int(entry["offset"]))
                 feature = read_record(file)

@@ -40,7 +40,7 @@ class HeldOutTfdsSource(seqio.TfdsDataSource):
             tfds_data_dir=str(path.parent.parent.parent),
             splits=dict.fromkeys(SPLITS, "train"),
         )
-        self._share = share
+        self._folder, self._share = folder, share
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -56,7 +56,9 @@ class HeldOutTfdsSource(seqio.TfdsDataSource):
     ) -> tf.data.Dataset:
         shard = shard_info or seqio.ShardInfo(0, 1)
         part = tfds.even_splits("train", shard.num_shards)[shard.index]
-        pieces = self.tfds_dataset.info.splits[part].file_instructions
+        # Read here, for SeqIO goes by what it has read of an earlier corpus in the same folder.
+        info = tfds.builder_from_directory(self._folder).info
+        pieces = info.splits[part].file_instructions
         files = tf.data.Dataset.from_tensor_slices(
             (
                 tf.constant([str(piece.filename) for piece in pieces], tf.string),

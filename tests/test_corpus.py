@@ -18,6 +18,7 @@ from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from data_pipeline import corpus
 from data_pipeline.dedup.store import open_hashes
+from data_pipeline.documents import find_inputs
 from data_pipeline.runner import BeamConfig, make_runner
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -175,6 +176,25 @@ def test_tfds_reads_documents_as_they_were(built, inputs):
     assert builder.info.splits["train"].num_examples == built[1]["subsets"]["zh_cc"]["kept"]
 
 
+def test_an_index_is_merged_in_memory_that_is_bounded(tmp_path, monkeypatch):
+    from data_pipeline import map_cc
+
+    random = np.random.default_rng(0)
+    entries = np.zeros(1000, map_cc._ENTRY)
+    entries["hash"] = random.integers(0, 1 << 64, 1000, np.uint64, endpoint=False)
+    entries["hash"][::9] = [0, (1 << 64) - 1] * 56  # equal ones, and the ends
+    entries["shard"], entries["offset"] = np.arange(1000) // 300, np.arange(1000)
+    parts = []
+    for number in range(4):
+        part = entries[entries["shard"] == number]
+        parts.append(tmp_path / f"{number}.npy")
+        np.save(parts[-1], part[np.argsort(part["hash"], kind="stable")])
+    for size in (7, 1 << 20):
+        monkeypatch.setattr(map_cc, "_MERGED", size)
+        map_cc._merge(parts, tmp_path / "index.npy")
+        assert np.array_equal(np.load(tmp_path / "index.npy"), np.sort(entries, order=["hash", "shard", "offset"]))
+
+
 def test_documents_are_found_by_id(built):
     from data_pipeline import map_cc
 
@@ -299,6 +319,14 @@ def test_killed_at_any_point_and_run_again_gives_the_same_bytes(built, inputs, t
     assert not (workdir / "manifest.json").exists()
     corpus.run(config(inputs), str(workdir))
     assert contents(workdir) == contents(built[0])
+
+
+def test_another_spelling_of_a_path_is_another_input_where_it_is_an_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, same in (("a.txt", False), ("a.jsonl", True)):
+        (tmp_path / name).write_text("x")
+        (short,), (long,) = find_inputs([name]), find_inputs([str(tmp_path / name)])
+        assert (corpus._input_of(short) == corpus._input_of(long)) is same
 
 
 def test_no_surviving_document_is_an_error_that_says_why(tmp_path):

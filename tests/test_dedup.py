@@ -1,6 +1,8 @@
 """Deduplication: folding, signatures and clusters, each against its definition."""
 
 import functools
+import os
+import resource
 import types
 import unicodedata
 
@@ -10,11 +12,14 @@ import numpy as np
 import pytest
 
 from data_pipeline.dedup import cluster, exchange, graph, kernels, variants
+from data_pipeline.dedup.corpora import Corpora
 from data_pipeline.dedup.folding import fold
 from data_pipeline.dedup.minhash import DedupConfig, _permutations, hash_documents
+from data_pipeline.dedup.outcome import Removals
 from data_pipeline.dedup.store import HashWriter, open_hashes
 from data_pipeline.documents import Document
 from data_pipeline.runner import BeamConfig
+from data_pipeline.shards import REMOVAL, STEPS, Layout, save_array
 
 SETTINGS = {
     **{"shingle": 5, "bands": 20, "rows": 6, "min_similarity": 0.7, "key_ranges": 4},
@@ -173,6 +178,28 @@ def test_hashes_of_a_failed_block_are_not_there(tmp_path):
         writer.append(hash_documents(documents("一"), CONFIG))
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_repeated_is_named_with_few_files_open(tmp_path):
+    """Each of 60 documents repeats one of another shard."""
+    count, layout = 60, Layout(str(tmp_path / "own"))
+    stems = tuple(tmp_path / f"earlier{number}" for number in range(count))
+    for number, stem in enumerate((*stems, layout.all_hashes(0))):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        texts = [Document(f"e{number}", "", "zh_cc", "一", {}, 0)] * (count if number == count else 1)
+        with HashWriter(stem) as writer:
+            writer.append(hash_documents(texts, CONFIG))
+    for step in STEPS:
+        records = np.zeros(count if step == "exact" else 0, REMOVAL)
+        records["row"] = records["of_shard"] = np.arange(len(records))
+        save_array(layout.removals(step, 0), records)
+    limits, open_now = resource.getrlimit(resource.RLIMIT_NOFILE), max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, limits[1]))
+    try:
+        found = Removals(0, Corpora(stems, layout, 1))
+        assert [found(row).duplicate_of for row in range(count)] == [f"e{row}" for row in range(count)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_bands_are_equal_exactly_where_their_rows_are():

@@ -6,6 +6,7 @@ import tracemalloc
 
 import pytest
 
+from ctllm_jax.common.errors import UserError
 from data_pipeline import streams
 from data_pipeline.documents import Document, DocumentReader, Fields, Malformed, input_files
 
@@ -75,6 +76,12 @@ def test_all_parts_of_a_document_arrive(tmp_path):
     (item,), reader = read(path, fields=Fields(id="key", url="u", source="kind", text="body"))
     assert item == Document("7", "http://a/b", "en", "全角，标点。", {"a": 1, "date": "2024"}, 1)
     assert reader.records == 1
+
+
+def test_a_text_in_parts_is_refused(tmp_path):
+    paths = [str(write(tmp_path / name, b"text")) for name in ("a.txt.part1", "a.txt.part2")]
+    with pytest.raises(UserError, match=r"a\.txt\.part1 is a part of a text, which is read whole"):
+        input_files(paths)
 
 
 def test_missing_ids_name_file_and_line_and_differ_between_files_of_one_name(tmp_path):

@@ -152,15 +152,13 @@ def test_the_standard_decoder_features_decode_to_the_documents(root, name):
     assert all(any(text.startswith(start) for text in texts) for start in found)
 
 
-@pytest.fixture(scope="module")
-def three_files(tmp_path_factory) -> str:
-    """A data set of ten documents in three files of unequal size."""
-    folder, lengths = tmp_path_factory.mktemp("tfds") / "own" / "all" / "1.0.0", [2, 5, 3]
-    folder.mkdir(parents=True)
+def data_set(folder: pathlib.Path, lengths: list[int]) -> str:
+    """A data set of documents d0, d1, ..., so many in each file."""
+    folder.mkdir(parents=True, exist_ok=True)
     features = tfds.features.FeaturesDict({"id": tfds.features.Text(), "text": tfds.features.Text()})
-    names = iter(range(10))
+    names = iter(range(sum(lengths)))
     for number, length in enumerate(lengths):
-        with tf.io.TFRecordWriter(str(folder / f"own-train.tfrecord-{number:05d}-of-00003")) as writer:
+        with tf.io.TFRecordWriter(str(folder / f"own-train.tfrecord-{number:05d}-of-{len(lengths):05d}")) as writer:
             for name in itertools.islice(names, length):
                 writer.write(features.serialize_example({"id": f"d{name}", "text": f"text {name}"}))
     template = tfds.core.naming.ShardedFileTemplate(
@@ -169,6 +167,12 @@ def three_files(tmp_path_factory) -> str:
     split = tfds.core.SplitInfo(name="train", shard_lengths=lengths, num_bytes=0, filename_template=template)
     tfds.folder_dataset.write_metadata(data_dir=str(folder), features=features, split_infos=[split])
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def three_files(tmp_path_factory) -> str:
+    """A data set of ten documents in three files of unequal size."""
+    return data_set(tmp_path_factory.mktemp("tfds") / "own" / "all" / "1.0.0", [2, 5, 3])
 
 
 @pytest.mark.parametrize(("count", "shuffle"), [(1, False), (2, False), (4, False), (4, True), (12, False)])
@@ -186,3 +190,10 @@ def test_every_document_is_in_one_shard_whatever_their_number(three_files, count
         assert sorted(sum(parts, [])) == sorted(expected)
         assert shuffle or sum(parts, []) == expected  # in the order of the files
         assert max(map(len, parts)) <= -(-10 // count)
+
+
+def test_a_corpus_made_anew_in_the_same_folder_is_read_whole(tmp_path):
+    for count in (5, 9):
+        source = tasks.HeldOutTfdsSource(data_set(tmp_path / "own" / "all" / "1.0.0", [count]), 0.5)
+        found = [e["id"] for split in tasks.SPLITS for e in source.get_dataset(split, False).as_numpy_iterator()]
+        assert len(found) == count

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import numpy as np
 from ctllm_jax.common.files import write_json
 from data_pipeline.dedup.corpora import Corpora
 from data_pipeline.dedup.similar_lines import similar_lines
-from data_pipeline.dedup.store import Hashes, HashWriter, open_hashes
+from data_pipeline.dedup.store import HashWriter, open_hashes
 from data_pipeline.documents import EXCERPT
 from data_pipeline.filters.stage import EXAMPLES
 from data_pipeline.shards import STEPS, Layout, gzip_writer, json_line, read_lines, zstd_writer
@@ -35,9 +37,8 @@ class Removals:
     """What was removed from one shard, all steps together; they share no row."""
 
     def __init__(self, shard: int, corpora: Corpora):
-        self._corpora = corpora
-        self._hashes: dict[int, Hashes] = {}
         self._by_step = {step: np.load(corpora.layout.removals(step, shard)) for step in STEPS}
+        self._ids = _ids_repeated(self._by_step.values(), corpora)
         self.removed = np.zeros(len(open_hashes(corpora.layout.all_hashes(shard))), bool)
         for records in self._by_step.values():
             self.removed[records["row"]] = True
@@ -50,14 +51,19 @@ class Removals:
             place = np.searchsorted(records["row"], row)
             if place < len(records) and records["row"][place] == row:
                 record = records[place]
-                original = self._shard(int(record["of_shard"])).id(int(record["of_row"]))
+                original = self._ids[int(record["of_shard"]), int(record["of_row"])]
                 return Removal(step, original, None if step == "id" else round(float(record["similarity"]), 4))
         raise AssertionError(f"row {row} was removed by no step")
 
-    def _shard(self, number: int) -> Hashes:
-        if number not in self._hashes:
-            self._hashes[number] = self._corpora.hashes(number)
-        return self._hashes[number]
+
+def _ids_repeated(removals: Iterable[np.ndarray], corpora: Corpora) -> dict[tuple[int, int], str]:
+    """{(shard, row): id} of the documents that others repeat; one shard's files are open at a time."""
+    wanted = sorted({(int(record["of_shard"]), int(record["of_row"])) for records in removals for record in records})
+    ids = {}
+    for shard, places in itertools.groupby(wanted, key=lambda place: place[0]):
+        hashes = corpora.hashes(shard)
+        ids.update((place, hashes.id(place[1])) for place in places)
+    return ids
 
 
 def write_outcome(shard: int, corpora: Corpora, line_rule: str) -> None:
