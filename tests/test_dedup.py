@@ -193,8 +193,9 @@ def test_what_was_repeated_is_named_with_few_files_open(tmp_path):
         records = np.zeros(count if step == "exact" else 0, REMOVAL)
         records["row"] = records["of_shard"] = np.arange(len(records))
         save_array(layout.removals(step, 0), records)
-    limits, open_now = resource.getrlimit(resource.RLIMIT_NOFILE), max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, limits[1]))
+    limits, lowest = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(lowest)  # the first number that is free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 20, limits[1]))
     try:
         found = Removals(0, Corpora(stems, layout, 1))
         assert [found(row).duplicate_of for row in range(count)] == [f"e{row}" for row in range(count)]
