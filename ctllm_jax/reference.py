@@ -5,20 +5,23 @@ epochs there are. Files lie in the run's folder:
 
     reference/reference.json                 written last: what the numbers were made from, and each file's SHA-256
     reference/<split>-<source>.npy           float32 [rows, 2], by row of the store
+    reference/begun.npz                      of a run that was cut short before: the batches that were through
 
 On resume the files are read again and compared with their digests; if any is not what was written, or was made from
 something else, all are computed anew.
 
-Legend: B pairs of a batch, N rows of a source, 2 (chosen, rejected).
+Legend: K batches, B pairs of a batch, N rows of a source, 2 (chosen, rejected).
 """
 
 import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -28,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ctllm_jax.common.files import read_json, write_atomic, write_json
 from ctllm_jax.common.manifest import fingerprint
 from ctllm_jax.common.progress import Progress
+from ctllm_jax.common.status import EXIT_RESUME
 from ctllm_jax.data.batches import held_out
 from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import TokenStore
@@ -37,6 +41,8 @@ from ctllm_jax.processes import together, votes
 from ctllm_jax.train_config import TrainConfig
 
 Logprobs = dict[tuple[str, str], np.ndarray]  # {(split, source): float32 [N, 2]}
+
+_KEEP = 600.0  # seconds after which what has been scored is written, for a run that is killed
 
 
 class ScoredStore(TokenStore):
@@ -62,6 +68,7 @@ def scored_store(
     params: dict,
     origin: str,
     mesh: Mesh,
+    stop: Callable[[int], bool] = lambda batch: False,
 ) -> ScoredStore:
     """The store with the reference's log-probabilities: from the run's folder, or computed now. All processes call it.
 
@@ -72,6 +79,10 @@ def scored_store(
       model, params: the reference; params lie over the mesh.
       origin: digest of the reference's weights.
       mesh: the run's.
+      stop: asked before each batch, with its number; True, from all processes alike, keeps what there is and ends.
+
+    Raises:
+      SystemExit: with EXIT_RESUME, where `stop` said so.
     """
     folder, objective = run_dir / "reference", config.objective
     made_from = {"store": store.fingerprint, "weights": origin, "dtype": model.dtype}
@@ -80,18 +91,51 @@ def scored_store(
     found = together(functools.partial(_read, folder, fingerprint(made_from), sizes))
     if votes(found is not None)[0, 0]:
         return ScoredStore(store, _from_first_process(found, sizes))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    everywhere, rows = NamedSharding(mesh, PartitionSpec()), config.batch_size // config.microbatches
     score = jax.jit(functools.partial(answer_logprobs, objective, model), out_shardings=everywhere)
-    parts: dict[tuple[str, str], list[np.ndarray]] = {name: [] for name in sizes}
-    stream = sys.stderr if jax.process_index() == 0 else io.StringIO()
-    with Progress("train dpo: reference", sum(sizes.values()), "pairs", stream) as progress:
-        for split in store.info["splits"]:
-            for source, _, batch in held_out(store, split, config.batch_size, max(sizes.values()), True, mesh):
-                parts[split, source].append(jax.device_get(score(params, batch)))
-                progress.add(min(config.batch_size, sizes[split, source] - sum(map(len, parts[split, source][:-1]))))
-    logprobs = {name: np.concatenate(own)[: sizes[name]] for name, own in parts.items()}  # the last batch is filled up
+    mark = fingerprint({**made_from, "rows": rows})
+    scores = list(_begun(folder, mark, rows))
+    pairs = [min(rows, size - start) for size in sizes.values() for start in range(0, size, rows)]
+    stream, kept = sys.stderr if jax.process_index() == 0 else io.StringIO(), time.monotonic()
+    with Progress("train dpo: reference", sum(pairs), "pairs", stream) as progress:
+        batches = (held_out(store, split, rows, max(sizes.values()), True, mesh) for split in store.info["splits"])
+        for number, (_, _, batch) in enumerate(itertools.chain.from_iterable(batches)):
+            if number >= len(scores):
+                stopped = stop(number)
+                if stopped or time.monotonic() - kept > _KEEP:
+                    _keep(folder, mark, scores)
+                    kept = time.monotonic()
+                if stopped:
+                    print("train: stopped while the reference is computed; the same command goes on", file=sys.stderr)
+                    sys.exit(EXIT_RESUME)
+                scores.append(jax.device_get(score(params, batch)))
+            progress.add(pairs[number])
+    ends = np.cumsum([0, *(-(-size // rows) for size in sizes.values())])
+    logprobs = {  # the last batch of a source is filled up
+        name: np.reshape(scores[begin:end], (-1, 2)).astype(np.float32)[:size]
+        for (name, size), begin, end in zip(sizes.items(), ends, ends[1:], strict=False)
+    }
     together(functools.partial(_write, folder, made_from, logprobs))
     return ScoredStore(store, logprobs)
+
+
+def _begun(folder: pathlib.Path, mark: str, rows: int) -> np.ndarray:
+    """[K, B, 2]: what process 0 finds of an attempt that was cut short."""
+    found, file = np.zeros((0, rows, 2), np.float32), folder / "begun.npz"
+    if jax.process_index() == 0 and file.exists():
+        with np.load(file, allow_pickle=False) as told:
+            found = told["scores"] if str(told["mark"]) == mark else found
+    if jax.process_count() == 1:
+        return found
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(found))))
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.resize(found, (count, rows, 2))))
+
+
+def _keep(folder: pathlib.Path, mark: str, scores: Sequence[np.ndarray]) -> None:
+    if jax.process_index() == 0 and scores:
+        content = io.BytesIO()
+        np.savez(content, mark=mark, scores=np.stack(scores))
+        write_atomic(folder / "begun.npz", content.getvalue())
 
 
 def _from_first_process(found: Logprobs | None, sizes: Mapping[tuple[str, str], int]) -> Logprobs:
@@ -134,6 +178,7 @@ def _write(folder: pathlib.Path, made_from: dict, logprobs: Logprobs) -> None:
         folder / "reference.json",
         {"fingerprint": fingerprint(made_from), "made_from": made_from, "files": digests},
     )
+    (folder / "begun.npz").unlink(missing_ok=True)
 
 
 def _digest(content: bytes) -> str:

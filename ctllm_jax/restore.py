@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -53,7 +53,9 @@ class Restored:
     record: dict
 
 
-def restore_newest(run_dir: str | os.PathLike, params: Any, optimizer: Any) -> Restored | None:
+def restore_newest(
+    run_dir: str | os.PathLike, params: Any, optimizer: Any, make_room: Callable[[], None] = lambda: None
+) -> Restored | None:
     """Reads the newest checkpoint that is whole, the same in all processes; None where there never was one.
 
     Damaged ones on the way are moved aside, under a name that says so, and reported on stderr.
@@ -61,18 +63,20 @@ def restore_newest(run_dir: str | os.PathLike, params: Any, optimizer: Any) -> R
     Args:
       run_dir: a run directory.
       params, optimizer: trees of ShapeDtypeStructs with shardings, to read into.
+      make_room: called before arrays are read, maybe again; what follows is a checkpoint or an error.
 
     Raises:
       UserError: all are damaged; one holds other arrays than are asked for; the storage does not answer.
     """
     folder = checkpoints_folder(run_dir)
     with _answering(folder):
-        return _newest_whole(folder, params, optimizer)
+        return _newest_whole(folder, params, optimizer, make_room)
 
 
-def _newest_whole(folder: epath.Path, params: Any, optimizer: Any) -> Restored | None:
+def _newest_whole(folder: epath.Path, params: Any, optimizer: Any, make_room: Callable[[], None]) -> Restored | None:
     together(functools.partial(_put_aside_unreadable, folder))
     while (step := _newest(folder)) is not None:
+        make_room()
         found = together(functools.partial(_attempt, folder / str(step), params, optimizer))
         damaged = votes(isinstance(found, Damaged))[:, 0]
         if not damaged.any():

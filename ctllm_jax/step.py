@@ -124,25 +124,22 @@ def gradient(
 
     Parts add up sums, which are divided once by the global count of what was predicted.
     """
-
-    def part(sums, piece):
-        found = jax.grad(objective, has_aux=True)(params, reference, piece)
-        return jax.tree.map(jnp.add, sums, found), None
-
-    batch = whole_step(batch)
-    # Every part takes rows from every device: part j has the rows i * microbatches + j.
-    pieces = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
-    first = jax.tree.map(lambda x: x[0], pieces)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(jax.grad(objective, has_aux=True), params, reference, first),
-    )
-    if microbatches == 1:
-        (grads, sums), _ = part(zeros, first)
-    else:
-        (grads, sums), _ = jax.lax.scan(part, zeros, pieces)
+    grads, sums = summed(lambda piece: jax.grad(objective, has_aux=True)(params, reference, piece), batch, microbatches)
     count = jnp.maximum(sums["count"], 1.0)
     return jax.tree.map(lambda g: g / count, grads), sums
+
+
+def summed(function: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
+    """The sums of what a function gives for the parts of a batch, one after the other: one part's memory is enough."""
+
+    def add(sums, piece):
+        return jax.tree.map(jnp.add, sums, function(piece)), None
+
+    # Every part takes rows from every device: part j has the rows i * parts + j.
+    pieces = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), whole_step(batch))
+    first = jax.tree.map(lambda x: x[0], pieces)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    return add(zeros, first)[0] if parts == 1 else jax.lax.scan(add, zeros, pieces)[0]
 
 
 def _by_layer(tree: dict) -> jax.Array:

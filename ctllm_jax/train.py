@@ -7,6 +7,7 @@ there two runs agree in what they see, not in the last bits of what they learn.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import math
 import shutil
@@ -110,7 +111,7 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
     if jax.process_index() == 0:
         _write_run(job)
     optimizer = make_optimizer(job.config.optimizer, job.model, job.clock, job.config.lora.ranks)
-    job, state, frozen, first, ledger = _begin(job, optimizer, origin)
+    job, state, frozen, first, ledger = _begin(job, optimizer, origin, stopping, watch)
     config, store, sources, steps = job.config, job.store, job.store.sources("train"), job.clock.run
     checkpoints = Checkpoints(job.stage.folder, config.checkpoints, config.log.every, job.folder.before_commit)
 
@@ -119,7 +120,8 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
     layout = state_shardings(job.model, optimizer, job.mesh, config.lora.ranks)
     options = config.compiler_options(job.mesh.devices.flat[0].platform)
     step_fn = jit_step(adapted(config.lora, objective), optimizer, config.microbatches, layout, options)
-    held_out = HeldOut(config.eval, store, config.batch_size, config.data.mask_documents, job.mesh, objective)
+    batch = config.batch_size, config.microbatches, config.data.mask_documents
+    held_out = HeldOut(config.eval, store, *batch, job.mesh, objective)
     in_loop = InLoop(held_out, job.probes, job.model, job.mesh)
     samples = SamplesLog(job.stage.folder, first, writes=jax.process_index() == 0)
     log = open_log(config.log, job.stage, first, dataclasses.asdict(config), writes=jax.process_index() == 0)
@@ -184,7 +186,7 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
 
 
 def _begin(
-    job: Job, optimizer: Optimizer, origin: FoundModel | None
+    job: Job, optimizer: Optimizer, origin: FoundModel | None, stopping: Stopping, watch: LoopWatch
 ) -> tuple[Job, TrainState, dict | None, int, dict[str, int]]:
     """(the job with what its reference says of its store, state, what steps read beside it, steps done, ledger).
 
@@ -194,9 +196,16 @@ def _begin(
     state, frozen = _start_state(job, optimizer, origin)
     if config.objective.reference == "cached":
         start = frozen if config.lora.rank else state.params
-        store = scored_store(job.stage.folder, store, config, job.model, start, origin.digest, job.mesh)
+        vote = processes.Vote(job.mesh)
+
+        def stop(batch: int) -> bool:
+            watch.at("reference", batch)
+            return vote.cast(stopping.requested)
+
+        store = scored_store(job.stage.folder, store, config, job.model, start, origin.digest, job.mesh, stop)
         job = dataclasses.replace(job, store=store, stream=dataclasses.replace(job.stream, store=store))
-    saved = restore_newest(job.stage.folder, _like(state.model), _like(state.rest))
+    like = _like(state.model), _like(state.rest)
+    saved = restore_newest(job.stage.folder, *like, make_room=functools.partial(_delete, state))
     if saved is None:
         return job, state, frozen, 0, dict.fromkeys(store.sources("train"), 0)
     check_past_rates(config, saved.record["rates"], saved.step)
@@ -254,6 +263,12 @@ def _keep_base(job: Job, frozen: dict) -> None:
 
 def _like(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _delete(state: TrainState) -> None:
+    """Frees what a state holds on the devices: two of them may be more than those have."""
+    for array in jax.tree.leaves(state):
+        array.delete()
 
 
 def _write_run(job: Job) -> None:

@@ -160,7 +160,7 @@ def test_the_average_of_a_run_is_that_of_its_weights_and_is_what_readers_get(ave
     assert_equal(loaded, average)
     config = config_of(stores["pretrain"])
     mesh, objective = make_mesh(config.mesh), make_objective(config.objective, config.model, 2)
-    evaluate = HeldOut(config.eval, open_store(stores["pretrain"]), 8, True, mesh, objective).evaluate
+    evaluate = HeldOut(config.eval, open_store(stores["pretrain"]), 8, 1, True, mesh, objective).evaluate
     with jax.set_mesh(mesh):
         held = {
             name: evaluate(jax.device_put(tree), None)["loss"] for name, tree in (("average", average), ("raw", params))

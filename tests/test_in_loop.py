@@ -13,13 +13,15 @@ from tiny_stores import tiny_store
 from ctllm_jax import train
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_jsonl
+from ctllm_jax.data.batches import held_out
 from ctllm_jax.data.chat import own_template
 from ctllm_jax.evaluate.benchmark import evaluate_block, summary
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
-from ctllm_jax.evaluate.in_loop import InLoopConfig, Questions, Samples, SamplesLog, make_probes
+from ctllm_jax.evaluate.in_loop import HeldOut, InLoopConfig, Questions, Samples, SamplesLog, make_probes
 from ctllm_jax.loading import load_model
 from ctllm_jax.metrics import definitions, read_metrics
 from ctllm_jax.model import abstract_params, logical_axes
+from ctllm_jax.objectives import make_objective
 from ctllm_jax.samples import sample
 from ctllm_jax.sampling import SamplingConfig
 from ctllm_jax.sharding import MeshConfig, make_mesh, shardings
@@ -141,6 +143,24 @@ def test_any_mesh_gives_the_same(finished, store, tasks):
     look = read_metrics(finished, "eval")[-1]
     assert accuracies == {name: look[name] for name in ("accuracy/toy", "accuracy/more")}
     assert [{"step": 12, **entry} for entry in samples] == read_jsonl(finished / "samples.jsonl")[-3:]
+
+
+def test_held_out_data_takes_the_memory_of_a_microbatch_and_has_the_same_figures(finished, store):
+    config, params = config_of(store.folder, batch_size=32), params_of(finished)
+    mesh, objective = (
+        make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]),
+        make_objective(config.objective, config.model, 2),
+    )
+    figures, memory = [], []
+    with jax.set_mesh(mesh):
+        for microbatches in (1, 8):
+            look = HeldOut(config.eval, store, 32, microbatches, True, mesh, objective)
+            figures.append(look.evaluate(params, None))
+            (_, _, batch), *_ = held_out(store, "validation", 32, 1, True, mesh)
+            compiled = look._sums.lower(params, None, batch).compile()
+            memory.append(compiled.memory_analysis().temp_size_in_bytes)
+    assert figures[1] == pytest.approx(figures[0], rel=1e-6)
+    assert memory[1] < memory[0] / 3
 
 
 def test_a_store_of_conversations_has_the_prompts_in_its_template(tmp_path):

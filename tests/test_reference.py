@@ -17,6 +17,7 @@ from tiny_stores import tiny_store, train_values
 from ctllm_jax import reference
 from ctllm_jax.common.config import build
 from ctllm_jax.common.files import read_json, write_json
+from ctllm_jax.common.status import EXIT_RESUME
 from ctllm_jax.data.batches import rows_arrays
 from ctllm_jax.hf_export import export
 from ctllm_jax.metrics import read_metrics
@@ -42,10 +43,10 @@ def scored(store):
     mesh = make_mesh(MeshConfig(1, 2, 1, 1), jax.devices()[:2])
     layout = shardings(mesh, abstract_params(model.config), logical_axes(model.config))
 
-    def call(run_dir, origin="weights"):
+    def call(run_dir, origin="weights", **options):
         with jax.set_mesh(mesh):
             params = jax.device_put(model.params, layout)
-            return reference.scored_store(run_dir, store, config, model.config, params, origin, mesh)
+            return reference.scored_store(run_dir, store, config, model.config, params, origin, mesh, **options)
 
     return call
 
@@ -99,6 +100,30 @@ def test_a_kill_before_the_last_file_leaves_nothing_that_is_taken_for_whole(scor
     assert reference._read(note.parent, told["fingerprint"], {("train", "zh"): 21}) is not None
     (tmp_path / "reference" / "train-zh.npy").unlink()
     assert reference._read(note.parent, told["fingerprint"], {("train", "zh"): 21}) is None
+
+
+def test_what_was_scored_before_a_stop_is_not_scored_again(scored, tmp_path, capsys):
+    asked = []
+
+    def result(name: str, at: int | None = None, origin: str = "weights"):
+        """What is found where the run is stopped before a batch, if any."""
+
+        def stop(batch: int) -> bool:
+            asked.append(batch)
+            return batch == at
+
+        return everything(scored(tmp_path / name, origin, stop=stop))
+
+    with pytest.raises(SystemExit) as end:
+        result("stopped", at=2)
+    assert end.value.code == EXIT_RESUME and "the same command goes on" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        result("stopped", at=0, origin="others")  # which cannot go on from there
+    whole, count = result("whole"), asked[-1] + 1
+    found = result("stopped")
+    assert asked == [0, 1, 2, 0, *range(count), *range(2, count)] and count > 5
+    assert all(np.array_equal(found[name], whole[name]) for name in whole)
+    assert not (tmp_path / "stopped" / "reference" / "begun.npz").exists()
 
 
 @pytest.mark.slow

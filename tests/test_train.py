@@ -20,7 +20,7 @@ from test_watch import metadata_server, until
 from tiny_objectives import dpo
 from tiny_stores import tiny_store, train_values
 
-from ctllm_jax import stopping, train
+from ctllm_jax import restore, stopping, train
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
@@ -310,6 +310,27 @@ def test_a_stopped_run_saves_says_so_and_goes_on(finished, stores, tmp_path, mon
     train.run(config_of(stores["pretrain"]), str(tmp_path / "run"))
     assert "train: resumed at step 3" in capsys.readouterr().err
     assert_same_run(tmp_path / "run", finished[0])
+
+
+def test_what_a_run_began_with_is_gone_when_a_checkpoint_is_read(stores, tmp_path, monkeypatch):
+    """Two states may be more than the devices hold."""
+    begun = []
+
+    def start_state(*arguments, start_state=train._start_state):
+        begun.append(start_state(*arguments))
+        return begun[-1]
+
+    stopped(monkeypatch, 3, config_of(stores["pretrain"]), tmp_path / "run")
+    monkeypatch.setattr(train, "_start_state", start_state)
+    read = restore._attempt
+
+    def attempt(*arguments):
+        assert all(array.is_deleted() for array in jax.tree.leaves(begun[0][0]))
+        return read(*arguments)
+
+    monkeypatch.setattr(restore, "_attempt", attempt)
+    train.run(config_of(stores["pretrain"]), str(tmp_path / "run"))
+    assert len(begun) == 1
 
 
 def test_a_notice_stops_a_run_as_a_signal_does(finished, stores, tmp_path, monkeypatch, capsys):

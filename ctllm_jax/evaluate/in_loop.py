@@ -35,7 +35,7 @@ from ctllm_jax.model import ModelConfig, head, hidden_states
 from ctllm_jax.objectives import Batch, Objective
 from ctllm_jax.products import head_logits
 from ctllm_jax.sharding import RULES
-from ctllm_jax.step import batch_sharding
+from ctllm_jax.step import batch_sharding, summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,14 +176,18 @@ class HeldOut:
         config: InLoopConfig,
         store: TokenStore,
         batch_size: int,
+        microbatches: int,
         mask_documents: bool,
         mesh: Mesh,
         objective: Objective,
     ):
         self._kind = store.kind
         self._reading = (store, "validation", batch_size, config.batches, mask_documents, mesh)
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        self._sums = jax.jit(lambda *arguments: objective(*arguments)[1], out_shardings=everywhere)
+
+        def sums(params: dict, reference: dict | None, batch: Batch) -> dict[str, jax.Array]:
+            return summed(lambda piece: objective(params, reference, piece)[1], batch, microbatches)
+
+        self._sums = jax.jit(sums, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def evaluate(self, params: dict, reference: dict | None) -> dict[str, float]:
         """Means over the held-out split: loss over all and by source; bits per byte for documents, rewards for pairs.
