@@ -10,8 +10,8 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.status import EXIT_MISTAKE
 from ctllm_jax.verbs import Option
 from launch.jobs import Job, launcher, new_id
-from launch.process import Output, Process
-from launch.supervise import supervise
+from launch.process import Output, Process, say
+from launch.supervise import STOPS, handled, supervise
 from launch.target import Payload
 
 DETACH = {"detach": Option("--detach", "go on in the background once it is set up; `attach` shows it", False)}
@@ -52,11 +52,21 @@ def hold(
         status = 130
         raise
     finally:
-        if here:
-            finish()
-        if output:
-            dataclasses.replace(job, status=status).save()
-            output.close()
+        with handled(STOPS, lambda *_: None):  # it is stopping already, and what was made for it must not stay
+            try:
+                if here:
+                    finish()
+            finally:
+                if output:
+                    _write_end(dataclasses.replace(job, status=status))
+                    output.close()
+
+
+def _write_end(job: Job) -> None:
+    try:
+        job.save()
+    except OSError as error:  # the shell still learns the status
+        say(f"job {job.id} ended with status {job.status}, which could not be written down: {error}")
 
 
 def _in_background(job: Job) -> bool:

@@ -2,16 +2,18 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
 import pathlib
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, TextIO
 
 from ctllm_jax.common.children import catches, die_with_parent
@@ -21,6 +23,7 @@ from launch.lines import Lines
 
 _BEAT = 5.0  # seconds between two signs of life to a keeper
 _FAREWELL = 10.0  # seconds that a keeper has to end what it was told to kill
+_GONE = (errno.EIO, errno.EPIPE)  # of a write: the terminal was closed; nobody reads the pipe any more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,31 @@ class Process:
 
 def say(text: str) -> None:
     """A word of the launcher's own, on standard error."""
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    with _heard(sys.stderr):
+        print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _heard(stream: TextIO) -> Iterator[None]:
+    """For a write to one of our own streams. What does not go into a file, as on a full disk, is lost; the job goes on.
+
+    A terminal or reader that is gone asks us to stop, as its SIGHUP does: that comes neither for a pipe, nor in another
+    session, nor under nohup. Handlers are asked as if it had come; the stream goes nowhere from then on.
+
+    Raises:
+      OSError: it is gone, and no handler here hears of a stop.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _GONE or stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            return
+        stop = signal.getsignal(signal.SIGTERM)
+        if not callable(stop):
+            raise
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), stream.fileno())
+        stop(signal.SIGHUP, None)
 
 
 class Output:
@@ -70,7 +97,8 @@ class Output:
     def __init__(self, log: pathlib.Path | None = None):
         if log:
             log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log.open("ab") if log else None
+        self._log = log.open("ab", buffering=0) if log else None  # what it refuses is not kept, to be refused again
+        self._lacks = False  # whether lines are missing in the log
 
     def put(self, stream: TextIO, process: Process, lines: list[bytes]) -> None:
         if not lines:
@@ -82,12 +110,20 @@ class Output:
         self._write(sys.stderr, f"launch: {text}\n".encode())
 
     def _write(self, stream: TextIO, data: bytes) -> None:
-        stream.flush()
-        stream.buffer.write(data)
-        stream.buffer.flush()
         if self._log:
+            self._write_log(data)
+        with _heard(stream):
+            stream.flush()
+            stream.buffer.write(data)
+            stream.buffer.flush()
+
+    def _write_log(self, data: bytes) -> None:
+        try:
             self._log.write(data)
-            self._log.flush()
+        except OSError as error:  # the job is worth more
+            if not self._lacks:
+                self._lacks = True
+                say(f"lines are missing in {self._log.name}: {error.strerror}; the job goes on")
 
     def close(self) -> None:
         if self._log:

@@ -58,8 +58,8 @@ def launch(target: str, command: Sequence[str], **options: str | float | bool) -
     """`ctllm launch` from a program or a notebook; returns the job's exit status.
 
     The launcher is a process of its own, for signals and the ends of children are a process's; what it says appears on
-    standard output line by line. Interrupting a notebook's cell is Ctrl-C for it: the job saves and ends. When this
-    process is gone, the launcher ends with its next line.
+    standard output line by line. Interrupting a notebook's cell is Ctrl-C for it: the job saves and ends. It does the
+    same when this process is gone, with its next line.
 
     Args:
       target: one of TARGETS.

@@ -12,7 +12,7 @@ from launch.process import Output, Process, Running
 from launch.resumes import LONGEST_PAUSE, Resumes
 
 _TICK = 0.1  # seconds between looks at the processes
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def supervise(
@@ -28,7 +28,8 @@ def supervise(
     after a moment (`launch.resumes`), which is status 1. A process that fails takes the others with it, and the job is
     started again while `restarts` last; never after EXIT_MISTAKE.
 
-    SIGINT, SIGTERM and SIGHUP to this process ask all of them to save and end (EXIT_RESUME); a second one kills them.
+    SIGINT, SIGTERM and SIGHUP to this process ask all of them to save and end (EXIT_RESUME); a second one kills them,
+    unless it is SIGHUP. When a line finds the terminal, or who read our output, gone, that counts as SIGHUP.
     SIGQUIT and SIGUSR1 are passed on to them: `ctllm train` shows its stacks, or takes a profile.
 
     Args:
@@ -42,7 +43,7 @@ def supervise(
       UserError: the first attempt could not be started, as `start` says. Later ones count as failures.
     """
     output, failures, resumes, processes = output or Output(), 0, Resumes(), _interruptible(start)
-    with _received(*_STOPS) as stops, _received(signal.SIGQUIT, signal.SIGUSR1) as shows:
+    with _received(*STOPS) as stops, _received(signal.SIGQUIT, signal.SIGUSR1) as shows:
         while True:
             try:
                 processes = processes or _interruptible(start)
@@ -79,9 +80,10 @@ def supervise(
             if stops:
                 status = EXIT_RESUME
                 break
-    if status == EXIT_RESUME:
-        output.say("stopped; the same command goes on")
-    return status
+        if status == EXIT_RESUME:
+            why = ": the terminal, or who read the output, is gone" if signal.SIGHUP in stops else ""
+            output.say(f"stopped; the same command goes on{why}")
+        return status
 
 
 def _interruptible(start: Callable[[], Sequence[Process]]) -> Sequence[Process]:
@@ -90,20 +92,25 @@ def _interruptible(start: Callable[[], Sequence[Process]]) -> Sequence[Process]:
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
-    with _handled(_STOPS, interrupt):
+    with handled(STOPS, interrupt):
         return start()
 
 
 @contextlib.contextmanager
 def _received(*numbers: int) -> Iterator[list[int]]:
-    """Which of these signals have come so far."""
+    """Which of these signals have come so far; SIGHUP only as the first: one terminal's end may bring several."""
     received: list[int] = []
-    with _handled(numbers, lambda number, _: received.append(number)):
+
+    def receive(number: int, _) -> None:
+        if number != signal.SIGHUP or not received:
+            received.append(number)
+
+    with handled(numbers, receive):
         yield received
 
 
 @contextlib.contextmanager
-def _handled(numbers: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
+def handled(numbers: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
     """Hands signals to the handler inside the block; those that are ignored on purpose (nohup) stay so."""
     heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heard}

@@ -21,7 +21,7 @@ from launch import resumes
 from launch import run as launch_run
 from launch.lines import Lines
 from launch.local import processes
-from launch.process import Process
+from launch.process import Output, Process
 from launch.supervise import supervise
 from launch.target import Payload, Target
 
@@ -232,22 +232,23 @@ open(f"{folder}/ready{os.environ['INDEX']}", "w").write(str(os.getpid()))
 while True:
     time.sleep(1)
 """
+LOUD = SAVES.replace("time.sleep(1)", "print('a step', flush=True); time.sleep(0.1)")
 DEAF = SAVES.replace(
     "time.sleep(0.5)", "open(f\"{folder}/ready{os.environ['INDEX']}\", 'a').write('saving'); time.sleep(1000)"
 )
 
 
 @contextlib.contextmanager
-def launched(folder: pathlib.Path, program: str):
-    """(the launcher of two such processes, their numbers) as soon as they are ready."""
+def launched(folder: pathlib.Path, program: str, first: str = "", **streams):
+    """(the launcher of two such processes, their numbers) as soon as they are ready; it begins with `first`."""
     program = program.replace("{folder}", str(folder))
     # A shell has what it runs in the background ignore SIGINT and SIGQUIT, and a launcher leaves what is ignored so.
     heard = "for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)"
     run = f"sys.exit(supervise(lambda: fake({program!r}, {program!r}), 3))"
-    driver = f"import sys; from test_launch import *\n{heard}\n{run}"
+    driver = f"import sys; from test_launch import *\n{heard}\n{first}\n{run}"
     command = [sys.executable, "-c", driver]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as launcher:
+    with subprocess.Popen(command, env=environment, text=True, **{"stderr": subprocess.PIPE, **streams}) as launcher:
         try:
             yield launcher, [int(once_there(folder / f"ready{index}")) for index in range(2)]
         finally:
@@ -262,6 +263,33 @@ def test_a_stopped_launcher_waits_until_all_have_saved(tmp_path, number):
         assert launcher.returncode == 75 and "launch: stopped; the same command goes on" in err
         assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
         assert all(ended(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("reader", ["terminal", "pipe under nohup"])
+def test_a_launcher_whose_terminal_or_reader_is_gone_waits_until_all_have_saved(tmp_path, reader):
+    ours, its = os.pipe() if "pipe" in reader else os.openpty()
+    first = "signal.signal(signal.SIGHUP, signal.SIG_IGN)" if "nohup" in reader else ""
+    # Its session's terminal sends SIGHUP as well; that is no second request, which would kill.
+    session = None if "pipe" in reader else lambda: os.login_tty(1)
+    with launched(tmp_path, LOUD, first, stdout=its, stderr=its, preexec_fn=session) as (launcher, pids):
+        os.close(its)
+        os.close(ours)
+        assert launcher.wait(timeout=WAIT) == 75
+        assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
+        assert all(ended(pid) for pid in pids)
+
+
+def test_a_full_disk_costs_lines_and_not_the_job(capfd, monkeypatch):
+    output = Output(pathlib.Path("/dev/full"))
+    assert supervise(lambda: fake("print('one', flush=True); print('two')"), restarts=0, output=output) == 0
+    out, err = capfd.readouterr()
+    assert "[0] one\n[0] two\n" in out
+    assert err == "launch: lines are missing in /dev/full: No space left on device; the job goes on\n"
+    full = open("/dev/full", "w")  # noqa: SIM115 (closing it fails)
+    monkeypatch.setattr(sys, "stdout", full)
+    assert supervise(lambda: fake("print('one')"), restarts=0) == 0
+    with pytest.raises(OSError):
+        full.close()
 
 
 def test_all_show_what_they_do_when_the_launcher_is_asked_and_go_on(tmp_path):

@@ -36,16 +36,15 @@ def ssh(hosts: Hosts, *options: str, names: str = "one,two") -> list[str]:
 
 
 @contextlib.contextmanager
-def launched(hosts: Hosts, arguments: list[str], first: str = ""):
+def launched(hosts: Hosts, arguments: list[str], first: str = "", **streams):
     """The launcher as a process of its own, whatever the target; `first` is Python that it begins with."""
     checkout = f"import pathlib; from launch import ship; ship.checkout = lambda: pathlib.Path({str(hosts.checkout)!r})"
     program = f"{HEARD}; signal.signal(signal.SIGINT, signal.default_int_handler); {checkout}; {first}\n"
     program += f"from ctllm_jax import cli; cli.main({arguments!r})"
     command = [sys.executable, "-P", "-c", program]  # not the packages of the small checkout
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as launcher:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **streams}
+    with subprocess.Popen(command, env=environment, text=True, **streams) as launcher:
         try:
             yield launcher
         finally:
@@ -408,6 +407,12 @@ def test_a_job_of_another_machine_is_left_to_it(hosts, capsys):
     assert "held by a launcher on elsewhere: ask there" in ctllm(capsys, "launch", "list")[1]
     status, _, err = ctllm(capsys, "launch", "cancel", "far")
     assert status == 2 and "cancel it there" in err
+
+
+def test_a_record_that_cannot_be_written_costs_no_job_its_status(hosts, capsys):
+    hosts.program("import shutil; shutil.rmtree(FOLDER / 'jobs'); (FOLDER / 'jobs').write_text('')")
+    status, _, err = ctllm(capsys, *ssh(hosts, names="one"))
+    assert status == 0 and "ended with status 0, which could not be written down: " in err, err
 
 
 def test_a_damaged_record_is_named(hosts, capsys):

@@ -1,6 +1,7 @@
 """`ctllm launch tpu` with a gcloud that checks commands against the vendor's reference; hosts are folders."""
 
 import json
+import os
 import pathlib
 import signal
 import sys
@@ -9,7 +10,7 @@ import pytest
 from clusters.sshd import free_port
 from command import ctllm
 from fake_hosts import Hosts
-from test_launch import WAIT, ended
+from test_launch import WAIT, ended, once_there
 from test_targets import MEETS, SAVES, TRAIN, launched, ready
 
 from launch import jobs, tpu
@@ -171,6 +172,32 @@ def test_what_had_failed_before_is_asked_for_anew_for_it_may_have_been_mended(ho
     (hosts.folder / "state").write_text("FAILED")
     tpu.Slices(SLICES).ready(print)
     assert capsys.readouterr().out.startswith("big is failed: Quota limit exceeded; deleting it\nasking for big\n")
+
+
+@pytest.mark.parametrize("how", ["line", "finish"])
+def test_slices_of_a_job_whose_terminal_is_gone_are_deleted(hosts, how):
+    """Whether the next line comes from a process, or from the launcher as it deletes them."""
+    hosts.program(SAVES.replace("time.sleep(1)", "print('a step', flush=True); time.sleep(0.1)"))
+    if how == "finish":
+        hosts.program("while not (FOLDER / 'go').exists(): time.sleep(0.1)")
+    ours, its = os.openpty()
+    arguments = {"stdout": its, "stderr": its, "start_new_session": True}
+    with launched(hosts, launch(hosts), "from launch import tpu; tpu._TICK = 0.01", **arguments) as launcher:
+        if how == "line":
+            pids = ready(hosts)
+        else:
+            once_there(hosts.folder / "calls", "launch.keeper")
+            pids = []
+        os.close(its)
+        os.close(ours)
+        (hosts.folder / "go").touch()
+        assert launcher.wait(timeout=WAIT) == (75 if how == "line" else 0)
+    assert all(map(ended, pids)) and hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
+    (job,) = jobs.everything()
+    assert job.status == launcher.returncode
+    if how == "line":
+        assert all((hosts.folder / f"saved{index}").exists() for index in range(2))
+        assert job.log.read_text().endswith("goes on: the terminal, or who read the output, is gone\n")
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "cancel"])
