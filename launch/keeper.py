@@ -112,18 +112,24 @@ def _listen(child: subprocess.Popen, stopped: list[int], gone: threading.Event) 
         if not gone.is_set() and (words == b"" or time.monotonic() - heard > SILENCE):
             gone.set()
             deadline = time.monotonic() + PATIENCE
-            child.terminate()
+            _signal(child, signal.SIGTERM)
         if stopped:
             stopped.clear()
-            child.terminate()
+            _signal(child, signal.SIGTERM)
         if words and SHOW in words:
-            child.send_signal(signal.SIGQUIT)
+            _signal(child, signal.SIGQUIT)
         if words and PROFILE in words and catches(child.pid, signal.SIGUSR1):
-            child.send_signal(signal.SIGUSR1)
+            _signal(child, signal.SIGUSR1)
         if words and STOP in words:
-            child.terminate()
+            _signal(child, signal.SIGTERM)
         if (words and KILL in words) or (deadline and time.monotonic() > deadline):
             os.killpg(child.pid, signal.SIGKILL)
+
+
+def _signal(child: subprocess.Popen, number: int) -> None:
+    """As Popen.send_signal, which would first look whether it has ended, and take its status from `_listen`."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child.pid, number)
 
 
 def _pump(source: int, sink: int, gone: threading.Event) -> None:

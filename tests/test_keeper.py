@@ -1,6 +1,8 @@
 """The keeper: ends what it keeps when its launcher is gone, and waits for the one before it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +63,25 @@ def test_a_keeper_waits_for_the_process_before_it(hosts):
     (hosts.folder / "go").touch()
     assert (first.wait(timeout=WAIT), second.wait(timeout=WAIT)) == (0, 0)
     assert len((hosts.folder / "log").read_text().split()) == 2
+
+
+def test_the_status_of_a_process_that_ends_as_it_is_asked_to_is_not_lost(hosts):
+    hosts.program(
+        """
+        (FOLDER / "ready0").write_text(str(os.getpid()))
+        while not (FOLDER / "go").exists():
+            time.sleep(0.05)
+        sys.exit(69)
+        """
+    )
+    keeper = kept(hosts)
+    pid = int(once_there(hosts.folder / "ready0"))
+    os.kill(keeper.pid, signal.SIGSTOP)  # as it waits for a word: it has looked whether the process runs
+    (hosts.folder / "go").touch()
+    assert ended(pid)
+    keeper.stdin.write(b"t")
+    os.kill(keeper.pid, signal.SIGCONT)
+    assert keeper.wait(timeout=WAIT) == 69
 
 
 def test_a_keeper_to_whom_nothing_was_said_starts_nothing(hosts):
