@@ -79,7 +79,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     def finish() -> None:
         if slices.made and not options["keep"]:
             say(f"deleting {options['name']}")
-            gcloud(slices.delete())
+            gcloud(slices.delete(), allowed="NOT_FOUND")
 
     revision = plan.place.code.revision
     return hold("tpu", payload, revision, start, options["restarts"], options["detach"], finish)
@@ -103,7 +103,7 @@ class Slices:
 
     Attributes:
       nodes: their names, as gcloud gives them.
-      made: whether it was made here.
+      made: whether it was asked for here; an answer may not have come.
     """
 
     def __init__(self, options: Mapping[str, Any]):
@@ -182,8 +182,12 @@ class Slices:
                 found = told = ""
             if not found:
                 tell(f"asking for {name}")
-                gcloud(self.create())
-                self.made = asked = True
+                self.made = asked = True  # whatever becomes of gcloud, Google may have heard it
+                try:
+                    gcloud(self.create())
+                except UserError as error:
+                    self.made = "ALREADY_EXISTS" not in str(error)  # somebody was quicker: it is theirs
+                    raise
                 continue
             if found != told:
                 tell(f"{name} is {found.lower().replace('_', ' ')}")

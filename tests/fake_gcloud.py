@@ -2,8 +2,9 @@
 
 In the folder FAKE_GCLOUD: `state` is the queued resource's (none: there is no such one), `says` an error that every
 command ends with, `becomes` what one becomes that is asked for, a line each time (ACTIVE without it), `error` what
-FAILED is described with, `NODE.WORKER.is` that a host is down, hangs, or starts no process, `calls` what was asked,
-`port` where the processes of a job meet, as a TPU's metadata has it.
+FAILED is described with, `slow` a verb and how many seconds its answer takes once Google has heard it, as `heard` says,
+`NODE.WORKER.is` that a host is down, hangs, or starts no process, `calls` what was asked, `port` where the processes of
+a job meet, as a TPU's metadata has it.
 """
 
 import json
@@ -32,6 +33,7 @@ def main() -> None:
         (folder / "slices").write_text(flags.get("--node-count", "1"))
         (folder / "type").write_text(flags["--accelerator-type"])
         state.write_text("WAITING_FOR_RESOURCES")
+        answer(folder, verb)
     elif not state.exists():
         sys.exit(f"ERROR: (gcloud.compute.tpus.{verb.replace(' ', '.')}) NOT_FOUND: Resource '{name}' was not found")
     elif verb == "queued-resources describe":
@@ -47,6 +49,13 @@ def main() -> None:
         print(json.dumps({"networkEndpoints": addresses}))
     else:
         sys.exit(on_host(folder, name, int(flags["--worker"]), flags["--command"]))
+
+
+def answer(folder: pathlib.Path, verb: str) -> None:
+    slow, seconds = (folder / "slow").read_text().split() if (folder / "slow").exists() else ("none", "0")
+    if slow == verb.split()[1]:
+        (folder / "heard").write_text(verb)
+        time.sleep(float(seconds))
 
 
 def split(word: str) -> tuple[str, str | None]:

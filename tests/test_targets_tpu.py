@@ -216,6 +216,35 @@ def test_a_job_that_is_stopped_saves_on_all_hosts_and_its_slices_are_deleted(hos
     assert jobs.everything()[0].status == 75
 
 
+@pytest.mark.parametrize("how", ["Ctrl-C", "time-out"])
+def test_slices_that_were_asked_for_are_deleted_though_gcloud_did_not_say_so(hosts, capsys, monkeypatch, how):
+    (hosts.folder / "slow").write_text("create 1000")
+    if how == "Ctrl-C":
+        with launched(hosts, launch(hosts)) as launcher:
+            once_there(hosts.folder / "heard")
+            launcher.send_signal(signal.SIGINT)
+            assert launcher.wait(timeout=WAIT) == 130
+    else:
+        monkeypatch.setattr(tpu, "_ANSWER", 5)
+        status, _, err = ctllm(capsys, *launch(hosts))
+        assert status == 2 and "queued-resources create did not answer within 5 s" in err
+    assert hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
+    assert not (hosts.folder / "state").exists()
+
+
+def test_slices_that_somebody_else_made_meanwhile_are_theirs(hosts):
+    slices = tpu.Slices(SLICES)
+    with pytest.raises(tpu.UserError, match="ALREADY_EXISTS"):
+        slices.ready(lambda _: (hosts.folder / "state").write_text("ACTIVE"))
+    assert not slices.made
+
+
+def test_slices_that_are_gone_when_they_are_to_be_deleted_are_no_error(hosts, capsys):
+    hosts.program("if INDEX == '0': (FOLDER / 'state').unlink()")
+    assert ctllm(capsys, *launch(hosts))[0] == 0
+    assert hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
+
+
 def test_hosts_that_do_not_answer_are_named_nothing_is_started_and_the_slices_are_deleted(hosts, capsys):
     hosts.program("(FOLDER / 'started').touch()")
     for how, said in (("down", "Connection timed out"), ("hangs", "nothing came for 2 s")):
