@@ -1,5 +1,6 @@
 """A job that this process holds together: recorded, written to its log, in the background if that is wanted."""
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -11,7 +12,7 @@ from ctllm_jax.common.status import EXIT_MISTAKE
 from ctllm_jax.verbs import Option
 from launch.jobs import Job, launcher, new_id
 from launch.process import Output, Process, say
-from launch.supervise import STOPS, handled, supervise
+from launch.supervise import STOPS, handled, interruptible, supervise
 from launch.target import Payload
 
 DETACH = {"detach": Option("--detach", "go on in the background once it is set up; `attach` shows it", False)}
@@ -29,30 +30,36 @@ def hold(
     """Runs a job as `launch.supervise` does, under a name by which other terminals find it.
 
     With `detach` the launcher goes on in the background, and this returns 0 once it has the first attempt's processes
-    to start. `finish` is called when the job has ended, however that was. Raises UserError as `supervise`.
+    to start. `finish` is called when the job has ended, however that was; further signals do not end it.
+
+    Raises:
+      UserError: as `supervise`.
     """
     job = Job(new_id(payload.verb), target, (payload.verb, *payload.arguments), revision, time.time(), {})
     output, status, here = None, 1, True
-    try:
-        first = [start()] if detach else []  # what can go wrong goes wrong here, where it is seen
-        here = not detach or not _in_background(job)
-        if not here:
-            print(f"launch: {job.id} runs in the background; `ctllm launch attach {job.id}` shows it", file=sys.stderr)
-            return 0
-        job = dataclasses.replace(job, handle=launcher())
-        job.save()
-        output = Output(None if detach else job.log)
-        output.say(f"job {job.id}")
-        status = supervise(lambda: first.pop() if first else start(), restarts, output=output)
-        return status
-    except UserError:
-        status = EXIT_MISTAKE
-        raise
-    except KeyboardInterrupt:
-        status = 130
-        raise
-    finally:
-        with handled(STOPS, lambda *_: None):  # it is stopping already, and what was made for it must not stay
+    with _deaf():  # that is, in the end: what was made for the job must not stay
+        try:
+            with interruptible():
+                first = [start()] if detach else []  # what can go wrong goes wrong here, where it is seen
+                with _deaf():  # there are two of us for a moment, and only one may finish the job
+                    here = not detach or not _in_background(job)
+                if not here:
+                    shows = f"`ctllm launch attach {job.id}` shows it"
+                    print(f"launch: {job.id} runs in the background; {shows}", file=sys.stderr)
+                    return 0
+                job = dataclasses.replace(job, handle=launcher())
+                job.save()
+                output = Output(None if detach else job.log)
+                output.say(f"job {job.id}")
+                status = supervise(lambda: first.pop() if first else start(), restarts, output=output)
+                return status
+        except UserError:
+            status = EXIT_MISTAKE
+            raise
+        except KeyboardInterrupt:
+            status = 130
+            raise
+        finally:
             try:
                 if here:
                     finish()
@@ -60,6 +67,11 @@ def hold(
                 if output:
                     _write_end(dataclasses.replace(job, status=status))
                     output.close()
+
+
+def _deaf() -> contextlib.AbstractContextManager[None]:
+    """Stops are not heard inside the block, but in blocks within that do hear them."""
+    return handled(STOPS, lambda *_: None)
 
 
 def _write_end(job: Job) -> None:

@@ -42,11 +42,15 @@ def supervise(
     Raises:
       UserError: the first attempt could not be started, as `start` says. Later ones count as failures.
     """
-    output, failures, resumes, processes = output or Output(), 0, Resumes(), _interruptible(start)
+    output, failures, resumes = output or Output(), 0, Resumes()
+    with interruptible():
+        processes = start()
     with _received(*STOPS) as stops, _received(signal.SIGQUIT, signal.SIGUSR1) as shows:
         while True:
             try:
-                processes = processes or _interruptible(start)
+                if processes is None:
+                    with interruptible():
+                        processes = start()
                 began = time.monotonic()
                 status, reason = _Attempt(processes, stops, shows, patience, output).run()
             except UserError as error:
@@ -86,14 +90,15 @@ def supervise(
         return status
 
 
-def _interruptible(start: Callable[[], Sequence[Process]]) -> Sequence[Process]:
-    """Calls `start`; a stop meanwhile is a KeyboardInterrupt there, for nothing runs yet that would have to save."""
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A stop inside the block is a KeyboardInterrupt there, for nothing runs yet that would have to save."""
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
     with handled(STOPS, interrupt):
-        return start()
+        yield
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ What Google refuses for good (quota, permission, an argument) ends the job with 
 """
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -208,9 +210,7 @@ def gcloud(command: list[str], allowed: str = "no such error") -> str:
       UserError: there is no gcloud, it fails, it does not answer; with the next step where we know it.
     """
     try:
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=_ANSWER, check=False, stdin=subprocess.DEVNULL
-        )
+        ended = _run(command)
     except FileNotFoundError:
         raise UserError(
             "launch tpu: no gcloud here; install the Google Cloud CLI and run `gcloud auth login`"
@@ -224,6 +224,22 @@ def gcloud(command: list[str], allowed: str = "no such error") -> str:
     words = " ".join(ended.stderr.split()).removeprefix("ERROR: ")[:500] or f"status {ended.returncode}"
     step = _step(words)
     raise UserError(f"launch tpu: {' '.join(command[:5])}: {words}" + (f"; {step}" if step else ""))
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    """In a session of its own: Ctrl-C in the terminal is for us to act on, and must not end a deletion.
+
+    Raises:
+      subprocess.TimeoutExpired: it took longer than _ANSWER; nothing of it is left.
+    """
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=_ANSWER)
+        finally:
+            if process.returncode is None:
+                os.killpg(process.pid, signal.SIGKILL)  # gcloud is a shell script, which has started Python
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def _step(words: str) -> str:

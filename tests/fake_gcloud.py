@@ -43,6 +43,7 @@ def main() -> None:
         if state.read_text() == "WAITING_FOR_RESOURCES":
             state.write_text(next_state(folder / "becomes"))
     elif verb == "queued-resources delete":
+        answer(folder, verb)
         state.unlink()
     elif verb == "tpu-vm describe":
         addresses = [{"ipAddress": f"10.0.0.{worker}"} for worker in range(workers(folder))]

@@ -5,6 +5,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 
 import pytest
 from clusters.sshd import free_port
@@ -214,6 +215,28 @@ def test_a_job_that_is_stopped_saves_on_all_hosts_and_its_slices_are_deleted(hos
     assert all((hosts.folder / f"saved{index}").exists() for index in range(2)) and all(map(ended, pids))
     assert hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
     assert jobs.everything()[0].status == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_launcher_that_is_to_go_to_the_background_deletes_what_it_waits_for_when_it_is_stopped(hosts, number):
+    (hosts.folder / "becomes").write_text("PROVISIONING")
+    with launched(hosts, launch(hosts, "--detach"), "from launch import tpu; tpu._TICK = 0.1") as launcher:
+        once_there(hosts.folder / "state", "PROVISIONING")
+        launcher.send_signal(number)
+        assert launcher.wait(timeout=WAIT) == 130
+    assert hosts.calls().splitlines()[-1].startswith("queued-resources delete big") and not jobs.everything()
+
+
+def test_signals_end_no_deletion(hosts):
+    hosts.program("")
+    (hosts.folder / "slow").write_text("delete 1")
+    with launched(hosts, launch(hosts), "from launch import tpu; tpu._TICK = 0.1", start_new_session=True) as launcher:
+        once_there(hosts.folder / "heard")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.killpg(launcher.pid, number)  # as a terminal does
+            time.sleep(0.1)
+        assert launcher.wait(timeout=WAIT) == 0
+    assert not (hosts.folder / "state").exists() and jobs.everything()[0].status == 0
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "time-out"])
