@@ -23,6 +23,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import ROOT, here_or_shipped
 from ctllm_jax.common.quiet import quiet_libraries
 from ctllm_jax.common.status import EXIT_MISTAKE
+from ctllm_jax.common.stderr import lossy_stderr
 from ctllm_jax.verbs import VERBS, Option, Verb
 
 EXIT_CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE ended
@@ -87,7 +88,7 @@ def execute(name: str, verb: Verb, values: Mapping[str, Any], workdir: str | Non
     Raises:
       UserError: a library is missing, a value or the folder, or what the verb itself raises.
     """
-    with _quiet(verb):
+    with _quiet(verb), lossy_stderr():
         module, config = _configured(name, verb, values)
         if not workdir and verb.writes:
             raise UserError(f"{name}: give --workdir=DIR ({verb.workdir})")

@@ -216,6 +216,23 @@ def test_a_verbs_own_user_error_has_no_traceback(capsys, monkeypatch):
     assert (status, err) == (2, "ctllm: error: out: is on fire; pour water\n")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_under_standard_error_ends_no_work(monkeypatch, tmp_path):
+    def run(*_):
+        print("progress", file=sys.stderr, flush=True)
+        return {"done": True}
+
+    monkeypatch.setattr(convert, "run", run)
+    values = importlib.import_module("configs.convert").get_config().to_dict()
+    with open("/dev/full", "w", buffering=1) as full, open(os.devnull, "wb") as nothing:
+        monkeypatch.setattr(sys, "stderr", full)
+        with pytest.raises(OSError, match="No space left"):
+            run()
+        result = cli.execute("convert", VERBS["convert"], values, str(tmp_path))
+        os.dup2(nothing.fileno(), full.fileno())  # for what `close` writes
+    assert result == {"done": True}
+
+
 @pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt(), 130), (SystemExit(75), 75)])
 def test_an_interrupted_and_a_stopped_verb_have_statuses_of_their_own(capsys, monkeypatch, raised, status):
     def stop(config, workdir):

@@ -1,0 +1,44 @@
+"""Standard error on a disk that is full: its lines are lost, the work that they tell of goes on."""
+
+import contextlib
+import errno
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Lossy:
+    """A stream that drops what its disk has no room for."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with _unless_full():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _unless_full():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _unless_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+
+
+@contextlib.contextmanager
+def lossy_stderr() -> Iterator[None]:
+    """Inside the block, what is written to `sys.stderr` (`2> run.log`, a SLURM job's file) may be lost."""
+    with contextlib.redirect_stderr(_Lossy(sys.stderr)):
+        yield
