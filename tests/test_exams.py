@@ -282,6 +282,23 @@ def test_cmath_takes_the_last_two_numbers(text, numbers, key, right):
     assert exams.cmath(text) == numbers and agreement("near_number", numbers, [key]) == right
 
 
+@pytest.mark.parametrize(
+    ("answer", "key", "right"),
+    [
+        ("1" * 400, "3.5", False),  # no float is so large
+        ("3.5", "1" * 400, False),
+        ("1" * 400, "1" * 400, True),
+        (f"{'1' * 400}.5 3.5", "3.5", True),
+        (f"{'1' * 400}/{'2' * 400} {'1' * 400}%", "3.5", False),
+        (f"{'1' * 5000} 3.5", "3.5", True),  # more digits than Python reads as a whole number
+        ("1" * 5000, "3.5", False),
+    ],
+)
+def test_numbers_of_any_length_are_compared(answer, key, right):
+    assert agreement("near_number", exams.cmath(f"答案是{answer.replace(' ', '个，')}个。"), [key]) == right
+    assert agreement("near_number", answer, [key]) == right
+
+
 def test_cmrc_takes_what_follows_the_first_mark():
     assert exams.cmrc("答案是《甲》。答案是乙") == "《甲》。" and exams.cmrc("甲") == "甲"
     assert agreement("both_cleaned", "《甲》。", ["甲"]) == 1

@@ -109,6 +109,18 @@ def test_a_text_that_is_code_is_read_and_never_run():
     assert extract.humaneval("'    return 1'") == "    return 1"
 
 
+@pytest.mark.parametrize("text", ["{[]}", "{{}: 1}", "1" * 400 + "+1j", "1" * 5000, "(" * 1000, "1", "["])
+def test_a_text_that_is_no_literal_stays_as_it_is(text):
+    assert extract.humaneval(text) == "    " + text and extract.mbpp(text) == text
+
+
+def test_numbers_too_long_for_python_are_no_error():
+    for match in ("number", "lm_eval_number", "math", "math_strict", "math_v2"):
+        for digits in (400, 5000):
+            for answer in ("1" * digits, "1" * digits + ".5", f"{'1' * digits}/{'1' * digits}"):
+                assert agreement(match, answer, ["3"]) == 0
+
+
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [("a/b", "a/b", True), ("a/b", "b/a", False), ("\\sqrt", "\\sqrt", True), (None, None, True), (None, "1", False)],

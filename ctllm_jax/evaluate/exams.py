@@ -126,4 +126,7 @@ def _parsed(number: str) -> int | float:
 def _near(one: int | float, other: int | float) -> bool:
     if isinstance(one, int) and isinstance(other, int):
         return one == other
-    return abs(one - other) / (min(abs(one), abs(other)) + 1e-6) < 1e-2
+    try:
+        return abs(one - other) / (min(abs(one), abs(other)) + 1e-6) < 1e-2
+    except OverflowError:  # a whole number beyond all floats
+        return False

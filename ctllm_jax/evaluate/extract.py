@@ -150,7 +150,7 @@ def _unquoted(text: str) -> str:
     """The value of a Python string literal, where the text is one."""
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):  # "{[]}", "999...9+1j"
         return text
     return value if isinstance(value, str) else text
 
