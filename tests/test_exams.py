@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import pathlib
+import re
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 from test_declarations import DATA, needs_reference
 
@@ -297,6 +300,33 @@ def test_cmath_takes_the_last_two_numbers(text, numbers, key, right):
 def test_numbers_of_any_length_are_compared(answer, key, right):
     assert agreement("near_number", exams.cmath(f"答案是{answer.replace(' ', '个，')}个。"), [key]) == right
     assert agreement("near_number", answer, [key]) == right
+
+
+# As their authors have them; ours take no longer over a long run of digits or white space.
+AUTHORS = {
+    "answer_sheet": [r"【答案】\s*[:：]*\s*([A-Z])"],
+    "agieval_math": [r"(?:\$)?\d+(?:\.\d+)?(?![\w\d])"],
+    "in line": [
+        r"^(\d+[./]?\d*%?) ?(?=[\u4e00-\u9fa5,，。°℃$])",
+        r"(?<=[\u4e00-\u9fa5$:：，＝≈=->{]) ?(\d+[./]?\d*%?) ?(?:[\u4e00-\u9fa5,，。°℃$}（]|\([^\d\s]|\.$)",
+    ],
+    "fraction": [r"(\d+)分之(\d+)"],
+    "line end": [r"(?<=[\u4e00-\u9fa5$:：＝≈=\->]) ?(\d+[./]?\d*%?)$", r"^\d+[./]?\d*%?$"],
+}
+PARTS_OF_ANSWERS = [*"1205", "٣", *". / % $ = - > { } ( （ , ， 。 x A 元 : ：".split(), " ", "\t", "分之", "【答案】"]
+
+
+@hypothesis.settings(max_examples=500, deadline=None, derandomize=True)
+@hypothesis.given(st.lists(st.sampled_from(PARTS_OF_ANSWERS), max_size=12).map("".join))
+def test_answers_are_found_as_the_authors_patterns_find_them(text):
+    found = {name: [re.findall(pattern, text) for pattern in own] for name, own in AUTHORS.items()}
+    [sheet], [numbers] = found["answer_sheet"], found["agieval_math"]
+    assert exams.answer_sheet(text, len(sheet)) == "".join(sheet)
+    if not {"$", "="} & set(text):
+        assert exams.agieval_math(text) == (numbers[-1] if numbers else "")
+    assert [pattern.findall(text) for pattern in exams._IN_LINE] == found["in line"]
+    assert [exams._CHINESE_FRACTION.findall(text)] == found["fraction"]
+    assert [pattern.findall(text) for pattern in exams._LINE_END] == found["line end"]
 
 
 def test_cmrc_takes_what_follows_the_first_mark():

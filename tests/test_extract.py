@@ -2,7 +2,11 @@
 
 import gzip
 import json
+import re
+import time
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 from tiny_models import NO_REFERENCE, REFERENCE
 
@@ -10,6 +14,7 @@ from ctllm_jax.evaluate import extract, math_answers
 from ctllm_jax.evaluate.extract import EXTRACTORS, agreement, failed
 from ctllm_jax.evaluate.rows import PREPARE
 
+checked = hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
 needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason=NO_REFERENCE)
 
 OURS = {
@@ -128,3 +133,47 @@ def test_numbers_too_long_for_python_are_no_error():
 def test_answers_without_a_normal_form_are_compared_as_they_are(one, other, same):
     assert math_answers.equivalent(one, other) is same
     assert math_answers.equivalent_v2(one, other) is same
+
+
+# ---- Long texts
+
+# As OpenCompass has them, whose time grows with the third power of a text's white space.
+PROGRAMS = (
+    *(r"\[BEGIN\]\s*'(.*)'\s*\[DONE\]", r"BEGIN\s*'(.*)'\s*\[DONE\]", r"\[BEGIN\]\s*'(.*)'\s*DONE"),
+    *(r"BEGIN\s*'(.*)'\s*DONE", r"\[BEGIN\]\s*'(.*)\s*\[DONE\]", r"BEGIN\s*'(.*)\s*\[DONE\]"),
+    *(r"\[BEGIN\]\s*'(.*)\s*DONE", r"BEGIN\s*'(.*)\s*DONE", r"\[BEGIN\]\s*(.*)\s*\[DONE\]"),
+    *(r"BEGIN\s*(.*)\s*\[DONE\]", r"\[BEGIN\]\s*(.*)\s*DONE", r"BEGIN\s*(.*)\s*DONE", r"```python\s*(.*)\s*```"),
+    *(r"```\s*(.*)\s*```", r"```python\s*(.*)\s*$", r"```\s*(.*)\s*$", r"(.*)\s*```.*", r"\[BEGIN\]\s*'(.*)"),
+    *(r"\[BEGIN\](.*)", r"'(.*)'\s*\[DONE\]"),
+)
+MARKS = ["[BEGIN]", "BEGIN", "[DONE]", "DONE", "'", "```", "```python", "`", "[", "]", " ", "\n", "\u3000", "x", "\\_"]
+
+
+@checked
+@hypothesis.given(st.lists(st.sampled_from(MARKS), max_size=14).map("".join))
+def test_programs_are_found_as_the_published_patterns_find_them(text):
+    match = next((found for pattern in PROGRAMS if (found := re.search(pattern, text, re.DOTALL))), None)
+    program = (match.group(1) if match else text).split("```")[0]
+    assert extract.mbpp_2026(text) == re.split(r"'?\s*\[?DONE\]?", program)[0].replace("\\_", "_").strip()
+
+
+@checked
+@hypothesis.given(st.text(st.sampled_from("1023..٣x \n"), max_size=12))
+def test_decimals_that_are_whole_numbers_lose_their_zeros_as_published(text):
+    published = re.sub(r"(\d+)\.0+$", r"\1", re.sub(r"(\d+)\.0+([^\d])", r"\1\2", text))
+    assert math_answers._whole(text) == published
+
+
+@pytest.mark.parametrize(
+    ("extractor", "text"),
+    [
+        *(("mbpp_2026", start + " " * 4000 + end) for start in ("", "BEGIN", "```", "'") for end in ("", "x DONE")),
+        *(("agieval_math", "1" * 16_000 + "x"), ("cmath", "是" + "1" * 16_000 + "x")),
+        *(("answer_sheet", "【答案】" + " " * 40_000), ("whole", "1" * 40_000)),
+    ],
+)
+def test_a_long_text_is_read_at_once(extractor, text):
+    start = time.process_time()
+    extract.extracted(extractor, text, ["A"])
+    agreement("math_v2", text, ["A"])
+    assert time.process_time() - start < 1

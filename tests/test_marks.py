@@ -1,11 +1,16 @@
 """Marks read from judgements, against FastChat's and AlignBench's parsers, and what marks come to."""
 
 import json
+import re
+import time
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 from tiny_models import NO_REFERENCE, REFERENCE
 
+from ctllm_jax.evaluate.judged import verdict
 from ctllm_jax.evaluate.judged.marks import agreement, compared, graded, means, repeatability, summary
 from ctllm_jax.evaluate.judged.verdict import read_mark, read_preference
 
@@ -78,6 +83,27 @@ def test_fastchats_means():
 def test_a_mark_is_read_where_one_is_plainly_given(text, value, form):
     found = read_mark(text)
     assert (found.value, found.form) == (value, form)
+
+
+# The pattern of labelled marks in its plain form, whose time grows with the fourth power of the white space in it.
+LABEL = re.compile(
+    r"(?:评分|得分|分数|打分|总分|rating|score)[\"'*]*\s*(?:[:=为是]|is)?\s*(?:\*\*)?[\[【(]?\s*(-?[0-9]+(?:\.[0-9]*)?)"
+    r"(?:\s*/\s*10(?![0-9/])|\s*分)?(?!\s*/|[0-9%]|\.[0-9])",
+    re.IGNORECASE,
+)
+JUDGED = ["评分", "Score", *"8 1 . - / 10 分 % [ ( 【 * ** \" ' : = 是 is".split(), " ", " \n"]
+
+
+@hypothesis.settings(max_examples=500, deadline=None, derandomize=True)
+@hypothesis.given(st.lists(st.sampled_from(JUDGED), max_size=12).map(lambda parts: "评分" + "".join(parts)))
+def test_labelled_marks_are_found_as_the_plain_pattern_finds_them(text):
+    assert verdict._LABEL.findall(text) == LABEL.findall(text)
+
+
+def test_a_long_judgement_is_read_at_once():
+    start = time.process_time()
+    assert read_mark("评分" + " " * 40_000).form == "missing"
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

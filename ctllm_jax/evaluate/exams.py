@@ -20,7 +20,7 @@ def several_options(text: str) -> str:
 
 def answer_sheet(text: str, wanted: int) -> str:
     """The letters behind each 【答案】 if they are as many as wanted, else as many of the first capitals."""
-    marked = re.findall(r"【答案】\s*[:：]*\s*([A-Z])", text)
+    marked = re.findall(r"【答案】\s*+(?:[:：]++\s*+)?([A-Z])", text)
     return "".join(marked if len(marked) == wanted else re.findall("[A-Z]", text)[:wanted])
 
 
@@ -62,7 +62,7 @@ def agieval_math(text: str) -> str:
         return answer
     if "=" in text:
         return text.split("=")[-1].lstrip(" ").rstrip(".").split("\\n")[0]
-    numbers = re.findall(r"(?:\$)?\d+(?:\.\d+)?(?![\w\d])", text)
+    numbers = re.findall(r"\$?(?<!\d)\d++(?:\.\d++)?(?!\w)", text)
     return numbers[-1] if numbers else ""
 
 
@@ -80,13 +80,15 @@ def cmrc(text: str) -> str:
 
 # ---- CMATH
 
+# Possessive (++): a run of digits is taken whole or not at all, or a long one would be tried in all its parts.
+_NUMBER = r"\d++(?:[./]\d*+)?%?"
 _LATEX_FRACTION = re.compile(r"\\frac{([^}]+)}{([^}]+)}")
 _IN_LINE = (  # numbers and what may stand around them, in this order
-    re.compile(r"^(\d+[./]?\d*%?) ?(?=[\u4e00-\u9fa5,，。°℃$])"),
-    re.compile(r"(?<=[\u4e00-\u9fa5$:：，＝≈=->{]) ?(\d+[./]?\d*%?) ?(?:[\u4e00-\u9fa5,，。°℃$}（]|\([^\d\s]|\.$)"),
+    re.compile(rf"^({_NUMBER}) ?(?=[\u4e00-\u9fa5,，。°℃$])"),
+    re.compile(rf"(?<=[\u4e00-\u9fa5$:：，＝≈=->{{]) ?({_NUMBER}) ?(?:[\u4e00-\u9fa5,，。°℃$}}（]|\([^\d\s]|\.$)"),
 )
-_CHINESE_FRACTION = re.compile(r"(\d+)分之(\d+)")
-_LINE_END = (re.compile(r"(?<=[\u4e00-\u9fa5$:：＝≈=\->]) ?(\d+[./]?\d*%?)$"), re.compile(r"^\d+[./]?\d*%?$"))
+_CHINESE_FRACTION = re.compile(r"(?<!\d)(\d++)分之(\d+)")
+_LINE_END = (re.compile(rf"(?<=[\u4e00-\u9fa5$:：＝≈=\->]) ?({_NUMBER})$"), re.compile(rf"^{_NUMBER}$"))
 
 
 def cmath(text: str) -> str:

@@ -240,22 +240,35 @@ def mbpp(text: str) -> str:
     return text.strip().removeprefix("'").removesuffix("'").replace("\\", "")
 
 
-# In order; the first that matches is taken.
+# What a program stands between, in order: the first that is found counts. OpenCompass's, but for one that comes after
+# another that is found wherever it is.
 _PROGRAMS = (
-    *(r"\[BEGIN\]\s*'(.*)'\s*\[DONE\]", r"BEGIN\s*'(.*)'\s*\[DONE\]", r"\[BEGIN\]\s*'(.*)'\s*DONE"),
-    *(r"BEGIN\s*'(.*)'\s*DONE", r"\[BEGIN\]\s*'(.*)\s*\[DONE\]", r"BEGIN\s*'(.*)\s*\[DONE\]"),
-    *(r"\[BEGIN\]\s*'(.*)\s*DONE", r"BEGIN\s*'(.*)\s*DONE", r"\[BEGIN\]\s*(.*)\s*\[DONE\]"),
-    *(r"BEGIN\s*(.*)\s*\[DONE\]", r"\[BEGIN\]\s*(.*)\s*DONE", r"BEGIN\s*(.*)\s*DONE", r"```python\s*(.*)\s*```"),
-    *(r"```\s*(.*)\s*```", r"```python\s*(.*)\s*$", r"```\s*(.*)\s*$", r"(.*)\s*```.*", r"\[BEGIN\]\s*'(.*)"),
-    *(r"\[BEGIN\](.*)", r"'(.*)'\s*\[DONE\]"),
+    *((r"\[BEGIN\]\s*'", r"'\s*\[DONE\]"), (r"BEGIN\s*'", r"'\s*\[DONE\]"), (r"\[BEGIN\]\s*'", r"'\s*DONE")),
+    *((r"BEGIN\s*'", r"'\s*DONE"), (r"\[BEGIN\]\s*'", r"\[DONE\]"), (r"BEGIN\s*'", r"\[DONE\]")),
+    *((r"\[BEGIN\]\s*'", "DONE"), (r"BEGIN\s*'", "DONE"), (r"\[BEGIN\]\s*", r"\[DONE\]"), (r"BEGIN\s*", r"\[DONE\]")),
+    *((r"\[BEGIN\]\s*", "DONE"), (r"BEGIN\s*", "DONE"), (r"```python\s*", "```"), (r"```\s*", "```")),
+    *((r"```python\s*", r"\Z"), (r"```\s*", r"\Z"), (r"\[BEGIN\]\s*'", r"\Z"), (r"\[BEGIN\]", r"\Z")),
+    *((r"'", r"'\s*\[DONE\]"),),
 )
+
+
+def _between(text: str, opener: str, closer: str) -> str | None:
+    """What stands between the first opener and the last closer behind it: what `opener(.*)closer` catches, in a time
+    that grows with the text's length alone."""
+    if not (opened := re.search(opener, text)):
+        return None
+    ends = [closed.start() for closed in re.compile(f"(?={closer})").finditer(text, opened.end())]
+    return text[opened.end() : ends[-1]] if ends else None
 
 
 def mbpp_2026(text: str) -> str:
     """The same by OpenCompass's later rules."""
-    match = next((found for pattern in _PROGRAMS if (found := re.search(pattern, text, re.DOTALL))), None)
-    text = (match.group(1) if match else text).split("```")[0]
-    return re.split(r"'?\s*\[?DONE\]?", text)[0].replace("\\_", "_").strip()
+    programs = (_between(text, *marks) for marks in _PROGRAMS)
+    text = next((program for program in programs if program is not None), text).split("```")[0]
+    before, done, _ = text.partition("DONE")
+    if done:
+        before = before.removesuffix("[").rstrip().removesuffix("'")
+    return before.replace("\\_", "_").strip()
 
 
 EXTRACTORS: dict[str, Callable[[str], str]] = {

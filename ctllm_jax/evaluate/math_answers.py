@@ -161,11 +161,17 @@ def _plain_v2(text: str) -> str:
     text = re.sub(r"\\mbox{.*?}", "", _without(text.replace("+\\inity", "\\infty"), "and", "\\mathbf"))
     if "j" in text and "i" not in text:
         text = text.replace("j", "i")
-    text = re.sub(r"(\d+)\.0+$", r"\1", re.sub(r"(\d+)\.0+([^\d])", r"\1\2", text))
+    text = _whole(text)
     if not text:
         return text
     text = re.sub(r"\\sqrt(\w+)", r"\\sqrt{\1}", _value(text))
     return _quotient(_fractions(text.replace(" ", "")))
+
+
+def _whole(text: str) -> str:
+    """Decimals that are whole numbers without their zeros. The digits are looked back at, not matched: of a long run of
+    them all parts would be tried."""
+    return re.sub(r"(?<=\d)\.0+$", "", re.sub(r"(?<=\d)\.0+([^\d])", r"\1", text))
 
 
 def _value(text: str) -> str:

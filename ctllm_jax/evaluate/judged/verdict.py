@@ -16,8 +16,9 @@ _NUMBER = r"(-?[0-9]+(?:\.[0-9]*)?)"
 _OF_TEN = r"(?:\s*/\s*10(?![0-9/])|\s*分)?"
 _BRACKETS = re.compile(rf"(?:\[\[|【【)\s*{_NUMBER}{_OF_TEN}\s*(?:\]\]|】】)")
 _LABEL = re.compile(
-    r"(?:评分|得分|分数|打分|总分|rating|score)[\"'*]*\s*(?:[:=为是]|is)?\s*"
-    rf"(?:\*\*)?[\[【(]?\s*{_NUMBER}{_OF_TEN}(?!\s*/|[0-9%]|\.[0-9])",
+    # Possessive (*+): white space is taken whole, or a long run would be divided among its places in all ways.
+    r"(?:评分|得分|分数|打分|总分|rating|score)[\"'*]*+\s*+(?:(?:[:=为是]|is)\s*+)?"
+    rf"(?:\*\*\s*+|(?:\*\*)?[\[【(]\s*+)?{_NUMBER}{_OF_TEN}(?!\s*/|[0-9%]|\.[0-9])",
     re.IGNORECASE,
 )
 _PLAIN = re.compile(
