@@ -170,7 +170,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._send(200, b'{"choices": [{"message": {"content": ""}, "finish_reason": "length"}]}')
 
     def half_a_character(self):
-        self._send(200, rb'{"choices": [{"message": {"content": "\ud83d [[7]]"}}], "usage": {"prompt_tokens": -1}}')
+        self._send(
+            200,
+            rb'{"model": "m\ud83d", "choices": [{"message": {"content": "\ud83d [[7]]"}, '
+            rb'"finish_reason": "\udc00"}], "usage": {"prompt_tokens": -1}}',
+        )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 from tiny_models import NO_REFERENCE, REFERENCE
 
+from ctllm_jax.common.files import write_jsonl
 from ctllm_jax.evaluate import extract, math_answers
 from ctllm_jax.evaluate.extract import EXTRACTORS, agreement, failed
 from ctllm_jax.evaluate.rows import PREPARE
@@ -117,6 +118,13 @@ def test_a_text_that_is_code_is_read_and_never_run():
 @pytest.mark.parametrize("text", ["{[]}", "{{}: 1}", "1" * 400 + "+1j", "1" * 5000, "(" * 1000, "1", "["])
 def test_a_text_that_is_no_literal_stays_as_it_is(text):
     assert extract.humaneval(text) == "    " + text and extract.mbpp(text) == text
+
+
+def test_a_literal_that_cannot_be_written_down_stays_as_it_is(tmp_path):
+    text = "'x = \\ud83d'"
+    assert extract.humaneval(text) == "    " + text and extract.humaneval("'\\ud83d\\ude00'") == "    '\\ud83d\\ude00'"
+    assert extract.humaneval("'\\U0001f600'") == "    \U0001f600"
+    write_jsonl(tmp_path / "log.jsonl", [{"mbpp": extract.mbpp(text), "humaneval": extract.humaneval(text)}])
 
 
 def test_numbers_too_long_for_python_are_no_error():

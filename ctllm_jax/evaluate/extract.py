@@ -12,6 +12,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
+from ctllm_jax.data.tokenizer import lone_surrogate
 from ctllm_jax.evaluate import exams, harness, replies
 from ctllm_jax.evaluate.math_answers import equivalent_plain, equivalent_v2, final_answer, final_answer_v2
 
@@ -147,12 +148,12 @@ def gsm8k_flexible(text: str) -> str:
 
 
 def _unquoted(text: str) -> str:
-    """The value of a Python string literal, where the text is one."""
+    """The value of a Python string literal, where the text is one, and of a text that UTF-8 can hold."""
     try:
         value = ast.literal_eval(text)
+        return text if not isinstance(value, str) or lone_surrogate(value) else value
     except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):  # "{[]}", "999...9+1j"
         return text
-    return value if isinstance(value, str) else text
 
 
 def _first_block(text: str) -> str:

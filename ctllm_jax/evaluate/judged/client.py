@@ -172,12 +172,17 @@ def _reply(raw: str) -> dict:
         text = ""
     counts = usage if isinstance(usage, dict) else {}
     return {
-        "text": text.encode("utf-8", "replace").decode(),  # half a surrogate pair, as JSON can escape it
-        "finish": finish if isinstance(finish, str) else None,
-        "model": model if isinstance(model, str) else None,
+        "text": _writable(text),
+        "finish": _writable(finish) if isinstance(finish, str) else None,
+        "model": _writable(model) if isinstance(model, str) else None,
         "prompt_tokens": _count(counts.get("prompt_tokens")),
         "completion_tokens": _count(counts.get("completion_tokens")),
     }
+
+
+def _writable(text: str) -> str:
+    """A text that UTF-8 can hold: half a surrogate pair, as JSON can escape it, becomes a question mark."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _count(value: object) -> int | None:
