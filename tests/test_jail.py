@@ -3,7 +3,9 @@
 import gzip
 import json
 import os
+import shutil
 import socket
+import subprocess
 
 import pytest
 from tiny_models import NO_REFERENCE, REFERENCE
@@ -33,6 +35,26 @@ def test_a_program_passes_when_it_runs_to_its_end():
         "def f(:": False,
     }
     assert run_programs(list(programs), LIMITS) == list(programs.values())
+
+
+CHINESE = "def 加(甲, 乙):\n    return 甲 + 乙\nassert 加('中', '文') == '\\u4e2d\\u6587'"
+
+
+@pytest.mark.parametrize("language", ["zh_CN.GBK", "C", "C.UTF-8"])
+def test_a_program_is_the_same_in_every_locale(language, tmp_path, monkeypatch):
+    """C has Python read UTF-8 by itself; GBK is made here, for few machines have it."""
+    if language == "zh_CN.GBK":
+        made = shutil.which("localedef") and subprocess.run(
+            ["localedef", "-i", "zh_CN", "-f", "GBK", str(tmp_path / language)], capture_output=True, check=False
+        )
+        if not made or made.returncode:
+            pytest.skip("no locale of GBK can be made here (localedef, and Debian's package locales)")
+        monkeypatch.setenv("LOCPATH", str(tmp_path))
+    monkeypatch.setenv("LC_ALL", language)
+    programs = [CHINESE, CHINESE.replace("中", "国")]
+    assert run_programs(programs, LIMITS, isolate=False) == [True, False]
+    if jail.isolated() is None:
+        assert run_programs(programs, LIMITS) == [True, False]
 
 
 @needs_isolation

@@ -42,8 +42,8 @@ class Limits:
 _CHILD = r"""
 import ctypes, json, os, resource, signal, sys
 
-order = json.loads(sys.stdin.readline())
-program = sys.stdin.read()
+order = json.loads(sys.stdin.buffer.readline())
+program = sys.stdin.buffer.read()  # as it came, in UTF-8: what the locale makes of it would be another program
 libc = ctypes.CDLL(None, use_errno=True)
 
 def must(result, what):
@@ -55,7 +55,8 @@ def enter():
     if os.getuid() == 0:  # nobody may not look into a home where Python is: it gets a view of its own
         must(libc.unshare(MOUNT), "unshare")
         must(libc.mount(None, b"/", None, 0x4000 | 0x40000, None), "mount private")
-        must(libc.mount(sys.base_prefix.encode(), order["python"].encode(), None, 0x1000 | 0x4000, None), "mount bind")
+        python, view = os.fsencode(sys.base_prefix), os.fsencode(order["python"])
+        must(libc.mount(python, view, None, 0x1000 | 0x4000, None), "mount bind")
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -69,7 +70,7 @@ def enter():
     attributes = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # MOUNT_ATTR_RDONLY, on everything
     must(libc.syscall(442, -100, b"/", 0x8000, attributes, 32), "mount_setattr")
     size = f"size={order['files']},mode=777".encode()
-    must(libc.mount(b"jail", order["work"].encode(), b"tmpfs", 2 | 4, size), "mount tmpfs")  # nosuid, nodev
+    must(libc.mount(b"jail", os.fsencode(order["work"]), b"tmpfs", 2 | 4, size), "mount tmpfs")  # nosuid, nodev
 
 prefix = sys.base_prefix
 if order["isolated"]:
@@ -87,7 +88,7 @@ for limit, value in (
     (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0),
 ):
     resource.setrlimit(limit, (value, value))
-with open("program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
+with open("program.py", "wb") as file:
     file.write(program)
 text = (
     "import os, sys\n"
