@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import tiny_model, write_jsonl
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.evaluate import engine
+from ctllm_jax.evaluate import benchmark, engine
 from ctllm_jax.evaluate import run as eval_verb
-from ctllm_jax.evaluate.benchmark import evaluate_block, summary
+from ctllm_jax.evaluate.benchmark import answer, ask, evaluate_block, summary
+from ctllm_jax.evaluate.cache import Cache
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
 from ctllm_jax.evaluate.devices import on_each_device
 from ctllm_jax.evaluate.encoding import encode_open, encode_options
@@ -199,6 +203,41 @@ def test_strays_count_as_wrong_and_chance_is_told(model, tmp_path):
     assert score["macro"]["mean"] == score["micro"]["mean"] == pytest.approx(2 / 3)
     assert score["groups"]["first"]["macro"]["mean"] == 0.5 and score["groups"]["second"]["macro"]["mean"] == 1
     assert sorted(score["subsets"]) == ["one", "three", "two"]
+
+
+@pytest.mark.parametrize("kind", ["lm_eval", "rolling"])
+def test_a_model_of_nan_is_told_by_its_first_item_and_nothing_is_kept(model, tmp_path, kind):
+    text = (
+        'source = "this test"\nkind = "rolling"\nsplit = "test"\nquestion = "{q}"\n'
+        + WRITTEN[WRITTEN.index("[files]") :]
+    )
+    found = loaded(tmp_path, text=text) if kind == "rolling" else loaded(tmp_path, kind)
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * jnp.nan, model.params))
+    subset, items = list(found.items.items())[-1]
+    block = ask(broken, found, subset, items, True)
+    cache = Cache(tmp_path / "cache", "m")
+    first = 0 if kind == "rolling" else 1  # as if the answers to the item before were known
+    claim = cache.claim(block.groups[first:])
+    with pytest.raises(
+        UserError, match=f"{found.task.name}.*, item {items[first].id}: .* NaN.*config.step.*config.dtype=float32"
+    ):
+        cache.answer(claim, lambda groups: answer(broken, block, groups, BATCH, "x"))
+    assert list((tmp_path / "cache").rglob("*.tsv")) == []
+
+
+def test_what_a_model_holds_for_impossible_is_a_score(model, tmp_path, monkeypatch):
+    """Of an option whose log-probability is minus infinity another one is picked."""
+    found = loaded(tmp_path, "lm_eval")
+    items = found.items["two"][:1]
+    score = benchmark.score_groups
+
+    def impossible(*arguments):
+        [[first, *others]] = score(*arguments)
+        return [[dataclasses.replace(first, sum_logprob=-math.inf, whole_logprob=-math.inf), *others]]
+
+    monkeypatch.setattr(benchmark, "score_groups", impossible)
+    [entry] = evaluate_block(model, found, "two", items, True, BATCH)
+    assert entry["logprobs"][0] == -math.inf and entry["picked"]["sum"] != 0
 
 
 # ---- The verb

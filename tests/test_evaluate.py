@@ -168,6 +168,9 @@ def test_stores_that_do_not_fit_the_model_are_refused(model, tmp_path):
     short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=32))
     with pytest.raises(UserError, match="rows of 48 tokens"):
         perplexity([short], store, config, 100)
+    broken = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * float("nan"), model.params))
+    with pytest.raises(UserError, match="row 0 of validation: .* gives a log-probability that is NaN"):
+        perplexity([broken], store, config, 100)
     store.info["tokenizer"]["digest"] = "other"
     with pytest.raises(UserError, match="another tokenizer"):
         perplexity([model], store, config, 100)

@@ -20,7 +20,7 @@ from ctllm_jax.evaluate.encoding import Opening, encode_open, encode_options, en
 from ctllm_jax.evaluate.engine import Request, Score, score_groups
 from ctllm_jax.evaluate.extract import UNDECIDED, agreement, extracted, failed, until_stop
 from ctllm_jax.evaluate.jail import Limits, run_programs
-from ctllm_jax.evaluate.scoring import joined, windows
+from ctllm_jax.evaluate.scoring import joined, no_number, windows
 from ctllm_jax.evaluate.summary import item_score, mean, mean_f1, perplexity, summarise
 from ctllm_jax.generate import generate
 from ctllm_jax.loading import LoadedModel
@@ -94,13 +94,35 @@ def ask(model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item]
 def answer(
     model: LoadedModel, block: Block, groups: Groups, batch_tokens: int, label: str
 ) -> list[list[Score]] | list[list[list[int]]]:
-    """What the model says to `groups`, some requests of the block: scores, or the ids that it goes on with."""
+    """What the model says to `groups`, some requests of the block: scores, or the ids that it goes on with.
+
+    Raises:
+      UserError: a score is no number.
+    """
     if block.benchmark.task.kind != "generate":
-        return score_groups(model, groups, batch_tokens, label)
+        scores = score_groups(model, groups, batch_tokens, label)
+        _refuse_nan(model, block, groups, scores)
+        return scores
     greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
     openings = [opening for [opening] in groups]
     limits = {"max_tokens": openings[0].max_tokens, "stop_ids": openings[0].stop_ids}  # the same for all of a task
     return [[ids] for ids in generate(model, [opening.ids for opening in openings], **limits, **greedy)]
+
+
+def _refuse_nan(model: LoadedModel, block: Block, groups: Groups, scores: list[list[Score]]) -> None:
+    """UserError that names the first item with a log-probability that is NaN."""
+    for group, own in zip(groups, scores, strict=True):
+        for request, found in zip(group, own, strict=True):
+            if math.isnan(found.whole_logprob):
+                raise no_number(model, f"{block.label}, item {_asking(block, request)}")
+
+
+def _asking(block: Block, request: Request) -> str:
+    """The id of the first item that asks a request."""
+    counts = [count for _, count in block.encoded] if block.benchmark.task.kind == "rolling" else [1] * len(block.items)
+    owners = [item for item, count in zip(block.items, counts, strict=True) for _ in range(count)]
+    names = ({one.name for one in group} for group in block.groups)
+    return next(item.id for item, own in zip(owners, names, strict=True) if request.name in own)
 
 
 def entries(model: LoadedModel, block: Block, answers: Groups, isolate: bool = True) -> list[dict]:

@@ -18,7 +18,7 @@ from ctllm_jax.common.progress import Progress
 from ctllm_jax.data.batches import row_arrays
 from ctllm_jax.data.store import TokenStore
 from ctllm_jax.evaluate.devices import spread
-from ctllm_jax.evaluate.scoring import next_token_logprobs
+from ctllm_jax.evaluate.scoring import next_token_logprobs, no_number
 from ctllm_jax.loading import LoadedModel, check_ids
 
 
@@ -45,8 +45,8 @@ def perplexity(models: Sequence[LoadedModel], store: TokenStore, config: Perplex
       for chat stores, whose rows count bytes that are not predicted.
 
     Raises:
-      UserError: another tokenizer's store, a preference store, rows beyond the model's context, or no such
-        split.
+      UserError: another tokenizer's store, a preference store, rows beyond the model's context, no such split, or a
+        log-probability that is no number.
     """
     model = models[0]
     if store.kind == "preference":
@@ -66,7 +66,11 @@ def perplexity(models: Sequence[LoadedModel], store: TokenStore, config: Perplex
 
     def work(model: LoadedModel, job: tuple[str, int, list[dict]]) -> tuple[str, int, list[tuple]]:
         source, start, batch = job
-        return source, start, _row_sums(model, unigram_V, batch, size)
+        rows = _row_sums(model, unigram_V, batch, size)
+        for number, (nll, *_) in enumerate(rows, start):
+            if math.isnan(nll):
+                raise no_number(model, f"{store.folder}, {source}, row {number} of {config.split}")
+        return source, start, rows
 
     with Progress("perplexity", sum(sources.values()), "rows") as progress:
         for source, start, rows in spread(models, work, _batches(store, config.split, sources, size)):

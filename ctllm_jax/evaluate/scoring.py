@@ -77,6 +77,15 @@ def fitted(model: LoadedModel, context: Ids, continuation: Ids, name: int | str)
     return Request([*context, *continuation][cut:], len(context) - cut, cut)
 
 
+def no_number(model: LoadedModel, place: str) -> UserError:
+    """The error for a log-probability that is NaN, of what `place` names. Minus infinity, of what a model holds for
+    impossible, is one to go by; NaN would be the largest of all."""
+    return UserError(
+        f"{place}: {model.name} gives a log-probability that is NaN. Its parameters hold NaN, or numbers too large for "
+        "its dtype: take an earlier checkpoint (config.step), or config.dtype=float32"
+    )
+
+
 def windows(model: LoadedModel, ids: Ids, opening: int) -> list[Request]:
     """A whole document, every token scored once, in disjoint windows of the context length (as lm-eval-harness does).
 
