@@ -14,7 +14,7 @@ from tiny_models import write_jsonl
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json, read_jsonl
-from ctllm_jax.evaluate.judged import prompts
+from ctllm_jax.evaluate.judged import client, prompts
 from ctllm_jax.evaluate.judged.client import JudgeConfig
 from ctllm_jax.evaluate.judged.collect import BudgetConfig, CallConfig
 from ctllm_jax.evaluate.judged.run import JudgingConfig, run
@@ -89,6 +89,11 @@ def test_retry_after_holds_all_requests_back(tmp_path, answers):
     with serve(Judge(rude=rude)) as url:
         run(config(answers, url, at_once=1), str(tmp_path / "marks"))
     assert 0.95 < times[1] - times[0] < 3
+
+
+def test_a_retry_after_that_is_none_is_no_pause():
+    for value in ("", "soon", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"):
+        assert client._retry_after({"Retry-After": value}) is None
 
 
 def test_a_judge_that_is_down_for_a_while_is_waited_for(tmp_path, answers):
