@@ -27,7 +27,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import is_remote
 from ctllm_jax.metrics.definitions import find
 from ctllm_jax.mirror import prepare_paths, remote_of
-from ctllm_jax.processes import votes
+from ctllm_jax.processes import together, votes
 from ctllm_jax.save_barrier import SaveBarrier
 
 PAUSES = (5, 10, 20, 40, 80, 160)  # seconds before a save that failed is tried again; after the last one it is given up
@@ -121,7 +121,17 @@ class Checkpoints:
             best = functools.partial(policies.BestN, get_metric_fn=config.goodness)  # of equals the newer stays
             keep.append(best(n=config.keep_best, keep_checkpoints_without_metrics=False))
         self._keep = policies.AnyPreservationPolicy(keep)
+        together(self._prepare)
         self._manager: ocp.CheckpointManager | None = self._open()  # None after a failure
+
+    def _prepare(self) -> None:
+        """Asks the storage what opening a manager does; clears away what was cut short, of which Orbax would only hear
+        the outcome in the next save, where one process must not fail alone."""
+        if self.folder.exists():
+            if jax.process_index() == 0:
+                for leftover in ocp.utils.tmp_checkpoints(self.folder, temporary_path_cls=self._temporary):
+                    leftover.get().rmtree(missing_ok=True)
+            ocp.utils.checkpoint_steps(self.folder)
 
     def _open(self) -> ocp.CheckpointManager:
         name = f"after-{self._lost}"
@@ -132,7 +142,6 @@ class Checkpoints:
                 preservation_policy=self._keep,
                 best_fn=self._config.goodness,  # without it no metrics are written
                 enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,
                 temporary_path_class=self._temporary,
                 async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT, barrier_sync_fn=self._barrier),
                 multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name),
@@ -219,17 +228,36 @@ class Checkpoints:
             self._manager.close()
 
     def _start(self, step: int, items: ocp.args.Composite, metrics: dict | None) -> None:
+        """Begins a save; an error is for `_settle`."""
         self._saving, self._saved_at = step, time.monotonic()
+        # From here on process 0 goes to the storage between barriers that are collectives. An error there takes it on
+        # to the next step while the others wait for it. So all look first, and none begins where one cannot.
+        if not votes(self._tried(functools.partial(self._look, step))).all():
+            return
+        if not self._tried(functools.partial(self._save, step, items, metrics)) and self._barrier is not None:
+            self._barrier.absent()
+
+    def _look(self, step: int) -> None:
+        """Asks the storage what the beginning of a save does."""
+        if self._manager is None:
+            self._prepare()
+        (self.folder / str(step)).exists()
+
+    def _save(self, step: int, items: ocp.args.Composite, metrics: dict | None) -> None:
+        if self._manager is None:
+            self._manager = self._open()
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def _tried(self, action: Callable[[], Any]) -> bool:
+        """Whether it went well here; takes note of what the storage says if not."""
         try:
-            if self._manager is None:
-                self._manager = self._open()
-            self._manager.save(step, args=items, metrics=metrics)
+            action()
         except Exception as error:
             if not isinstance(error, OSError) and not self._remote:  # gs:// has libraries with errors of their own
                 raise
             self._error = error
-            if self._barrier is not None:
-                self._barrier.absent()
+            return False
+        return True
 
     def _settle(self) -> None:
         """Waits for the save under way and takes note of how it ended, in any process.

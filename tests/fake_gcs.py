@@ -62,11 +62,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 raise _Refused(404, f"{url.path} is nothing that this server knows")
             place = [urllib.parse.unquote(part or "") for part in found.groups()]
             with self.server.lock:
+                self._refuse()
                 status, content, headers = answer(place, query, body)
         except _Refused as refusal:
             status, said = refusal.args
             content, headers = {"error": {"code": status, "message": said, "errors": []}}, {}
         self._answer(status, content if isinstance(content, bytes) else json.dumps(content).encode(), headers)
+
+    def _refuse(self) -> None:
+        address, refusals = urllib.parse.unquote_plus(self.path), self.server.refusals
+        if refusals and refusals[0] in address:
+            raise _Refused(403, f"{refusals.pop(0)} is not for you")
 
     # ---- What can be asked: (status, content, headers)
 
@@ -239,9 +245,10 @@ def serving(root: pathlib.Path) -> Iterator[_Server]:
     """Serves the folders below `root` as buckets.
 
     `.requests` lists what was asked for, `.server_port` is the port; while `.down` is True it hangs up on everybody.
+    The next request whose address holds the first text of `.refusals` is refused, and the text taken off.
     """
     server = _Server(("127.0.0.1", 0), _Handler)
-    server.root, server.requests, server.down = root, [], False
+    server.root, server.requests, server.down, server.refusals = root, [], False, []
     server.lock, server.uploads, server.numbers = threading.RLock(), {}, itertools.count(1)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

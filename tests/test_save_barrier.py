@@ -1,14 +1,22 @@
 """Barriers of a save: two processes, here threads, over a coordination service that is a dictionary."""
 
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
+from fake_gcs import serving, settings
 
 from ctllm_jax import processes
 from ctllm_jax.save_barrier import SaveBarrier
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 COMMIT, END = "after-0_async_write_complete.5", "after-0_ThreadSaveMultiHostValueHolder:set_value_start"
 
@@ -107,3 +115,61 @@ def test_who_does_not_come_is_waited_for_no_longer_than_asked(pair):
     _, one, _, _ = pair
     with pytest.raises(TimeoutError, match="not all processes came to"):
         one(key=COMMIT, timeout_ms=100)
+
+
+SAVES = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ctllm_jax import checkpoint, processes
+
+checkpoint.PAUSES = (0,) * 4
+with processes.job():
+    spread = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+    moved = jax.jit(lambda x: x + jnp.sum(x), out_shardings=spread)  # a collective, as a step has them
+    x = jax.make_array_from_callback((8,), spread, lambda index: np.arange(8.0, dtype=np.float32)[index])
+    policy = checkpoint.CheckpointConfig(every=1, minutes=0, kept=9, keep_every=0, keep_best=0)
+    checkpoints = checkpoint.Checkpoints(sys.argv[1], policy, ask_every=1)
+    for step in (1, 2, 3):
+        x = moved(x)
+        checkpoints.save(step, {"x": x}, {"y": x}, {"step": step}, wait=True)
+    checkpoints.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["prefix=run/checkpoints/2/", "name=run/checkpoints/2/record/metadata"])
+def test_a_storage_that_refuses_one_of_two_a_look_fails_the_save_of_both_and_is_got_over(tmp_path, first):
+    """Refused are the look for a step that is to be written, or its record; then what the next attempt begins with."""
+    (tmp_path / "bucket").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    with serving(tmp_path) as server:
+        server.refusals += [first, "prefix=run/checkpoints/&"]
+        variables = {**os.environ, **settings(server), "JAX_NUM_CPU_DEVICES": "2"}
+        variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", SAVES, "gs://bucket/run"],
+                cwd=ROOT,
+                env={**variables, "JAX_PROCESS_ID": index},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in "01"
+        ]
+        try:
+            logs = [process.communicate(timeout=120)[1] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        assert not server.refusals
+    assert [process.returncode for process in running] == [0, 0], "\n".join(logs)
+    said = "the checkpoint of step 2 could not be written ("
+    assert all(log.count(said) == 2 and "attempt 2 in 0 s" in log and "attempt 3 in 0 s" in log for log in logs)
+    assert "Forbidden" in "".join(logs)
+    steps = (tmp_path / "bucket" / "run" / "checkpoints").iterdir()
+    assert {path.name: (path / "commit_success.txt").exists() for path in steps} == {"1": True, "2": True, "3": True}
