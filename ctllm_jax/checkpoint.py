@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import Unanswered, UserError
 from ctllm_jax.common.files import is_remote
 from ctllm_jax.metrics.definitions import find
 from ctllm_jax.mirror import prepare_paths, remote_of
@@ -286,11 +286,10 @@ class Checkpoints:
         cause = message(error) if error else f"process {int(failed.argmax())} says why"
         what = f"{self.folder}: the checkpoint of step {step} could not be written ({cause})"
         if self._failures > len(PAUSES):
-            raise UserError(
-                f"{what}, nor could the {len(PAUSES)} attempts before it. Checkpoints there: "
-                f"{_steps_in(self.folder)}. Make room or mend the disk; the same command goes on "
-                "from the newest"
-            ) from error
+            what += f", nor could the {len(PAUSES)} attempts before it. Checkpoints there: {_steps_in(self.folder)}"
+            if self._remote:
+                raise Unanswered(f"{what}. The same command goes on from the newest") from error
+            raise UserError(f"{what}. Make room or mend the disk; the same command goes on from the newest") from error
         pause = PAUSES[self._failures - 1]
         self._retry_at = time.monotonic() + pause
         print(f"train: {what}; attempt {self._failures + 1} in {pause} s", file=sys.stderr)

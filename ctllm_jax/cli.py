@@ -22,7 +22,7 @@ from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import ROOT, here_or_shipped
 from ctllm_jax.common.quiet import quiet_libraries
-from ctllm_jax.common.status import EXIT_MISTAKE
+from ctllm_jax.common.status import status_of
 from ctllm_jax.common.stderr import lossy_stderr
 from ctllm_jax.verbs import VERBS, Option, Verb
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the `ctllm` script.
 
     Exit status: 0 done, 1 an error of ours, 2 the user's to mend, 69 another process of the job is gone (134 where JAX
-    noticed first), 75 stopped and saved, 130 interrupted, 141 nobody read the output on.
+    noticed first) or a storage does not answer, 75 stopped and saved, 130 interrupted, 141 nobody read the output on.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.flush()  # here, where a closed pipe can still be dealt with
     except UserError as error:
         print(f"ctllm: error: {error}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
+        sys.exit(status_of(error))
     except KeyboardInterrupt:
         print("ctllm: interrupted; run the same command to go on", file=sys.stderr)
         sys.exit(130)

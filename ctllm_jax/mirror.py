@@ -27,7 +27,7 @@ import jax
 
 from ctllm_jax import processes
 from ctllm_jax.bucket import BucketFolder, Claim, Unreachable
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import Unanswered, UserError
 from ctllm_jax.common.files import cache_folder, is_remote, write_atomic
 from ctllm_jax.common.status import EXIT_RESUME
 
@@ -109,7 +109,8 @@ def mirrored(make: Callable[[], "Mirror"], workdir: str, verb: str, claims: bool
         patience = _PATIENCE
         raise
     except UserError as error:
-        raise UserError(str(error).replace(str(mirror.path), workdir)) from error
+        error.args = (str(error).replace(str(mirror.path), workdir),)
+        raise
     finally:
         whole = mirror.close(patience)
         if claim:
@@ -127,7 +128,7 @@ def _retry_while_unreachable(action: Callable[[], T], verb: str) -> T:
             return action()
         except Unreachable as error:
             if time.monotonic() > until:
-                raise UserError(f"{error}; nothing was changed") from error
+                raise Unanswered(f"{error}; nothing was changed; the same command goes on once it does") from error
             if not reported:
                 print(f"{verb}: {error}; trying again", file=sys.stderr)
             reported = True
@@ -151,7 +152,7 @@ def fetched(location: str) -> pathlib.Path:
         folder = pathlib.Path(temporary, remote.url.rpartition("/")[2])
         _fetch(remote, folder)
     except Unreachable as error:
-        raise UserError(str(error)) from error
+        raise Unanswered(f"{error}; start again once it does") from error
     return folder
 
 
@@ -160,7 +161,7 @@ def is_there(folder: str, name: str) -> bool:
     try:
         return name in BucketFolder(folder).names()
     except Unreachable as error:
-        raise UserError(str(error)) from error
+        raise Unanswered(f"{error}; start again once it does") from error
 
 
 def remote_of(path: str | os.PathLike) -> str | None:

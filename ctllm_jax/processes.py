@@ -20,8 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ctllm_jax.common.errors import UserError, first_line
-from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE
+from ctllm_jax.common.errors import Unanswered, UserError, first_line
+from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE, status_of
 
 T = TypeVar("T")
 
@@ -179,8 +179,7 @@ class _Watch:
         self._leaving.set()
         self._broadcast(f"process {self._index} failed ({summary})")
         # As Python ends, JAX and Orbax wait for the others, who are not coming.
-        status = {UserError: EXIT_MISTAKE, KeyboardInterrupt: 130}.get(type(error), 1)  # as cli.main has it
-        exit_timer = threading.Timer(_GRACE * (2 if self._index == 0 else 1), os._exit, (status,))
+        exit_timer = threading.Timer(_GRACE * (2 if self._index == 0 else 1), os._exit, (status_of(error),))
         exit_timer.daemon = True
         exit_timer.start()
 
@@ -286,17 +285,21 @@ def votes(*answers: bool) -> np.ndarray:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Does something in all processes; where it fails in one, it fails in all, so that none waits for another."""
+    """Does something in all processes; where it fails in one, it fails in all, so that none waits for another.
+
+    Where that is the user's to mend it is in all of them, and in none where starting again may help.
+    """
     result, error = None, None
     try:
         result = action()
     except Exception as failure:
         error = failure
-    failed = votes(error is not None)[:, 0]
+    failed, mistaken = votes(error is not None, status_of(error) == EXIT_MISTAKE).T
     if error is not None:
         raise error
     if failed.any():
-        raise UserError(f"process {int(failed.argmax())} failed, and says why")
+        kind = UserError if mistaken.any() else Unanswered
+        raise kind(f"process {int(failed.argmax())} failed, and says why")
     return result
 
 

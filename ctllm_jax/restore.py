@@ -23,20 +23,9 @@ from jax.experimental import multihost_utils
 from ctllm_jax.checkpoint import checkpoints_folder, checksums, message
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import is_remote
+from ctllm_jax.common.storage import is_storage, unread
 from ctllm_jax.mirror import remote_of
 from ctllm_jax.processes import together, votes
-
-# What TensorStore and the storage below it say when they cannot answer; says nothing about what is stored.
-_NO_ANSWER = (
-    "PERMISSION_DENIED",
-    "UNAUTHENTICATED",
-    "UNAVAILABLE",
-    "DEADLINE_EXCEEDED",
-    "RESOURCE_EXHAUSTED",
-    "ABORTED",
-    "CANCELLED",
-)
-_CLIENTS = ("aiohttp", "gcsfs", "google", "requests", "urllib3")  # libraries that go to gs://, with errors of their own
 
 
 class Damaged(Exception):
@@ -219,23 +208,8 @@ def _check_arrays(folder: epath.Path, found: dict, wanted: dict) -> None:
 
 
 def _judged(folder: epath.Path, error: Exception) -> Exception:
-    """What an error met while reading arrays says: Damaged, or a UserError where the storage does not answer."""
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    text = " ".join(str(link) for link in chain)
-    if any(_is_storage(link) for link in chain) or any(status in text for status in _NO_ANSWER):
-        return UserError(f"{folder} cannot be read now ({message(error)}); nothing was changed")
-    return Damaged(f"{folder}: {message(error)}")
-
-
-def _is_storage(error: BaseException) -> bool:
-    """Whether an error is the system's, and not of a file that is missing."""
-    return (
-        isinstance(error, MemoryError)
-        or (isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, NotADirectoryError)))
-        or type(error).__module__.partition(".")[0] in _CLIENTS
-    )
+    """What an error met while reading arrays says: Damaged, or a UserError where the storage cannot be read."""
+    return unread(folder, error, message(error)) or Damaged(f"{folder}: {message(error)}")
 
 
 @contextlib.contextmanager
@@ -244,9 +218,9 @@ def _answering(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_remote(folder) or not _is_storage(error):
+        if not is_remote(folder) or not is_storage(error):
             raise
-        raise UserError(f"{folder} cannot be read now ({message(error)}); nothing was changed") from error
+        raise unread(folder, error, message(error)) from error
 
 
 def _json(path: epath.Path) -> dict:
@@ -257,7 +231,7 @@ def _json(path: epath.Path) -> dict:
     except ValueError as error:
         raise Damaged(f"{path} is not valid JSON ({error})") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read now ({error}); nothing was changed") from None
+        raise unread(path, error, str(error)) from None
     if not isinstance(value, dict):
         raise Damaged(f"{path} holds no JSON object")
     return value

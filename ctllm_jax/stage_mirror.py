@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ctllm_jax.bucket import CLAIM, BucketFolder, Object, Unreachable
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import Unanswered, UserError
 from ctllm_jax.common.files import COPY_OF, is_remote, write_atomic
 from ctllm_jax.common.manifest import LOCK
 from ctllm_jax.common.status import EXIT_RESUME
@@ -75,8 +75,8 @@ def at_hand(name: str, verb: Verb, config: Any, workdir: str | None) -> Iterator
                 yield config, str(mirror.path)
             shutil.rmtree(mirror.path.parent, ignore_errors=True)  # it may be large, and all of it has arrived
     except UserError as error:
-        text = functools.reduce(lambda text, pair: text.replace(*pair), copies.items(), str(error))
-        raise UserError(text) from error
+        error.args = (functools.reduce(lambda text, pair: text.replace(*pair), copies.items(), str(error)),)
+        raise
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def copied(url: str) -> str:
         write_atomic(folder / COPY_OF, remote.url)
         _Together(remote.url).each(lambda own, name: own.download(name, folder / name), names)
     except Unreachable as error:
-        raise UserError(str(error)) from error
+        raise Unanswered(f"{error}; start again once it does") from error
     return str(folder)
 
 

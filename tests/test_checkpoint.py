@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ctllm_jax import checkpoint, processes
 from ctllm_jax.checkpoint import CheckpointConfig, Checkpoints, checksums
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.status import status_of
 from ctllm_jax.restore import find_step, load_params, restore_newest
 
 POLICY = CheckpointConfig(every=1, minutes=0.0, kept=100, keep_every=0, keep_best=0)
@@ -319,10 +320,16 @@ def test_another_models_checkpoint_is_not_damaged(three, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "error",
-    [PermissionError(errno.EACCES, "no"), OSError(errno.EIO, "no"), ValueError("UNAVAILABLE: no"), MemoryError("no")],
+    ("error", "status"),
+    [
+        (PermissionError(errno.EACCES, "no"), 2),
+        (ValueError("PERMISSION_DENIED: no"), 2),
+        (OSError(errno.EIO, "no"), 69),
+        (ValueError("UNAVAILABLE: no"), 69),
+        (MemoryError("no"), 69),
+    ],
 )
-def test_storage_that_does_not_answer_is_not_damage(three, tmp_path, monkeypatch, error):
+def test_storage_that_does_not_answer_is_not_damage(three, tmp_path, monkeypatch, error, status):
     """The error is raised in place of reading."""
     shutil.copytree(three, tmp_path, dirs_exist_ok=True)
 
@@ -330,8 +337,9 @@ def test_storage_that_does_not_answer_is_not_damage(three, tmp_path, monkeypatch
         raise error
 
     monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", fail)
-    with pytest.raises(UserError, match="3/params cannot be read now .*no.*nothing was changed"):
+    with pytest.raises(UserError, match="3/params cannot be read now .*no.*nothing was changed") as raised:
         newest(tmp_path)
+    assert status_of(raised.value) == status
     assert steps_in(tmp_path) == [1, 2, 3]
 
 
@@ -442,10 +450,12 @@ def test_messages_of_the_storage_are_a_line():
         assert checkpoint.message(error) == "RESOURCE_EXHAUSTED: full"
 
 
-def test_an_error_of_one_is_an_error_of_all(monkeypatch):
+@pytest.mark.parametrize(("mistaken", "status"), [(True, 2), (False, 69)])
+def test_an_error_of_one_is_an_error_of_all(monkeypatch, mistaken, status):
     """Of two processes only this one is here; what the other says is given."""
-    monkeypatch.setattr(processes, "votes", lambda *own: np.array([own, [True]]))
-    with pytest.raises(UserError, match="process 1 failed, and says why"):
+    monkeypatch.setattr(processes, "votes", lambda *own: np.array([own, [True, mistaken]]))
+    with pytest.raises(UserError, match="process 1 failed, and says why") as raised:
         processes.together(lambda: 1)
+    assert status_of(raised.value) == status
     with pytest.raises(KeyError):
         processes.together(lambda: {}["mine"])

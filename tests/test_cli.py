@@ -13,7 +13,7 @@ from command import ctllm
 
 from ctllm_jax import cli, convert
 from ctllm_jax.common.config import build
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import Unanswered, UserError
 from ctllm_jax.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -207,13 +207,14 @@ def test_a_mistake_is_one_line_on_standard_error_and_status_2(capsys, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_verbs_own_user_error_has_no_traceback(capsys, monkeypatch):
+@pytest.mark.parametrize(("kind", "expected"), [(UserError, 2), (Unanswered, 69)])
+def test_a_verbs_own_user_error_has_no_traceback(capsys, monkeypatch, kind, expected):
     def fail(config, workdir):
-        raise UserError(f"{workdir}: is on fire; pour water")
+        raise kind(f"{workdir}: is on fire; pour water")
 
     monkeypatch.setattr(convert, "run", fail)
     status, _, err = ctllm(capsys, "convert", "--workdir=out")
-    assert (status, err) == (2, "ctllm: error: out: is on fire; pour water\n")
+    assert (status, err) == (expected, "ctllm: error: out: is on fire; pour water\n")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

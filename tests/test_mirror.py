@@ -23,10 +23,10 @@ from test_processes import job, started
 from test_train import assert_same_run, at_step, compiled_once, config_of, entries  # noqa: F401 (a fixture)
 from tiny_stores import tiny_store
 
-from ctllm_jax import bucket, checkpoint, mirror, restore, train
+from ctllm_jax import bucket, checkpoint, mirror, restore, stage_mirror, train
 from ctllm_jax.bucket import CLAIM, BucketFolder, Changed, Claim, Unreachable
 from ctllm_jax.checkpoint import Checkpoints
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import Unanswered, UserError
 from ctllm_jax.common.status import EXIT_LOST, EXIT_RESUME
 from ctllm_jax.loading import load_model, load_stored
 
@@ -213,10 +213,24 @@ def test_of_other_processes_than_the_first_stacks_and_profiles_are_copied(server
     assert sorted(path.name for path in there(server).iterdir()) == ["profile", "stacks"]
 
 
-def test_an_error_names_the_bucket_and_not_the_mirror(server):
-    with pytest.raises(UserError, match=f"^{RUN} holds another run"):
+@pytest.mark.parametrize("kind", [UserError, Unanswered])
+def test_an_error_names_the_bucket_and_not_the_mirror(server, kind):
+    with pytest.raises(UserError, match=f"^{RUN} holds another run") as raised:
         with mirror.run_folder(RUN) as folder:
-            raise UserError(f"{folder.path} holds another run")
+            raise kind(f"{folder.path} holds another run")
+    assert type(raised.value) is kind
+
+
+def test_a_bucket_that_is_away_at_the_start_or_to_a_reader_is_no_mistake_of_the_user(server, monkeypatch):
+    monkeypatch.setattr(mirror, "_START", 0)
+    monkeypatch.setattr(bucket, "_ANSWER", 0.3)
+    server.down = True
+    with pytest.raises(Unanswered, match=f"^{RUN} does not answer .*; the same command goes on once it does"):
+        with mirror.run_folder(RUN):
+            pass
+    for read in (mirror.fetched, stage_mirror.copied, lambda run: mirror.is_there(run, "run.json")):
+        with pytest.raises(Unanswered, match=f"^{RUN} does not answer .*; start again once it does"):
+            read(RUN)
 
 
 # ---- Checkpoints
@@ -274,7 +288,7 @@ def test_a_bucket_that_does_not_answer_is_no_damage(monkeypatch):
         raise HttpError({"code": 503, "message": "later"})
 
     monkeypatch.setattr(restore, "_put_aside_unreadable", fail)
-    with pytest.raises(UserError, match=f"{RUN}/checkpoints cannot be read now .later, 503.; nothing was changed"):
+    with pytest.raises(Unanswered, match=f"{RUN}/checkpoints cannot be read now .later, 503.; nothing was changed"):
         newest(RUN)
 
 

@@ -234,7 +234,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 FAILS_IN_ONE = """
 import sys
 from ctllm_jax import cli, train
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import Unanswered, UserError
 
 def batches(stream, start, stop, mesh, prefetched=train.prefetched):
     for step, batch in enumerate(prefetched(stream, start, stop, mesh)):
@@ -253,6 +253,7 @@ cli.main(sys.argv[1:])
     [
         ("ValueError('a bad row')", 1, "process 1 failed (ValueError: a bad row)"),
         ("UserError('mend it')", 2, "process 1 failed (UserError: mend it)"),
+        ("Unanswered('later')", 69, "process 1 failed (Unanswered: later)"),
     ],
 )
 def test_an_error_in_one_process_ends_the_others_and_its_reason_reaches_them(tmp_path, error, status, said):

@@ -3,6 +3,7 @@
 import gzip
 import shutil
 
+import gcsfs.retry
 import jax
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fake_gcs import serving
 from tiny_models import tiny_tokenizer
 from tiny_stores import tiny_store
 
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import Unanswered, UserError
 from ctllm_jax.common.files import expand, file_digest, identity, read_json
 from ctllm_jax.data.batches import DataConfig, global_batch, make_stream
 from ctllm_jax.data.store import open_store
@@ -92,3 +93,34 @@ def test_what_is_missing_or_cut_short_in_a_bucket_is_refused_by_name(server):
         open_store("gs://bucket/damaged")
     with pytest.raises(UserError, match=r"gs://bucket/nowhere: not a finished folder"):
         open_store("gs://bucket/nowhere")
+
+
+def test_a_storage_that_refuses_is_not_called_damage(server):
+    """It refuses ArrayRecord a row of an open shard, then gcsfs a shard and a store that are to be opened."""
+    store = open_store(STORE)
+    store.read("train", "zh", [0])
+    said = "array_record cannot be read now .*; nothing was changed; this account needs the right to read it"
+    object_of = "/storage/v1/b/bucket/o/deep/store/train-zh-0000{}-of-00002.array_record?alt=media"
+    for row, refused in ((5, object_of.format(0)), (40, "/download" + object_of.format(1))):
+        server.refusals.append(refused)
+        with pytest.raises(UserError, match=said) as raised:
+            store.read("train", "zh", [row])
+        assert "damaged" not in str(raised.value) and not server.refusals
+        store.read("train", "zh", [row])
+    server.refusals.append("manifest.json?alt=media")
+    with pytest.raises(UserError, match=f"{STORE} cannot be read now .*; this account needs the right to read it"):
+        open_store(STORE)
+
+
+def test_a_storage_that_does_not_answer_is_not_called_damage(server, monkeypatch):
+    """gcsfs finds nobody there as a shard is to be opened."""
+    store = open_store(STORE)
+    monkeypatch.setattr(gcsfs.retry, "is_retriable", lambda _: False)
+    server.down = True
+    try:
+        with pytest.raises(
+            Unanswered, match="array_record cannot be read now .*; the same command goes on once it can"
+        ):
+            store.read("train", "en", [0])
+    finally:
+        server.down = False

@@ -19,7 +19,7 @@ from test_mirror import one_server, server  # noqa: F401 (fixtures)
 
 from ctllm_jax import bucket, mirror, stage_mirror
 from ctllm_jax.bucket import CLAIM, BucketFolder, Unreachable
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import Unanswered, UserError
 from ctllm_jax.common.files import place
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.status import EXIT_RESUME
@@ -239,8 +239,10 @@ def test_folders_that_a_verb_reads_from_a_disk_are_copied_there(server):
         assert (folder, config.tokenizer, config.model, config.dedup.earlier[1]) == ("/work", "/here", None, "/there")
         for copy in (config.corpus, config.dedup.earlier[0]):
             assert files(copy) == ["manifest.json", "map_cc/en/1.0.0/ids.npy"] and place(copy) == "gs://bucket/corpus"
-    with pytest.raises(UserError, match="^gs://bucket/corpus is bad$"), at_hand("x", verb, given, None) as (config, _):
-        raise UserError(f"{config.corpus} is bad")
+    for kind in (UserError, Unanswered):
+        said = pytest.raises(kind, match="^gs://bucket/corpus is bad$")
+        with said, at_hand("x", verb, given, None) as (config, _):
+            raise kind(f"{config.corpus} is bad")
     with at_hand("sweep", VERBS["sweep"], Config(), "gs://bucket/corpus") as (_, folder):
         assert place(folder) == "gs://bucket/corpus"
     assert files(server.root / "bucket" / "corpus") == ["manifest.json", "map_cc/en/1.0.0/ids.npy"]

@@ -4,6 +4,7 @@ rows. A shard is checked when it is first opened: what is not as the manifest sa
 
 import bisect
 import concurrent.futures
+import contextlib
 import functools
 import importlib
 import itertools
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.errors import UserError, first_line
 from ctllm_jax.common.files import as_path, identity, is_remote
 from ctllm_jax.common.manifest import read_result
+from ctllm_jax.common.storage import unread
 from ctllm_jax.data.record import FORMAT, Row, decode_row, id_hash, ids_name
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -84,7 +86,8 @@ class TokenStore:
         return self.info["splits"][split][source]["rows"]
 
     def read(self, split: str, source: str, indices: Sequence[int]) -> list[Row]:
-        """Several rows; IndexError past the end, UserError where a shard is not as it was written."""
+        """Several rows; IndexError past the end, UserError where a shard is not as it was written, Unanswered where
+        its storage does not answer."""
         size, starts = self.size(split, source), self._starts(split, source)
         wanted: dict[int, list[int]] = {}  # shard: positions among the indices
         for position, index in enumerate(indices):
@@ -101,7 +104,7 @@ class TokenStore:
                 )
                 return [decode_row(record) for record in records]
             except (ValueError, IndexError, RuntimeError) as error:  # what ArrayRecord and msgpack raise
-                raise UserError(f"{self.folder / entry['file']}: damaged ({error}); {_REPAIR}") from None
+                raise _unreadable(self.folder / entry["file"], "damaged", error) from None
 
         rows: list[Row | None] = [None] * len(indices)
         parts = (self._pool.map if self._pool else map)(read_shard, wanted)
@@ -146,7 +149,8 @@ class TokenStore:
     def _check(self, file: str, expected: str) -> None:
         path = self.folder / file
         try:
-            found = identity(path)
+            with _reading(path):
+                found = identity(path)
         except FileNotFoundError:
             raise UserError(f"{path}: a shard of the token store is missing; {_REPAIR}") from None
         if found != expected:
@@ -163,10 +167,26 @@ class TokenStore:
             if not reader.ok():
                 reader.read([0])  # says what is wrong
         except Exception as error:
-            raise UserError(f"{path}: not a readable ArrayRecord file ({error}); {_REPAIR}") from None
+            raise _unreadable(path, "not a readable ArrayRecord file", error) from None
         if reader.num_records() != rows:
             raise UserError(f"{path}: holds {reader.num_records()} rows, its manifest says {rows}; {_REPAIR}")
         return reader
+
+
+@contextlib.contextmanager
+def _reading(path: Any) -> Iterator[None]:
+    """Makes a UserError of what a storage says that cannot be read now."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise unread(path, error, first_line(error)) or error from None
+
+
+def _unreadable(path: Any, what: str, error: Exception) -> UserError:
+    """What an error says of a shard, or of its storage: ArrayRecord has but texts for both."""
+    return unread(path, error, first_line(error)) or UserError(f"{path}: {what} ({error}); {_REPAIR}")
 
 
 def _read_ids(path) -> np.ndarray:
@@ -174,12 +194,14 @@ def _read_ids(path) -> np.ndarray:
     try:
         if isinstance(path, pathlib.Path):
             return np.load(path, mmap_mode="r")
-        with path.open("rb") as file:
+        with _reading(path), path.open("rb") as file:
             return np.load(file)
     except FileNotFoundError:
         raise UserError(f"{path}: the id index of a shard is missing; {_REPAIR}") from None
 
 
 def open_store(folder: str | os.PathLike) -> TokenStore:
-    """Opens a finished store; UserError if it is missing, unfinished, of another format, or lacks a shard."""
-    return TokenStore(folder)
+    """Opens a finished store; UserError if it is missing, unfinished, of another format, or lacks a shard, Unanswered
+    where its storage does not answer."""
+    with _reading(folder):
+        return TokenStore(folder)
