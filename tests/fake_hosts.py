@@ -87,8 +87,8 @@ class Hosts:
 def repository(folder: pathlib.Path) -> pathlib.Path:
     """A small checkout with what a host needs of ours, committed."""
     files = {"setup.py": b"", "requirements.lock": b"", ".gitignore": b"runs/\n__pycache__/\n"}
-    names = ["__init__", "hide", "keeper", "lines", "task"]
-    names = [f"launch/{name}.py" for name in names] + [f"ctllm_jax/common/{name}.py" for name in ("children", "status")]
+    names = [f"launch/{name}.py" for name in ("__init__", "hide", "keeper", "lines", "task")]
+    names += [f"ctllm_jax/common/{name}.py" for name in ("children", "errors", "status")]
     for name in [*names, "configs/pretrain.py"]:
         files[name] = (ROOT / name).read_bytes()
     for name, content in files.items():

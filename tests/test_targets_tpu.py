@@ -263,7 +263,15 @@ def test_slices_that_somebody_else_made_meanwhile_are_theirs(hosts):
 
 
 def test_slices_that_are_gone_when_they_are_to_be_deleted_are_no_error(hosts, capsys):
-    hosts.program("if INDEX == '0': (FOLDER / 'state').unlink()")
+    hosts.program(
+        """
+        (FOLDER / f"here{INDEX}").touch()
+        while not (FOLDER / "here1").exists():  # gcloud has led it there
+            time.sleep(0.05)
+        if INDEX == "0":
+            (FOLDER / "state").unlink()
+        """
+    )
     assert ctllm(capsys, *launch(hosts))[0] == 0
     assert hosts.calls().splitlines()[-1].startswith("queued-resources delete big")
 
