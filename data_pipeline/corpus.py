@@ -21,7 +21,7 @@ from collections.abc import Callable
 import apache_beam as beam
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import identity, place, write_atomic, write_json
+from ctllm_jax.common.files import identity, place, shown, write_atomic, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
 from data_pipeline import pilot, report
@@ -80,7 +80,8 @@ def run(config: CorpusConfig, workdir: str) -> dict:
 
 def _input_of(file: InputFile) -> list[str | None]:
     """What an input is by; of texts the paths too, as they were given, for those are the documents' ids."""
-    return [file.name, file.source, *map(identity, file.paths), *(file.paths if TEXT.search(file.path) else ())]
+    ids = map(shown, file.paths) if TEXT.search(file.path) else ()
+    return [file.name, file.source, *map(identity, file.paths), *ids]
 
 
 def _build(files: list[InputFile], config: CorpusConfig, workdir: str) -> dict:
