@@ -31,7 +31,7 @@ from data_pipeline.shards import Layout, read_lines, save_array, save_bytes
 FIELDS = ("id", "url", "source", "text", "meta", "signals")  # the last two are JSON
 INDEX = "ids.npy"  # beside the shards: where each id's record lies
 _ENTRY = np.dtype([("hash", "<u8"), ("shard", "<u4"), ("offset", "<u8")])
-_MERGED = 1 << 26  # of them that are sorted at once, about: some 4 GB
+_MERGED = 1 << 26  # of them that are sorted at once, about: by estimate some 4 GB
 _HEADER, _FOOTER = 12, 4  # bytes of a TFRecord around its payload: length and its CRC, then the payload's CRC
 
 

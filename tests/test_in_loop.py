@@ -147,10 +147,8 @@ def test_any_mesh_gives_the_same(finished, store, tasks):
 
 def test_held_out_data_takes_the_memory_of_a_microbatch_and_has_the_same_figures(finished, store):
     config, params = config_of(store.folder, batch_size=32), params_of(finished)
-    mesh, objective = (
-        make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]),
-        make_objective(config.objective, config.model, 2),
-    )
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    objective = make_objective(config.objective, config.model, 2)
     figures, memory = [], []
     with jax.set_mesh(mesh):
         for microbatches in (1, 8):
