@@ -21,7 +21,7 @@ import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -36,7 +36,7 @@ from ctllm_jax.data.batches import held_out
 from ctllm_jax.data.record import Row
 from ctllm_jax.data.store import TokenStore
 from ctllm_jax.model import ModelConfig
-from ctllm_jax.objectives import answer_logprobs
+from ctllm_jax.objectives import Batch, answer_logprobs
 from ctllm_jax.processes import together, votes
 from ctllm_jax.train_config import TrainConfig
 
@@ -94,22 +94,15 @@ def scored_store(
     everywhere, rows = NamedSharding(mesh, PartitionSpec()), config.batch_size // config.microbatches
     score = jax.jit(functools.partial(answer_logprobs, objective, model), out_shardings=everywhere)
     mark = fingerprint({**made_from, "rows": rows})
-    scores = list(_begun(folder, mark, rows))
-    pairs = [min(rows, size - start) for size in sizes.values() for start in range(0, size, rows)]
-    stream, kept = sys.stderr if jax.process_index() == 0 else io.StringIO(), time.monotonic()
-    with Progress("train dpo: reference", sum(pairs), "pairs", stream) as progress:
-        batches = (held_out(store, split, rows, max(sizes.values()), True, mesh) for split in store.info["splits"])
-        for number, (_, _, batch) in enumerate(itertools.chain.from_iterable(batches)):
-            if number >= len(scores):
-                stopped = stop(number)
-                if stopped or time.monotonic() - kept > _KEEP:
-                    _keep(folder, mark, scores)
-                    kept = time.monotonic()
-                if stopped:
-                    print("train: stopped while the reference is computed; the same command goes on", file=sys.stderr)
-                    sys.exit(EXIT_RESUME)
-                scores.append(jax.device_get(score(params, batch)))
-            progress.add(pairs[number])
+    batches = (held_out(store, split, rows, max(sizes.values()), True, mesh) for split in store.info["splits"])
+    scores = _scores(
+        lambda batch: jax.device_get(score(params, batch)),
+        (batch for _, _, batch in itertools.chain.from_iterable(batches)),
+        [min(rows, size - start) for size in sizes.values() for start in range(0, size, rows)],
+        list(_begun(folder, mark, rows)),
+        functools.partial(_keep, folder, mark),
+        stop,
+    )
     ends = np.cumsum([0, *(-(-size // rows) for size in sizes.values())])
     logprobs = {  # the last batch of a source is filled up
         name: np.reshape(scores[begin:end], (-1, 2)).astype(np.float32)[:size]
@@ -117,6 +110,31 @@ def scored_store(
     }
     together(functools.partial(_write, folder, made_from, logprobs))
     return ScoredStore(store, logprobs)
+
+
+def _scores(
+    score: Callable[[Batch], np.ndarray],
+    batches: Iterable[Batch],
+    pairs: Sequence[int],
+    scores: list[np.ndarray],
+    keep: Callable[[Sequence[np.ndarray]], None],
+    stop: Callable[[int], bool],
+) -> list[np.ndarray]:
+    """What all batches score [K of [B, 2]]: `scores` of the first ones, and the others'; `pairs` are in each."""
+    stream, kept = sys.stderr if jax.process_index() == 0 else io.StringIO(), time.monotonic()
+    with Progress("train dpo: reference", sum(pairs), "pairs", stream) as progress:
+        for number, batch in enumerate(batches):
+            if number >= len(scores):
+                stopped = stop(number)
+                if stopped or time.monotonic() - kept > _KEEP:
+                    keep(scores)
+                    kept = time.monotonic()
+                if stopped:
+                    print("train: stopped while the reference is computed; the same command goes on", file=sys.stderr)
+                    sys.exit(EXIT_RESUME)
+                scores.append(score(batch))
+            progress.add(pairs[number])
+    return scores
 
 
 def _begun(folder: pathlib.Path, mark: str, rows: int) -> np.ndarray:
