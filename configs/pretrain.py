@@ -6,8 +6,9 @@
 `tiny` (1.8 M parameters) runs on a CPU. `ct_llm_2b` has CT-LLM's published hyper-parameters (AdamW, 2e-4 to 2e-5
 cosine, 2,000 warm-up steps, about 2.1 M tokens a step for 1,254.68 B tokens); parameters, gradients and moments take
 32 GiB in all, divided over the fsdp axis. What follows @ is a slice of configs/hardware.py, which decides mesh,
-microbatches and kernels; without it any devices are used, in plain JAX. It has not been trained here. Its rates are the
-paper's shares of tokens; a store that lacks a source needs `--config.data.rates.NAME=0` for it.
+microbatches and kernels; without it any devices are used, in plain JAX. It has run for 60 steps on one H200
+(docs/log.md), no more. Its rates are the paper's shares of tokens; a store that lacks a source needs
+`--config.data.rates.NAME=0` for it.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 import math
 import os
 import sys
@@ -136,6 +137,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         name = f"after-{self._lost}"
         self._barrier = SaveBarrier(name) if jax.process_count() > 1 else None
+        logging.getLogger("absl").addFilter(_worth_saying)
         return ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -300,6 +302,11 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # of the save that failed, once more
             self._manager.close()
         self._manager = None
+
+
+def _worth_saying(remark: logging.LogRecord) -> bool:
+    """Not Orbax's warning at every checkpoint of a step that was not evaluated: most are not, and none need be."""
+    return not str(remark.msg).startswith("Requested `tracked_metric`")
 
 
 def checkpoints_folder(run_dir: str | os.PathLike) -> epath.Path:

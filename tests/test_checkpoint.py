@@ -138,6 +138,11 @@ def test_a_step_that_was_not_evaluated_is_not_among_the_best(tmp_path):
     assert steps_in(tmp_path) == [3, 4, 6]
 
 
+def test_a_step_that_was_not_evaluated_is_no_cause_for_a_warning(tmp_path, caplog):
+    save(tmp_path, (1, 2), {1: 2.0}, keep_best=1)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 def test_of_equally_good_ones_the_newer_stay(tmp_path):
     save(tmp_path, range(1, 7), {1: 2.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 3.0, 6: 3.0}, kept=1, keep_best=2)
     assert steps_in(tmp_path) == [3, 4, 6]
