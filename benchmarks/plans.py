@@ -44,7 +44,7 @@ def main() -> None:
         cells = [
             name,
             plan.devices,
-            mesh,
+            mesh or "one device",
             f"{plan.rows} x {plan.microbatches}",
             f"{plan.needed / GIB:.2f}",
             f"{plan.memory / GIB:.2f}",

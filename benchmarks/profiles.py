@@ -35,9 +35,11 @@ HEADER = """\
 # Starting the 2B model
 
 Made by `python benchmarks/profiles.py > docs/profiles.md` from [configs/hardware.py](../configs/hardware.py) and
-[plans.md](plans.md). **None of these has run on its hardware**; what has been run is the step on one H200. Names in
-capitals are yours. Add `--dry_run` before the `--` and read what would be done; add `--spot` where the cloud may take
-the hosts away: the launcher asks for them again, and the run goes on from its newest checkpoint.
+[plans.md](plans.md). **None of these has run on its hardware** as it stands; what has been run is the step of h200x1,
+and `ctllm train` with 4 rows a step on such a GPU. Names in capitals are yours. Add `--dry_run` before the `--` and
+read what would be done; add `--spot` where the cloud may take the hosts away: the launcher asks for them again, and the
+run goes on from its newest checkpoint. On the very machine that has the GPUs, what follows the `--` is enough, behind
+`ctllm`.
 
 `STORE` is a folder of `ctllm tokenize`, on a bucket (`gcloud storage cp -r STORE gs://BUCKET/`) or on a disk that all
 hosts see. A store without some of CT-LLM's sources needs `--config.data.rates.NAME=0` for each.
@@ -147,7 +149,8 @@ def figures() -> dict[str, dict[str, str]]:
 def expectation(target: Slice, row: dict[str, str]) -> tuple[str, str, str]:
     """(tokens/s, what kind of figure that is, days)."""
     if measured := MEASURED.get(target.chip.name, 0) * target.devices:
-        return f"{measured:,}", f"measured on one, times {target.devices}", f"{TOKENS / measured / 86_400:,.1f}"
+        times = f", times {target.devices}" if target.devices > 1 else ""
+        return f"{measured:,}", f"measured on one{times}", f"{TOKENS / measured / 86_400:,.1f}"
     kind = "at most" if row["tokens/s"].startswith("at most") else "estimated"
     return row["tokens/s"].removeprefix("at most "), kind, row["days"]
 
@@ -168,12 +171,14 @@ def commands(name: str, target: Slice) -> list[str]:
         ]
     hosts, accelerator = target.count, GPUS[target.chip.name]
     names = "HOST" if hosts == 1 else f"HOST1,...,HOST{hosts}"
-    sbatch = f"--partition=PARTITION --gpus-per-node={target.shape[0]} --cpus-per-task=64 --time=1-0"
+    per_host = target.devices // hosts
+    sbatch = f"--partition=PARTITION --gpus-per-node={per_host} --cpus-per-task={8 * per_host} --time=1-0"
     gpus = f"--extra=cuda --variables={FRACTION}"
+    pod = f"--nodes={hosts}" + (f" --gpus={per_host}" if per_host != target.chip.per_host else "")
     return [
         _line(f"ssh --hosts={names} {gpus}", name, shared),
         _line(f"slurm --nodes={hosts} --sbatch='{sbatch}' {gpus}", name, shared),
-        _line(f"gke --accelerator={accelerator} --nodes={hosts} {gpus.replace('cuda', 'cuda,gcs')}", name, bucket),
+        _line(f"gke --accelerator={accelerator} {pod} {gpus.replace('cuda', 'cuda,gcs')}", name, bucket),
     ]
 
 

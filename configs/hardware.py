@@ -20,8 +20,9 @@ def _tpu(fsdp: int, microbatches: int, slices: int = 1) -> dict:
     )
 
 
-def _gpu(hosts: int, microbatches: int) -> dict:
-    return dict(mesh=dict(slice=hosts, fsdp=8), microbatches=microbatches, attention="pallas_gpu", xla_options={})
+def _gpu(hosts: int, microbatches: int, devices: int = 8) -> dict:
+    mesh = dict(slice=hosts, fsdp=devices)
+    return dict(mesh=mesh, microbatches=microbatches, attention="pallas_gpu", xla_options={})
 
 
 SLICES = {
@@ -36,11 +37,14 @@ SLICES = {
     "v6e:4x4": _tpu(16, 32),
     "v6e:8x8": _tpu(64, 8),
     "v6e:16x16": _tpu(256, 2),
+    "a100x1": _gpu(1, 256, devices=1),
     "a100x8": _gpu(1, 8),
     "a100x64": _gpu(8, 1),
+    "h100x1": _gpu(1, 256, devices=1),
     "h100x8": _gpu(1, 8),
     "h100x64": _gpu(8, 1),
     "h100x256": _gpu(32, 1),
+    "h200x1": _gpu(1, 64, devices=1),
     "h200x8": _gpu(1, 4),
     "h200x64": _gpu(8, 1),
     "h200x256": _gpu(32, 1),

@@ -41,8 +41,8 @@ def test_a_command_asks_for_the_hosts_of_its_layout(name):
     else:
         assert set(found) == {"ssh", "slurm", "gke"}
         per_node = {word for word in found["slurm"]["sbatch"].split() if word.startswith("--gpus-per-node")}
-        assert per_node == {f"--gpus-per-node={target.chip.per_host}"}
-        devices["slurm"] = found["slurm"]["nodes"] * target.chip.per_host
+        assert per_node == {f"--gpus-per-node={min(target.chip.per_host, target.devices)}"}
+        devices["slurm"] = found["slurm"]["nodes"] * min(target.chip.per_host, target.devices)
         assert all("XLA_CLIENT_MEM_FRACTION" in ship.variables(own["variables"]) for own in found.values())
     assert set(devices.values()) == {target.devices}
 
