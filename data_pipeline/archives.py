@@ -140,7 +140,7 @@ def _answer(raw: bytes, limit: int) -> tuple[str, bytes]:
         raise Unusable("no_page", f"HTTP status {answer.status}")
     try:
         body = answer.read(limit + 1)
-    except (http.client.IncompleteRead, ValueError):  # cut short, or put together by the archive with the old header
+    except (http.client.HTTPException, ValueError):  # cut short, or put together by the archive with the old header
         body = raw.partition(b"\r\n\r\n")[2]
     return answer.headers.get("Content-Type", ""), _unpacked(body, answer.headers.get("Content-Encoding", ""), limit)
 

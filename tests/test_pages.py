@@ -64,9 +64,13 @@ def test_an_encoding_that_is_unknown_or_wrong_is_no_error(charset):
         answer(page(PARAGRAPHS), content_encoding="gzip"),  # unpacked by the archive, with the old header
         answer(page(PARAGRAPHS), content_encoding="br"),
         answer(page(PARAGRAPHS), transfer_encoding="chunked"),
+        answer(b"<!--" + b"x" * 70_000 + b"-->" + page(PARAGRAPHS), transfer_encoding="chunked"),
         answer(b"%x\r\n" % len(page(PARAGRAPHS)) + page(PARAGRAPHS) + b"\r\n0\r\n\r\n", transfer_encoding="chunked"),
     ],
-    ids=["plain", "http2", "cut", "gzip", "deflate", "gzip undone", "br undone", "chunked undone", "chunked"],
+    ids=[
+        *("plain", "http2", "cut", "gzip", "deflate", "gzip undone", "br undone"),
+        *("chunked undone", "chunked undone, a long line", "chunked"),
+    ],
 )
 def test_a_response_gives_its_page_however_it_was_sent(tmp_path, record):
     (item,) = text_of(tmp_path, entry("response", record, url="http://a.cn/页"))
