@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.parquet_footer import row_groups
 from data_pipeline.streams import Damaged, refuse_bomb
 
 _PAGE = 1 << 20  # bytes of a column read at a time
@@ -39,31 +40,32 @@ def rows(file: BinaryIO) -> Iterator[tuple[Row, int]]:
     kept = [leaf.path for leaf in leaves if _root(leaf) in listed and leaf.physical_type == "BYTE_ARRAY"]
     table = pq.ParquetFile(file, buffer_size=_PAGE, read_dictionary=kept)
     names = table.schema_arrow.names
-    for index in range(table.num_row_groups):
-        group = table.metadata.row_group(index)
-        columns = [(leaf, group.column(i)) for i, leaf in enumerate(leaves)]
-        fewest = min(column.num_values for _, column in columns)
-        if fewest < group.num_rows:
-            raise Damaged(f"row group {index + 1} says {group.num_rows:,} rows and has a column of {fewest:,} values")
-        declared += group.total_byte_size
+    for index, group in enumerate(row_groups(file)):
+        if len(group.columns) != len(leaves):
+            raise Damaged(f"row group {index + 1} has {len(group.columns):,} columns, not {len(leaves):,}")
+        columns = list(zip(leaves, group.columns, strict=True))
+        fewest = min(column.values for column in group.columns)
+        if fewest < group.rows:
+            raise Damaged(f"row group {index + 1} says {group.rows:,} rows and has a column of {fewest:,} values")
+        declared += group.unpacked
         refuse_bomb(declared, size)
-        packed = sum(column.total_compressed_size for _, column in columns)
-        refuse_bomb(group.total_byte_size, packed)
-        entries = sum(c.num_values * max(_ENTRY, leaf.length) for leaf, c in columns if _root(leaf) in listed)
+        packed = sum(column.packed for column in group.columns)
+        refuse_bomb(group.unpacked, packed)
+        entries = sum(column.values * max(_ENTRY, leaf.length) for leaf, column in columns if _root(leaf) in listed)
         refuse_bomb(entries, packed)
         if entries > _LISTED:
             raise Damaged(f"row group {index + 1} has lists of {entries:,} bytes; write smaller ones")
-        largest = [c.total_uncompressed_size for leaf, c in columns if c.has_dictionary_page and leaf.path not in kept]
+        largest = [c.unpacked for leaf, c in columns if c.has_dictionary and leaf.path not in kept]
         few = min(max(1, _DECODED // max([1, *largest])), _ROWS)
         flat = _cells(table, index, few, [name for name in names if name not in listed])
-        lists = _cells(table, index, max(few, -(-group.num_rows // _SLICES)), [n for n in names if n in listed])
+        lists = _cells(table, index, max(few, -(-group.rows // _SLICES)), [n for n in names if n in listed])
         given = 0
         for (cells, length), (more, longer) in zip(flat, lists, strict=False):
             given += 1
             cells |= more
             yield {name: cells[name] for name in names if name in cells}, length + longer
-        if given != group.num_rows:
-            raise Damaged(f"row group {index + 1} has {given:,} rows, not {group.num_rows:,}")
+        if given != group.rows:
+            raise Damaged(f"row group {index + 1} has {given:,} rows, not {group.rows:,}")
 
 
 def _root(leaf: pq.ColumnSchema) -> str:
