@@ -89,8 +89,10 @@ def _sizes(column: pa.Array) -> np.ndarray:
     if isinstance(column, pa.ExtensionArray):
         return _sizes(column.storage)
     if isinstance(column, pa.DictionaryArray):
-        own = np.append(_sizes(column.dictionary), 0)
-        return own[column.indices.fill_null(len(column.dictionary)).to_numpy(zero_copy_only=False)]
+        known, used = len(column.dictionary), pc.min_max(column.indices).as_py()
+        if used["max"] is not None and not 0 <= used["min"] <= used["max"] < known:
+            raise Damaged(f"an entry {used['max']:,} of a dictionary that has {known:,}")
+        return np.append(_sizes(column.dictionary), 0)[column.indices.fill_null(known).to_numpy(zero_copy_only=False)]
     if isinstance(column, pa.StructArray):
         fields = [_sizes(column.field(i)) for i in range(kind.num_fields)]
         return np.sum([np.zeros(len(column), np.int64), *fields], axis=0)

@@ -167,6 +167,15 @@ def test_a_footer_with_a_wrong_bit_is_damage_at_worst_and_never_the_end_of_the_p
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_a_list_that_names_an_entry_its_dictionary_lacks_is_damage(tmp_path):
+    columns = {"text": ["t"] * 8, "x": [["a", "b", "c", "a"]] * 8}
+    data = parquet(tmp_path / "a.parquet", columns, compression="none").read_bytes()
+    packed, wrong = b"\x24" * 8, b"\xe4" * 8  # two bits an entry: 0 1 2 0, and 0 1 2 3
+    assert data.count(packed) == 1
+    items, reader = read(written(tmp_path / "b.parquet", data.replace(packed, wrong)))
+    assert items == [] and "an entry 3 of a dictionary that has 3" in reader.damage
+
+
 def test_a_parquet_file_without_columns_holds_nothing(tmp_path):
     assert read(parquet(tmp_path / "a.parquet", {}))[0] == []
 
