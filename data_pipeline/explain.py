@@ -21,7 +21,7 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
 from ctllm_jax.common.manifest import stage_fingerprint
 from data_pipeline import map_cc
-from data_pipeline.filters.measures import family
+from data_pipeline.filters.rules import limits_of
 from data_pipeline.shards import HITS, Layout
 from data_pipeline.signals import columns, input_path, rows_of, signal_files
 
@@ -53,8 +53,7 @@ def run(config: ExplainConfig, workdir: str) -> dict:
       UserError: no finished corpus there, or it has no well-formed document of that id.
     """
     stage_fingerprint(workdir, "corpus")
-    settings = read_json(pathlib.Path(workdir, "stage.json"))["settings"]["filters"]
-    corpus = _Corpus(workdir, settings)
+    corpus = _Corpus(workdir, read_json(pathlib.Path(workdir, "stage.json"))["settings"]["filters"])
     found = {identity: list(corpus.stories(identity)) for identity in config.documents}
     for identity, stories in found.items():
         if not stories:
@@ -73,8 +72,8 @@ def run(config: ExplainConfig, workdir: str) -> dict:
 class _Corpus:
     """A finished corpus, as far as its documents' stories need it."""
 
-    def __init__(self, folder: str, settings: Mapping[str, Any]):
-        self._folder, self._settings, self._layout = folder, settings, Layout(folder)
+    def __init__(self, folder: str, filters: Mapping[str, Any]):
+        self._folder, self._filters, self._layout = folder, filters, Layout(folder)
 
     def stories(self, identity: str) -> Iterator[dict[str, Any]]:
         """One story for each place in the input that has the id."""
@@ -100,7 +99,7 @@ class _Corpus:
             "line": line,
             "outcome": outcome,
             "url": record["url"],
-            "rules": [self._rule(subset, name, row) for name in columns(subset) if not _missing(row[name])],
+            "rules": self._rules(subset, row),
             "language": row["language"],
             "reasons": record.get("reasons", []),
             "repeats": repeats,
@@ -128,15 +127,14 @@ class _Corpus:
             )
         return KEPT, {"url": kept.url, "text": kept.text}
 
-    def _rule(self, subset: str, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A measured value with its limits; no limits: it was measured and not judged."""
-        if name == "language_score":
-            language = self._settings["languages"].get(subset)
-            limits = {"min": language["min_score"]} if language else {}
-        else:
-            limits = self._settings["rules"].get(family(subset), {}).get(name, {})
-        bounds = {bound: limit for bound, limit in limits.items() if limit is not None}
-        return {"rule": name, "value": row[name], "broken": name in row["failed"].split(","), **bounds}
+    def _rules(self, subset: str, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Every measured value with its limits; no limits: it was measured and not judged."""
+        limits, failed = limits_of(self._filters, subset), row["failed"].split(",")
+        return [
+            {"rule": name, "value": row[name], "broken": name in failed, **limits.get(name, {})}
+            for name in columns(subset)
+            if not _missing(row[name])
+        ]
 
     def _hits(self, identity: str, line: int) -> list[dict[str, Any]]:
         with open(pathlib.Path(self._folder, HITS), "rb") as lines:

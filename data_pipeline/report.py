@@ -13,8 +13,7 @@ from ctllm_jax.common.files import read_json
 from data_pipeline import clusters
 from data_pipeline.dedup.corpora import Corpora
 from data_pipeline.documents import SUBSETS, UNKNOWN, InputFile
-from data_pipeline.filters.measures import family
-from data_pipeline.filters.rules import FilterConfig, Limits
+from data_pipeline.filters.rules import FilterConfig, limits_of
 from data_pipeline.filters.stage import EXAMPLES
 from data_pipeline.shards import CONTAMINATED, DUPLICATES, Layout, read_lines
 
@@ -85,7 +84,7 @@ def collect(
         "totals": _finished(totals, with_benchmarks),
         "subsets": {name: _finished(subsets[name], with_benchmarks) for name in order},
         "histograms": {name: histograms[name] for name in order if name in histograms},
-        "limits": {name: _limits(filters, name) for name in order if name in histograms},
+        "limits": {name: limits_of(dataclasses.asdict(filters), name) for name in order if name in histograms},
         "examples": dict(sorted(examples.items())),
         "samples": {name: _samples(layout, name, len(files)) for name in order if subsets[name]["kept"]},
         "duplicates": clusters.examples(corpora),
@@ -99,16 +98,6 @@ def collect(
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's result: `collect` without what is only for the page."""
     return {key: value for key, value in found.items() if key not in _SHOWN}
-
-
-def _limits(filters: FilterConfig, subset: str) -> dict[str, dict[str, float]]:
-    limits = dict(filters.rules.get(family(subset), {}))
-    if language := filters.languages.get(subset):
-        limits["language_score"] = Limits(min=language.min_score)
-    return {
-        name: {bound: value for bound, value in dataclasses.asdict(limit).items() if value is not None}
-        for name, limit in limits.items()
-    }
 
 
 def _samples(layout: Layout, subset: str, shards: int) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ anew.
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,10 +17,12 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
 from ctllm_jax.common.manifest import stage_fingerprint
 from data_pipeline.filters.measures import family, names
+from data_pipeline.filters.rules import limits_of
 from data_pipeline.signals import read_columns, signal_files
 
 FACTORS = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 BOUNDS = ("min", "above", "max")
+Asked = tuple[str, str, tuple[float, ...]]  # measure, bound, thresholds to try
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,23 +41,21 @@ class Rule:
     measure: str
     bound: str
     thresholds: tuple[float, ...]
-    limits: Mapping[str, float | None]
+    limits: Mapping[str, float]
 
-    def passes(self, values: np.ndarray, bound: str, threshold: float) -> np.ndarray:
-        """Which values a bound lets pass; a document without the value is not judged by it."""
-        if bound == "max":
-            good = values <= threshold
-        else:
-            good = values >= threshold if bound == "min" else values > threshold
-        return good | np.isnan(values)
-
-    def others(self, values: np.ndarray) -> np.ndarray:
+    def passes_others(self, values: np.ndarray) -> np.ndarray:
         """Which values the measure's other bounds let pass."""
         good = np.ones(len(values), bool)
-        for bound in BOUNDS:
-            if bound != self.bound and self.limits.get(bound) is not None:
-                good &= self.passes(values, bound, self.limits[bound])
+        for bound, limit in self.limits.items():
+            if bound != self.bound:
+                good &= _passes(values, bound, limit)
         return good
+
+
+def _passes(values: np.ndarray, bound: str, threshold: float) -> np.ndarray:
+    """Which values a bound lets pass; a document without the value is not judged by it."""
+    good = {"min": np.greater_equal, "above": np.greater, "max": np.less_equal}[bound](values, threshold)
+    return good | np.isnan(values)
 
 
 def run(config: SweepConfig, workdir: str) -> dict:
@@ -66,11 +67,11 @@ def run(config: SweepConfig, workdir: str) -> dict:
       UserError: no finished corpus, or a rule that is not written as it should be or that no subset has.
     """
     stage_fingerprint(workdir, "corpus")
-    settings = read_json(pathlib.Path(workdir, "stage.json"))["settings"]["filters"]
+    filters = read_json(pathlib.Path(workdir, "stage.json"))["settings"]["filters"]
     asked = [_parsed(rule) for rule in config.rules]
     found = {}
     for subset, files in signal_files(workdir).items():
-        if rules := _rules(subset, settings, asked):
+        if rules := _rules(subset, limits_of(filters, subset), asked):
             found[subset] = _count(files, rules)
     if missing := {name for name, _, _ in asked} - {r["measure"] for s in found.values() for r in s["rules"]}:
         raise UserError(f"rules: no subset of {workdir} has a measure {min(missing)!r}")
@@ -79,31 +80,27 @@ def run(config: SweepConfig, workdir: str) -> dict:
     return found
 
 
-def _parsed(rule: str) -> tuple[str, str, tuple[float, ...]]:
+def _parsed(rule: str) -> Asked:
     name, _, values = rule.partition("=")
     measure, _, bound = name.partition(".")
     try:
         thresholds = tuple(float(value) for value in values.split(","))
     except ValueError:
         thresholds = ()
-    if bound not in BOUNDS or not thresholds:
+    if bound not in BOUNDS or not thresholds or not all(map(math.isfinite, thresholds)):
         raise UserError(f"rules: {rule!r} is not written as MEASURE.BOUND=VALUE,VALUE (bounds: {', '.join(BOUNDS)})")
     return measure, bound, thresholds
 
 
-def _rules(subset: str, settings: Mapping, asked: Sequence[tuple[str, str, tuple[float, ...]]]) -> list[Rule]:
-    limits = dict(settings["rules"].get(family(subset), {}))
-    measures = set(names(family(subset)))
-    if language := settings["languages"].get(subset):
-        limits["language_score"] = {"min": language["min_score"]}
-        measures.add("language_score")
+def _rules(subset: str, limits: Mapping[str, Mapping[str, float]], asked: Sequence[Asked]) -> list[Rule]:
+    """What is asked of a subset, as far as it has the measure; where nothing is, all its limits."""
     if asked:
-        return [Rule(m, b, t, limits.get(m, {})) for m, b, t in asked if m in measures]
+        measured = {*names(family(subset)), *limits}
+        return [Rule(m, bound, tried, limits.get(m, {})) for m, bound, tried in asked if m in measured]
     return [
-        Rule(measure, bound, _around(limit[bound]), limit)
-        for measure, limit in limits.items()
-        for bound in BOUNDS
-        if limit.get(bound) is not None
+        Rule(measure, bound, _around(threshold), own)
+        for measure, own in limits.items()
+        for bound, threshold in own.items()
     ]
 
 
@@ -122,9 +119,9 @@ def _count(files: Sequence[pathlib.Path], rules: Sequence[Rule]) -> dict:
         failures = [set(filter(None, failed.split(","))) for failed in failures.tolist()]
         for i, rule in enumerate(rules):
             column = values[rule.measure]
-            others = np.array([failed <= {rule.measure} for failed in failures])[which] & rule.others(column)
+            others = np.array([failed <= {rule.measure} for failed in failures])[which] & rule.passes_others(column)
             for j, threshold in enumerate(rule.thresholds):
-                good = rule.passes(column, rule.bound, threshold)
+                good = _passes(column, rule.bound, threshold)
                 alone[i, j] += good.sum()
                 together[i, j] += (good & others).sum()
     return {

@@ -10,12 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from test_corpus import WORDS, examples, jsonl, make_inputs, prose, rejected
 from test_corpus import config as corpus_config
+from test_optional_filters import MODEL
 from tiny_models import write_jsonl
 
 from ctllm_jax.common import html
 from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from data_pipeline import corpus, explain, sweep
+from data_pipeline.filters.quality import QualityConfig
 from data_pipeline.filters.rules import broken
 from data_pipeline.shards import Layout
 from data_pipeline.signals import bin_edge, bin_of, histogram, signal_files
@@ -27,7 +29,8 @@ EVIL = '"><img src=x onerror=alert(1)>'
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A corpus with duplicates, a benchmark's item, dropped lines and hostile documents: (folder, result, config)."""
+    """A corpus with duplicates, a benchmark's item, dropped lines, a model of quality and hostile documents: (folder,
+    result, config)."""
     folder, random = tmp_path_factory.mktemp("report"), np.random.default_rng(11)
     inputs = make_inputs(folder)
     sentence, item = "".join(WORDS[:12]), prose(random, 30)
@@ -47,6 +50,7 @@ def built(tmp_path_factory):
         settings,
         benchmarks=dataclasses.replace(settings.benchmarks, items=(str(folder / "items.jsonl"),)),
         dedup=dataclasses.replace(settings.dedup, similar_lines="paper"),
+        filters=dataclasses.replace(settings.filters, quality=QualityConfig(MODEL, "zh", 0.001, ("zh_cc",), False)),
     )
     return folder / "corpus", corpus.run(settings, str(folder / "corpus")), settings
 
@@ -107,6 +111,7 @@ def test_histograms_count_every_document(built):
 def test_swept_shares_are_those_of_judging_again(built):
     folder, result, settings = built
     asked = ("characters.min=1,50,200", "digits.max=0.01,0.3", "han.min=0.9", "language_score.min=0.4")
+    asked += ("quality_score.min=0.9",)
     found = sweep.run(sweep.SweepConfig(asked, False), str(folder))
     own = [row for row in rows(folder).values() if "han" in row]
     limits = settings.filters.rules["chinese"]
@@ -140,7 +145,7 @@ def test_without_rules_every_limit_is_swept_and_now_is_what_was(built, capsys):
         assert now["together"] == round(values["passed_language"] / values["well_formed"], 6)
     limits = settings.filters.rules["chinese"].values()
     bounds = sum(bound is not None for limit in limits for bound in dataclasses.astuple(limit))
-    assert len(found["zh_cc"]["rules"]) == bounds + 1  # and the language's score
+    assert len(found["zh_cc"]["rules"]) == bounds + 2  # and the scores of language and quality
     assert "*50: " in told and told.startswith("zh_cc: ")
     sweep.run(sweep.SweepConfig(("han.min=0.5",), True), str(folder))
     assert json.loads(capsys.readouterr().out.splitlines()[0])["measure"] == "han"
@@ -152,6 +157,7 @@ def test_without_rules_every_limit_is_swept_and_now_is_what_was(built, capsys):
         ("top_2gram=0.1", "not written as"),
         ("top_2gram.most=0.1", "not written as"),
         ("top_2gram.max=a", "not written as"),
+        ("top_2gram.max=nan", "not written as"),
         ("top_7gram.max=0.1", "no subset"),
     ],
 )
@@ -179,6 +185,7 @@ def test_a_kept_documents_story(built, capsys):
     rules = {rule["rule"]: rule for rule in told["rules"]}
     assert (rules["characters"]["min"], rules["characters"]["broken"]) == (50, False)
     assert rules["characters"]["value"] == len(told["text"]) and "max" not in rules["han"]
+    assert (rules["quality_score"]["min"], rules["quality_score"]["broken"]) == (0.001, False)
     assert told["reasons"] == [] and told["repeats"] is None
     out = capsys.readouterr().out
     assert out.startswith("doc3: kept\n") and "repeated by near (near, similarity 0." in out
@@ -229,6 +236,7 @@ def test_the_page_shows_all_and_escapes_all(built):
     for share in (38, 26, 19, 15):
         assert f">{share}</td>" in page
     assert "characters (min 50, max 1e+07): " in page and ">min 50</text>" in page
+    assert "quality_score (min 0.001): " in page
     assert "script copy: stays" in page and "near duplicate, similarity 0." in page and "<mark>" in page
 
 

@@ -93,6 +93,22 @@ class Verdict:
         return all(reason["rule"] in LANGUAGE_RULES for reason in self.reasons)
 
 
+def limits_of(filters: Mapping[str, Any], subset: str) -> dict[str, dict[str, float]]:
+    """{measure, language_score or quality_score: {bound (a field of Limits): threshold}} for a subset's documents.
+
+    filters: a FilterConfig as a mapping, as a corpus's stage.json has it.
+    """
+    limits = dict(filters["rules"].get(measures.family(subset), {}))
+    if language := filters["languages"].get(subset):
+        limits["language_score"] = {"min": language["min_score"]}
+    if filters["quality"]["model"] and subset in filters["quality"]["subsets"]:
+        limits[quality.RULE] = {"min": filters["quality"]["min_score"]}
+    return {
+        name: {bound: threshold for bound, threshold in own.items() if threshold is not None}
+        for name, own in limits.items()
+    }
+
+
 class Filters:
     """All filters of a configuration. Lists and models are read once in a process."""
 
