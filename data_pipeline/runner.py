@@ -5,9 +5,13 @@ in memory unless the options say otherwise (`--direct_running_mode=multi_process
 docs/beam.md has the options of every runner that was tried.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import logging
+import re
 import sys
+from collections.abc import Iterator
 
 import apache_beam as beam
 import grpc
@@ -31,6 +35,13 @@ worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = 0
 # `interactive` extra for that. Ours are no cell's.
 for _module in (interactive_utils, sys.modules["apache_beam.pipeline"]):
     _module.is_in_ipython = lambda: False
+
+# What the user can mend is said once, at the end and without a traceback; Beam logs one wherever a step fails.
+logging.getLogger("apache_beam.runners.common").addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], UserError))
+)
+_STEP = " [while running "  # Beam puts it behind the message of what a step raises
+_SAID_ELSEWHERE = re.compile(rf".*^[\w.]*\bUserError: (.*?){re.escape(_STEP)}", re.MULTILINE | re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +110,19 @@ def make_options(config: BeamConfig) -> PipelineOptions:
     return PipelineOptions(list(config.options))
 
 
-def make_pipeline(config: BeamConfig) -> beam.Pipeline:
-    """A pipeline; use as a context manager, which runs it."""
-    return beam.Pipeline(runner=make_runner(config), options=make_options(config))
+@contextlib.contextmanager
+def make_pipeline(config: BeamConfig) -> Iterator[beam.Pipeline]:
+    """A pipeline, which runs as the block ends.
+
+    Raises:
+      UserError: as `make_runner`; or one that a step raised, in whatever process, as it was raised.
+    """
+    try:
+        with beam.Pipeline(runner=make_runner(config), options=make_options(config)) as pipeline:
+            yield pipeline
+    except UserError as error:
+        raise UserError(str(error).partition(_STEP)[0]) from None
+    except RuntimeError as error:  # of another process there is the text of its traceback
+        if found := _SAID_ELSEWHERE.search(str(error)):
+            raise UserError(found.group(1)) from None
+        raise

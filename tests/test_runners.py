@@ -12,13 +12,14 @@ import threading
 import time
 
 import pytest
-from apache_beam import Create, Map, Reshuffle
+from apache_beam import Create, FlatMap, Map, Reshuffle
 from apache_beam.testing.util import assert_that, equal_to
 from clusters import beam
 from test_corpus import config, contents, make_inputs
 
 from ctllm_jax.common.errors import UserError
 from data_pipeline import corpus
+from data_pipeline.records import entries
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 
 EXTERNAL = "--environment_type=EXTERNAL"
@@ -105,6 +106,19 @@ def test_an_element_that_takes_long_to_write_arrives_whole():
             assert_that(arrived, equal_to([Slow]))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("mode", ["in_memory", "multi_processing"])
+def test_what_the_user_can_mend_is_said_as_a_worker_raised_it(tmp_path, mode, caplog):
+    (tmp_path / "a.json").write_text("[1,")
+    with pytest.raises(UserError) as here:
+        list(entries(str(tmp_path / "a.json")))
+    options = (f"--direct_running_mode={mode}", "--direct_num_workers=2")
+    with pytest.raises(UserError) as elsewhere:
+        with make_pipeline(BeamConfig("local", options)) as pipeline:
+            _ = pipeline | Create([str(tmp_path / "a.json")]) | FlatMap(entries)
+    assert str(elsewhere.value) == str(here.value) and elsewhere.value.__suppress_context__
+    assert mode != "in_memory" or "Traceback" not in caplog.text
 
 
 def test_a_job_service_that_is_not_there_is_said_at_once():
