@@ -33,7 +33,7 @@ from data_pipeline.dedup.corpora import Corpora, earlier_shards
 from data_pipeline.dedup.minhash import DedupConfig
 from data_pipeline.dedup.stage import deduplicate
 from data_pipeline.documents import SUBSETS, Fields, InputFile, find_inputs
-from data_pipeline.filters.rules import FilterConfig
+from data_pipeline.filters.rules import FilterConfig, Filters
 from data_pipeline.filters.stage import FilterSettings, filter_file
 from data_pipeline.report_page import page
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
@@ -67,11 +67,13 @@ def run(config: CorpusConfig, workdir: str) -> dict:
     """Builds MAP-CC in `workdir`; returns the manifest's result (see `report.summary`), of a pilot `pilot.estimate`.
 
     Raises:
-      UserError: no input file, another run's folder, an unknown runner, or no document that survives.
+      UserError: no input file, another run's folder, an unknown runner, a list or model of the filters that cannot be
+        read, or no document that survives.
     """
     if not config.input:
         raise UserError("input: no files named; give --config.input=PATTERN")
-    make_runner(config.beam)  # a wrong name is said before anything is written
+    make_runner(config.beam)  # what is wrong with it, or with a list or model, is said before anything is written
+    Filters(config.filters)
     files = find_inputs(config.input)
     if config.pilot:
         return pilot.estimate(files, config.pilot, workdir, lambda some, folder: _build(some, config, folder))

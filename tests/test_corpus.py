@@ -19,6 +19,7 @@ from ctllm_jax.common.errors import UserError
 from data_pipeline import corpus
 from data_pipeline.dedup.store import open_hashes
 from data_pipeline.documents import find_inputs
+from data_pipeline.filters.urls import UrlConfig
 from data_pipeline.runner import BeamConfig, make_runner
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -350,6 +351,14 @@ def test_no_surviving_document_is_an_error_that_says_why(tmp_path):
 def test_what_the_user_got_wrong_is_said_before_anything_is_written(inputs, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         corpus.run(config(inputs, **change), str(tmp_path / "corpus"))
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_a_list_that_is_not_there_is_said_before_anything_is_written(inputs, tmp_path):
+    settings = config(inputs)
+    filters = dataclasses.replace(settings.filters, urls=UrlConfig("/nowhere", (), "prefix"))
+    with pytest.raises(UserError, match="filters.urls.folder: there is no folder /nowhere$"):
+        corpus.run(dataclasses.replace(settings, filters=filters), str(tmp_path / "corpus"))
     assert not (tmp_path / "corpus").exists()
 
 

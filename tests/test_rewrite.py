@@ -7,7 +7,7 @@ from test_filter_thresholds import config
 
 from ctllm_jax.common.errors import UserError
 from data_pipeline.filters import urls
-from data_pipeline.filters.lines import LineConfig, LineFilter
+from data_pipeline.filters.lines import LineConfig, LineFilter, read_words
 from data_pipeline.filters.rewrite import (
     RewriteConfig,
     reference_links,
@@ -126,6 +126,15 @@ def test_lines_with_a_listed_word_go(tmp_path):
     assert line_filter("欢迎来到赌场玩\n我们学习历史") == "我们学习历史"
     with pytest.raises(UserError, match="no .txt file"):
         LineFilter(dataclasses.replace(NO_LINES, word_lists=str(tmp_path / "none")), "rjieba")
+
+
+def test_a_list_of_words_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "words.txt").write_text("\ufeff赌场\n", encoding="utf-8")
+    assert LineFilter(dataclasses.replace(NO_LINES, word_lists=str(tmp_path)), "rjieba")("去赌场") == ""
+    (tmp_path / "gbk.txt").write_text("赌场\n", encoding="gbk")
+    read_words.cache_clear()
+    with pytest.raises(UserError, match=r"gbk\.txt is not in UTF-8"):
+        LineFilter(dataclasses.replace(NO_LINES, word_lists=str(tmp_path)), "rjieba")
 
 
 @pytest.fixture

@@ -33,15 +33,20 @@ def read_words(folder: str) -> frozenset[str]:
     """The entries of a folder's .txt files; none without a folder.
 
     Raises:
-      UserError: the folder does not exist or has no list.
+      UserError: the folder does not exist, has no list, or one that is not in UTF-8.
     """
     if not folder:
         return frozenset()
     files = sorted(pathlib.Path(folder).glob("*.txt"))
     if not files:
         raise UserError(f"filters.lines.word_lists: no .txt file in {folder!r}")
-    words = (line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines())
-    return frozenset(word for word in words if word)
+    words: set[str] = set()
+    for file in files:
+        try:
+            words.update(map(str.strip, file.read_text(encoding="utf-8-sig").splitlines()))
+        except UnicodeDecodeError as error:
+            raise UserError(f"filters.lines.word_lists: {file} is not in UTF-8 ({error.reason})") from None
+    return frozenset(filter(None, words))
 
 
 class LineFilter:
