@@ -51,7 +51,8 @@ def _message(value: Any) -> dict:
         raise Unusable("a message is not an object")
     role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     return {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": content}
 
 

@@ -24,7 +24,7 @@ from data_pipeline.formats import Unusable, normalise
 MAX_LINE = 50_000_000  # bytes of a record; longer ones are skipped piece by piece, never held whole
 MAX_ARRAY = 256 * 2**20  # bytes of a .json array, unpacked: it is parsed whole
 _SKIP = 1 << 20  # bytes read at a time while skipping
-_WORD = re.compile(r"[\w-]+")  # it becomes part of task and file names
+_WORD, _LONGEST_WORD = re.compile(r"[\w-]+"), 128  # bytes; it becomes part of task and file names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def read_records(files: Sequence[str], check: Callable[[dict], str | None]) -> R
     """Reads the files in order; what cannot be used is listed with its reason.
 
     A record without id is named by its file and line. An id that another file used before gets the file's name in
-    front: data sets number their records alike. Within a file an id that comes again is a rejection.
+    front: data sets number their records alike. An id that comes again nevertheless is a rejection.
 
     Args:
       files: paths; gzip is told by content.
@@ -49,16 +49,16 @@ def read_records(files: Sequence[str], check: Callable[[dict], str | None]) -> R
       UserError: an array is broken, or larger than MAX_ARRAY.
     """
     kept, rejected = [], []
-    seen: set[str] = set()
+    seen: set[str] = set()  # in the files before
     for file, name in zip(files, _names(files), strict=True):
         own: set[str] = set()
         for number, entry in entries(file):
             try:
                 for record in _records(entry, f"{name}:{number}", check):
-                    if record["id"] in own:
+                    unique = f"{name}/{record['id']}" if record["id"] in seen else record["id"]
+                    if unique in own or unique in seen:
                         raise Unusable("the id was seen before")
-                    own.add(record["id"])
-                    unique = record["id"] if record["id"] not in seen else f"{name}/{record['id']}"
+                    own.add(unique)
                     kept.append({**record, "id": unique})
             except Unusable as problem:
                 rejected.append({"file": shown(file), "line": number, "reason": str(problem)})
@@ -84,9 +84,10 @@ def _records(entry: Any, default_id: str, check: Callable[[dict], str | None]) -
 
 
 def _word(entry: dict, key: str) -> str:
-    if not isinstance(entry[key], str) or not _WORD.fullmatch(entry[key]):
-        raise Unusable(f"the {key} is not a word")
-    return entry[key]
+    word = entry[key]
+    if not isinstance(word, str) or not _WORD.fullmatch(word) or len(word.encode()) > _LONGEST_WORD:
+        raise Unusable(f"the {key} is not a word of at most {_LONGEST_WORD} bytes")
+    return word
 
 
 def _names(files: Sequence[str]) -> list[str]:
@@ -109,13 +110,13 @@ def entries(file: str) -> Iterator[tuple[int, Any]]:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         stream = gzip.GzipFile(fileobj=raw) if packed else io.BufferedReader(raw)  # gcsfs's knows no readline(SIZE)
-        try:
-            start = _start(stream)
-            if start == b"[" and re.search(r"\.json(\.gz)?$", str(file)):
-                yield from enumerate(_array(stream, file), 1)
-                return
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{file}: damaged gzip ({error}); fetch the file again") from None
+        if re.search(r"\.json(\.gz)?$", str(file)):
+            try:
+                if _start(stream) == b"[":
+                    yield from enumerate(_array(stream, file), 1)
+                    return
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise UserError(f"{file}: damaged gzip ({error}); fetch the file again") from None
         yield from _lines(stream)
 
 

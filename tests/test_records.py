@@ -114,6 +114,7 @@ BAD_CHATS = [
     ({"messages": [{"role": ["user"], "content": "q"}]}, "a message has no known role"),
     ({"messages": say("q", "a"), "label": False}, "an answer that is labelled as bad"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, *say("q", "a")[1:]]}, "a message has no text"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "a message has no text"),
     ({"instruction": 3, "output": "a"}, "instruction or input is no text"),
     ({"instruction": "q", "output": " "}, "a message has no text"),
     ({"instruction": "q", "output": "a", "history": ["q0"]}, "history is not a list of [question, answer]"),
@@ -126,6 +127,7 @@ BAD_CHATS = [
     ({"prompt": 1, "response": "a"}, "prompt or response is neither text nor messages"),
     ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "a preference record, where instructions are read"),
     ({"messages": say("q", "a"), "source": "a/b"}, "the source is not a word"),
+    ({"messages": say("q", "a"), "source": "文" * 43}, "the source is not a word"),
     ({"messages": say("q", "a"), "id": True}, "the id is neither text nor number"),
 ]
 BAD_PAIRS = [
@@ -216,6 +218,9 @@ def test_of_a_gzip_file_cut_short_what_can_be_read_is_kept(tmp_path):
     (entry,) = found.rejected
     assert entry["line"] == len(found.kept) + 1
     assert entry["reason"] == "damaged gzip, nothing more can be read (EOFError)"
+    (tmp_path / "b.jsonl.gz").write_bytes(data[:2] + b"no gzip")
+    found = read_records([str(tmp_path / "b.jsonl.gz")], check_chat)
+    assert found.kept == [] and found.rejected[0]["reason"].startswith("damaged gzip, nothing more can be read")
     (tmp_path / "a.json.gz").write_bytes(packed(f"[{', '.join(lines)}]".encode())[:-500])
     with pytest.raises(UserError, match="a.json.gz: damaged gzip .*; fetch the file again"):
         read_records([str(tmp_path / "a.json.gz")], check_chat)
@@ -236,11 +241,12 @@ def test_ids_are_unique_over_the_files(tmp_path):
         entries = [{"id": name, "messages": say("q", f"{place} {name}")} for name in ids]
         return str(write_jsonl(tmp_path / place, entries))
 
-    files = [write("x/a.jsonl", "0", "1", "0", None), write("y/a.jsonl", 0, None), write("b.json", 0, "2")]
+    files = [write("x/a.jsonl", "0", "1", "0", None), write("y/a.jsonl", 0, None), write("b.json", 0, "2", "b/0")]
     found = read_records(files, check_chat)
     assert [record["id"] for record in found.kept] == ["0", "1", "x/a:4", "y/a/0", "y/a:2", "b/0", "2"]
     assert [(entry["file"], entry["line"], entry["reason"]) for entry in found.rejected] == [
-        (files[0], 3, "the id was seen before")
+        (files[0], 3, "the id was seen before"),
+        (files[2], 3, "the id was seen before"),
     ]
 
 

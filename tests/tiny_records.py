@@ -47,8 +47,8 @@ CHAT_REASONS = {
     "a message has no text": 1,
     "messages is not a list, or empty": 1,
     "the id is neither text nor number": 1,
-    "the language is not a word": 2,
-    "the source is not a word": 1,
+    "the language is not a word of at most 128 bytes": 2,
+    "the source is not a word of at most 128 bytes": 1,
     UNKNOWN_FORMAT: 1,
 }
 
