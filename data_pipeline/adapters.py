@@ -41,8 +41,8 @@ class JsonlSource(seqio.FileDataSource):
     def __init__(self, patterns: Sequence[str], text_field: str, id_field: str, share: float):
         files = input_files(expand(patterns))
         self._files = {file.path: file for file in files}
-        # The key "" is in no record: the user's documents have neither a subset of MAP-CC nor need of an URL.
-        self._fields = Fields(id=id_field, url="", source="", text=text_field)
+        # The user's documents have neither a subset of MAP-CC nor need of a URL.
+        self._fields = Fields(id=id_field, url=None, source=None, text=text_field)
         self._share = share
         self.rejected: dict[str, collections.Counter] = {}
         super().__init__(self._read_file, split_to_filepattern=dict.fromkeys(SPLITS, list(self._files)))

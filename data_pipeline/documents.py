@@ -30,8 +30,8 @@ class Fields:
     """Names of the record's keys that hold a document's parts; all other keys go to `meta`."""
 
     id: str  # of the document; without one it is FILE:LINE
-    url: str  # where the text was found
-    source: str  # the subset: one of SUBSETS
+    url: str | None  # where the text was found; None: of no interest
+    source: str | None  # the subset: one of SUBSETS; None: no record says so
     text: str  # the text itself
 
 

@@ -29,7 +29,7 @@ def folder(tmp_path) -> pathlib.Path:
     lines = [json.dumps({"key": f"d{i}", "body": f"文档 {i}: a document", "url": 3}).encode() for i in range(40)]
     bad = [b"not json", b'{"key": "x"}', b'{"key": "y", "body": " "}', b'{"key": "z", "body": "\xff"}', b"[]"]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines[:20], *bad, b""]))
-    nameless = json.dumps({"body": "no id", "source": "blog"}).encode()
+    nameless = json.dumps({"body": "no id", "source": "blog", "": 0}).encode()  # as of a CSV file with an index
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"\n".join([*lines[20:], nameless])))
     return tmp_path
 
