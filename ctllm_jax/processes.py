@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ctllm_jax.common.errors import Unanswered, UserError, first_line
 from ctllm_jax.common.status import EXIT_LOST, EXIT_MISTAKE, status_of
+from ctllm_jax.common.stderr import write_past_stderr
 
 T = TypeVar("T")
 
@@ -78,7 +79,7 @@ def _meeting() -> Iterator[None]:
 
     def watch() -> None:
         if not met.wait(60 * _MEETING):
-            os.write(sys.__stderr__.fileno(), f"ctllm: error: {_not_met()}\n".encode())
+            write_past_stderr(f"ctllm: error: {_not_met()}")
             os._exit(EXIT_LOST)
 
     threading.Thread(target=watch, name="meeting", daemon=True).start()
@@ -232,8 +233,7 @@ def exit_lost(message: str) -> None:
     if index == 0 and jax.process_count() > 1:
         time.sleep(_GRACE)
     advice = "start the job again and it goes on from its last checkpoint"
-    text = f"ctllm: error: {message}; process {index} ends: {advice}\n"
-    os.write(sys.__stderr__.fileno(), text.encode())  # not through sys.stderr: another thread may hold it
+    write_past_stderr(f"ctllm: error: {message}; process {index} ends: {advice}")
     os._exit(EXIT_LOST)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from ctllm_jax import processes
 from ctllm_jax.common.files import atomic_file
+from ctllm_jax.common.stderr import write_past_stderr
 from ctllm_jax.stopping import Stopping
 
 _TICK = 1.0  # seconds between two looks
@@ -44,6 +45,8 @@ class WatchConfig:
     def __post_init__(self):
         if min(self.stall_minutes, self.slow_minutes, self.stop_minutes) < 0:
             raise ValueError("minutes cannot be negative")
+        if self.notices and not self.notices.startswith(("http://", "https://")):
+            raise ValueError(f"notices {self.notices!r} is not an address such as http://metadata.google.internal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +157,11 @@ class LoopWatch:
         path = self._folder / f"process-{index}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.txt"
         written = threading.Event()
         threading.Thread(target=self._write_file, args=(path, summary, written), daemon=True).start()
-        terminal = sys.__stderr__.fileno()  # the loop may hold sys.stderr
         if written.wait(_WRITE):
-            os.write(terminal, f"train: {summary}; stacks of all its threads in {path}\n".encode())
+            write_past_stderr(f"train: {summary}; stacks of all its threads in {path}")
         else:
-            os.write(terminal, f"train: {summary}; {path} could not be written, so they are here:\n".encode())
-            faulthandler.dump_traceback(terminal, all_threads=True)
+            write_past_stderr(f"train: {summary}; {path} could not be written, so they are here:")
+            faulthandler.dump_traceback(sys.__stderr__.fileno(), all_threads=True)
 
     def _write_file(self, path: pathlib.Path, summary: str, written: threading.Event) -> None:
         self._post(time.monotonic())

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ctllm_jax.common.status import EXIT_LOST
 from ctllm_jax.stopping import Stopping, stop_on_notice
 from ctllm_jax.watch import LoopWatch, WatchConfig
 
+FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 CONFIG = WatchConfig(stall_minutes=10.0, slow_minutes=30.0, stop_minutes=5.0, notices="")
 
 
@@ -133,12 +135,36 @@ def test_zero_minutes_are_no_bound(tmp_path, clock):
         WatchConfig(-1.0, 0.0, 0.0, "")
 
 
+def test_a_metadata_server_without_http_is_refused():
+    with pytest.raises(ValueError, match="'metadata.google.internal' is not an address such as http://"):
+        WatchConfig(10.0, 30.0, 5.0, "metadata.google.internal")
+
+
 def test_stacks_that_cannot_be_written_go_to_standard_error(tmp_path, clock, monkeypatch, capfd):
     monkeypatch.setattr(LoopWatch, "_write_file", lambda *_: None)
     monkeypatch.setattr(watch, "_WRITE", 0.01)
     look(steady(tmp_path, clock), clock, 11)
     said = capfd.readouterr().err
     assert "could not be written, so they are here:\n" in said and "test_stacks_that_cannot_be_written" in said
+
+
+@FULL
+def test_a_full_disk_under_standard_error_keeps_no_run_alive(tmp_path, clock, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "__stderr__", full)
+        loop = steady(tmp_path, clock)
+        look(loop, clock, 11)
+        assert len(stacks(tmp_path)) == 1
+        with pytest.raises(Left, match="nothing has moved for 20 min"):
+            look(loop, clock, 10)
+
+
+@FULL
+def test_a_process_without_the_others_ends_with_its_status_under_a_full_disk_too():
+    program = "from ctllm_jax import processes; processes.exit_lost('process 1 is gone')"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=full, check=False)
+    assert ended.returncode == EXIT_LOST
 
 
 def test_a_process_that_keeps_the_others_waiting_is_named_once(tmp_path, clock, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -42,3 +43,13 @@ def lossy_stderr() -> Iterator[None]:
     """Inside the block, what is written to `sys.stderr` (`2> run.log`, a SLURM job's file) may be lost."""
     with contextlib.redirect_stderr(_Lossy(sys.stderr)):
         yield
+
+
+def write_past_stderr(line: str) -> None:
+    """Writes a line to the process's standard error without `sys.stderr`, which a thread that hangs may hold.
+
+    A line that cannot be written (a full disk, a terminal that is gone) is lost: what the caller does next, such as
+    ending the process, must happen all the same.
+    """
+    with contextlib.suppress(OSError):
+        os.write(sys.__stderr__.fileno(), f"{line}\n".encode())
