@@ -369,3 +369,35 @@ def test_missing_files_say_what_belongs_where(tmp_path):
     (tmp_path / "cb" / "val.jsonl").write_text("[1]\n")
     with pytest.raises(UserError, match="cb/val.jsonl: cannot be read"):
         load_benchmark(load_task("cb_ppl"), str(tmp_path))
+
+
+def test_damaged_and_empty_files_are_refused_by_name(tmp_path):
+    def refused(name: str, content: bytes, message: str, task: str = "cb_ppl"):
+        folder = tmp_path / name / load_task(task).files.folder
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_benchmark(load_task(task), str(tmp_path / name))
+
+    packed = bytearray(gzip.compress(b'{"premise": "x"}\n' * 1000))
+    packed[10:20] = b"\xff" * 10
+    refused("val.jsonl.gz", bytes(packed), "val.jsonl.gz: cannot be read")
+    (tmp_path / "val.jsonl").write_text('{"premise": "x"}\n' * 1000)
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "val.jsonl", "val.jsonl")
+    whole = (tmp_path / "whole.zip").read_bytes()
+    refused("a.zip", whole.replace(whole[39:49], b"\xff" * 10), "a.zip: cannot be read")
+    locked = bytearray(whole)
+    for place in (6, whole.index(b"PK\x01\x02") + 8):  # the flags of the member, in both of its headers
+        locked[place] |= 1
+    refused("b.zip", bytes(locked), "b.zip: cannot be read")
+    refused("test.csv", b"", "no questions", "theoremqa_gen")
+
+
+def test_values_that_cannot_be_taken_apart_are_refused_with_their_row(tmp_path):
+    with pytest.raises(UserError, match=r"lacks what the task needs \(AttributeError"):
+        loaded(tmp_path, "boolq_ppl", [{"passage": None, "question": "q", "label": True}])
+    (tmp_path / "nq").mkdir()
+    (tmp_path / "nq" / "nq-test.qa.csv").write_text("who was it\t['A. Man'\n")
+    with pytest.raises(UserError, match=r"lacks what the task needs \(SyntaxError"):
+        load_benchmark(load_task("nq_gen"), str(tmp_path))

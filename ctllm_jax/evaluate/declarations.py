@@ -286,7 +286,7 @@ def _prepared(task: Task, row: dict, folder: pathlib.Path) -> list[dict]:
             row | {name: values[str(row[name])] for name, values in task.rename.items() if str(row[name]) in values}
             for row in rows
         ]
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, SyntaxError, TypeError, ValueError) as error:  # of `ast.literal_eval`, too
         raise UserError(
             f"{task.name}: a row in {folder} lacks what the task needs ({type(error).__name__}: {error}): "
             f"{str(row)[:200]}"

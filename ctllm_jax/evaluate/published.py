@@ -12,9 +12,12 @@ import io
 import json
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 
 from ctllm_jax.common.errors import UserError
+
+_DAMAGED = (OSError, EOFError, zlib.error)  # what packed files raise
 
 
 class MissingFiles(UserError):
@@ -72,7 +75,7 @@ def _content(folder: pathlib.Path, name: str) -> bytes | None:
     if (packed := folder / f"{name}.gz").is_file():
         try:
             return gzip.decompress(packed.read_bytes())
-        except (OSError, EOFError) as error:
+        except _DAMAGED as error:
             raise UserError(f"{packed}: cannot be read ({error})") from None
     for archive in sorted(folder.glob("*.zip")):
         try:
@@ -80,7 +83,7 @@ def _content(folder: pathlib.Path, name: str) -> bytes | None:
                 for member in sorted(members.namelist()):
                     if f"/{member}".endswith(f"/{name}"):
                         return members.read(member)
-        except (zipfile.BadZipFile, OSError) as error:
+        except (*_DAMAGED, zipfile.BadZipFile, RuntimeError) as error:  # the last: a password, an unknown method
             raise UserError(f"{archive}: cannot be read ({error})") from None
     return None
 
@@ -93,7 +96,7 @@ def _parse(content: bytes, suffix: str, files: Files) -> list[dict]:
         lines = io.StringIO(text, newline="")
         delimiter = files.separator or {".csv": ",", ".tsv": "\t"}[suffix]
         rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
-        names, rows = (files.columns, rows) if files.columns else (rows[0], rows[1:])
+        names = files.columns or (rows.pop(0) if rows else ())
         return [dict(zip(names, row, strict=True)) for row in rows]
     if suffix == ".jsonl":
         return _json_lines(text)
