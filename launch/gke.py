@@ -41,15 +41,14 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
         raise UserError(f"launch gke: {payload.verb} runs in one process, not in {shape.processes}: ask for one host")
     plan, job_id = hosts.plan(payload, options), new_id(payload.verb)
     name = options["name"] or job_id
-    text = jobset.script(job_id, name, plan, shape, options)
-    made = jobset.jobset(job_id, name, plan, shape, options, _overlay(options["pod"]))
+    spec = jobset.Spec(job_id, name, plan, shape, options)
+    made = jobset.jobset(spec, _overlay(options["pod"]))
     _check_disk(payload, options["folder"], made)
     made = _yaml(made)
     context = options["context"] or kubectl(CONTEXT, options["wait"]).strip()
     cluster = Cluster(context, options["namespace"], options["wait"])
     if dry_run:
-        shown = [_yaml(entry) for entry in jobset.files(job_id, name, plan, text, "UID", shown=True)]
-        _describe(cluster, plan, (job_id, name), made, shown, options["keep"])
+        _describe(cluster, spec, made, [_yaml(entry) for entry in jobset.files(spec, "UID", shown=True)])
         return 0
     owner = json.loads(cluster.run(cluster.create("--output=json"), made))["metadata"]["uid"]
     handle = {"context": context, "namespace": options["namespace"], "name": name, "forward": list(plan.secrets)}
@@ -58,7 +57,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     job = Job(job_id, "gke", words, plan.place.code.revision, time.time(), handle)
     job.save()
     try:
-        entries = jobset.files(job_id, name, plan, text, owner)
+        entries = jobset.files(spec, owner)
         cluster.run(cluster.create("--output=name"), json.dumps({"apiVersion": "v1", "kind": "List", "items": entries}))
     except UserError:
         dataclasses.replace(job, status=EXIT_MISTAKE).save()
@@ -96,20 +95,18 @@ def _check_disk(payload: Payload, folder: str, made: Mapping[str, Any]) -> None:
         )
 
 
-def _describe(
-    cluster: Cluster, plan: hosts.Plan, names: tuple[str, str], made: str, shown: Sequence[str], keep: bool
-) -> None:
-    """Prints every command and file; `names` are the job's and the JobSet's."""
-    code = plan.place.code
+def _describe(cluster: Cluster, spec: jobset.Spec, made: str, files: Sequence[str]) -> None:
+    """Prints every command and file."""
+    code = spec.plan.place.code
     print(f"# code: {code.revision}, tree {code.tree}")
     print(f"git -C {code.root} archive --format=tar.gz {code.tree}  # the archive, in parts code.NNN")
     print(shlex.join(cluster.create("--output=json")), "# reads:", made, sep="\n")
-    print(shlex.join(cluster.create("--output=name")), "# reads; UID is the JobSet's:", "---\n".join(shown), sep="\n")
-    print("# while it runs, every few seconds", shlex.join(cluster.get(names[0])), sep="\n")
+    print(shlex.join(cluster.create("--output=name")), "# reads; UID is the JobSet's:", "---\n".join(files), sep="\n")
+    print("# while it runs, every few seconds", shlex.join(cluster.get(spec.job_id)), sep="\n")
     print("# while pods wait", shlex.join(cluster.warnings()), sep="\n")
     print("# of every pod", shlex.join(cluster.logs("POD", "")), sep="\n")
-    if not keep:
-        print("# in the end", shlex.join(cluster.delete(names[1])), sep="\n")
+    if not spec.options["keep"]:
+        print("# in the end", shlex.join(cluster.delete(spec.name)), sep="\n")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -120,7 +120,7 @@ def set_up(plan: Plan, hosts: Sequence[Host], say: Callable[[str], None]) -> Non
         say(f"shipping {place.code.revision} to {_names(without_code)}")
         with tempfile.TemporaryDirectory() as folder:
             archive = pathlib.Path(folder) / "code.tar.gz"
-            place.code.archive(archive)
+            archive.write_bytes(place.code.archive())
             everywhere(without_code, place.unpack(), 5 * wait, "could not take the code", archive)
     bare = [host for host, reply in there.items() if "environment" not in reply.split()]
     if bare and place.environment:

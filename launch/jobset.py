@@ -8,11 +8,10 @@ sigs.k8s.io/jobset/api/jobset/v1alpha2 from 0.10 on, the first that can tell exi
 
 import base64
 import dataclasses
+import functools
 import math
-import pathlib
 import re
 import shlex
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -176,12 +175,35 @@ def shape(options: Mapping[str, Any]) -> Shape:
     return Shape("slice", options["slices"] or 1, chips // per_host, {**labels, **spot}, {"google.com/tpu": per_host})
 
 
-def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[str, Any], pod: Any) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the objects of one job are made of.
+
+    Attributes:
+      job_id: the job's name in our records, a label of all its objects.
+      name: the JobSet's, with which the names of the others begin.
+    """
+
+    job_id: str
+    name: str
+    plan: Plan
+    shape: Shape
+    options: Mapping[str, Any]
+
+    @functools.cached_property
+    def archive(self) -> list[bytes]:
+        """The shipped code as a .tar.gz, in parts that a ConfigMap can hold. Made once: git writes the time into it."""
+        data = self.plan.place.code.archive()
+        return [data[start : start + _PART] for start in range(0, len(data), _PART)]
+
+
+def jobset(spec: Spec, pod: Any) -> dict[str, Any]:
     """The JobSet, as `kubectl create` takes it; `pod` is laid over the template of its pods.
 
     Raises:
       UserError: a name that Kubernetes would not have.
     """
+    name, hosts, options = spec.name, spec.shape, spec.options
     if not _NAME.fullmatch(name):
         raise UserError(f"launch gke: --name={name}: must be up to 36 of a-z, 0-9 and -, from a letter on")
     queue = {"kueue.x-k8s.io/queue-name": options["queue"]} if options["queue"] else {}
@@ -200,14 +222,14 @@ def jobset(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
         "completions": hosts.hosts,
         "backoffLimit": 0,  # one pod lost, all lost
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": exit_codes}]},
-        "template": overlaid(_template(job_id, name, plan, hosts, options), pod),
+        "template": overlaid(_template(spec), pod),
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": {
             "name": name,
-            "labels": {"ctllm-job": job_id, **queue},
+            "labels": {"ctllm-job": spec.job_id, **queue},
             "annotations": exclusive if hosts.tpu and hosts.hosts > 1 else {},
         },
         "spec": {
@@ -231,9 +253,10 @@ def kept_folders(made: Mapping[str, Any]) -> list[str]:
     return [mount["mountPath"].rstrip("/") for mount in kept]
 
 
-def _template(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[str, Any]) -> dict[str, Any]:
+def _template(spec: Spec) -> dict[str, Any]:
     """A pod's."""
-    parts = [{"configMap": {"name": f"{name}-code-{index}"}} for index in range(len(archive(plan)))]
+    name, hosts, options = spec.name, spec.shape, spec.options
+    parts = [{"configMap": {"name": f"{name}-code-{index}"}} for index in range(len(spec.archive))]
     container = {
         "name": "main",
         "image": options["image"],
@@ -241,14 +264,14 @@ def _template(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping
         "resources": {"limits": dict(hosts.resource)},
         # Where GKE puts NVIDIA's driver; images with CUDA know it, Python's does not.
         "env": [{"name": "LD_LIBRARY_PATH", "value": "/usr/local/nvidia/lib64"}] if hosts.gpu else [],
-        "envFrom": [{"secretRef": {"name": f"{name}-variables"}}] if plan.secrets else [],
+        "envFrom": [{"secretRef": {"name": f"{name}-variables"}}] if spec.plan.secrets else [],
         "volumeMounts": [
             {"name": "ship", "mountPath": "/ctllm", "readOnly": True},
             {"name": "memory", "mountPath": "/dev/shm"},  # 64 MiB without it, too few for NCCL
         ],
     }
     return {
-        "metadata": {"labels": {"ctllm-job": job_id}},
+        "metadata": {"labels": {"ctllm-job": spec.job_id}},
         "spec": {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": options["save_seconds"],
@@ -282,14 +305,15 @@ def _name(entry: Any) -> str | None:
     return entry.get("name") if isinstance(entry, dict) else None
 
 
-def script(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[str, Any]) -> str:
+def script(spec: Spec) -> str:
     """What every pod runs."""
+    plan, hosts, options = spec.plan, spec.shape, spec.options
     place, several = plan.place, hosts.processes > 1
     variables = {name: shlex.quote(value) for name, value in plan.variables.items()}
     if options["devices"]:
         variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": options["devices"]}
     if several and not hosts.tpu:  # of a TPU's hosts JAX learns from what GKE sets there, TPU_WORKER_HOSTNAMES and more
-        address = f"{name}-{hosts.kind}-0-0.{name}:{_PORT}"
+        address = f"{spec.name}-{hosts.kind}-0-0.{spec.name}:{_PORT}"
         variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": hosts.processes}
         variables["JAX_PROCESS_ID"] = '"$JOB_COMPLETION_INDEX"'
     config = [f"--config={_path(f'{place.source}/{plan.config}')}"] if plan.config else []
@@ -303,7 +327,7 @@ def script(job_id: str, name: str, plan: Plan, hosts: Shape, options: Mapping[st
     else:
         install = f"  timeout {options['install_minutes']}m sh -c {shlex.quote(place.install())}"
     return _RUN.format(
-        job=job_id,
+        job=spec.job_id,
         revision=" ".join(plan.place.code.revision.split()),  # one line, whatever files are called
         echoes=" | ".join(map(str, ECHOES)),
         source=shlex.quote(place.source),
@@ -322,35 +346,25 @@ def _path(name: str) -> str:
     return shlex.quote(name) if name.startswith("/") else f'"$home"/{shlex.quote(name)}'
 
 
-def archive(plan: Plan) -> list[bytes]:
-    """The shipped code as a .tar.gz, in parts that a ConfigMap can hold."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "code.tar.gz"
-        plan.place.code.archive(path)
-        data = path.read_bytes()
-    return [data[start : start + _PART] for start in range(0, len(data), _PART)]
-
-
-def files(job_id: str, name: str, plan: Plan, text: str, owner: str, shown: bool = False) -> list[dict[str, Any]]:
+def files(spec: Spec, owner: str, shown: bool = False) -> list[dict[str, Any]]:
     """ConfigMaps with the archive and the script, a Secret with the variables; deleted with the JobSet that owns them.
 
     Args:
-      text: the script.
       owner: the JobSet's uid.
-      shown: for eyes: how long a part is instead of it, and no value of a variable.
+      shown: for people to read: how long each part of the archive is instead of the part, and no variable's value.
     """
 
     def entry(kind: str, suffix: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        owned = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "name": name, "uid": owner}
-        metadata = {"name": f"{name}-{suffix}", "labels": {"ctllm-job": job_id}, "ownerReferences": [owned]}
+        owned = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "name": spec.name, "uid": owner}
+        metadata = {"name": f"{spec.name}-{suffix}", "labels": {"ctllm-job": spec.job_id}, "ownerReferences": [owned]}
         return {"apiVersion": "v1", "kind": kind, "metadata": metadata, "immutable": True, **content}
 
-    entries = []
-    for index, part in enumerate(archive(plan)):
+    entries, secrets = [], spec.plan.secrets
+    for index, part in enumerate(spec.archive):
         value = f"({len(part)} bytes)" if shown else base64.b64encode(part).decode()
         content: dict[str, Any] = {"binaryData": {f"code.{index:03}": value}}
-        entries.append(entry("ConfigMap", f"code-{index}", {**content, "data": {"run": text} if not index else {}}))
-    if plan.secrets:
-        values = dict.fromkeys(plan.secrets, "***") if shown else dict(plan.secrets)
+        entries.append(entry("ConfigMap", f"code-{index}", {**content, "data": {} if index else {"run": script(spec)}}))
+    if secrets:
+        values = dict.fromkeys(secrets, "***") if shown else dict(secrets)
         entries.append(entry("Secret", "variables", {"type": "Opaque", "stringData": values}))
     return entries

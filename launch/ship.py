@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.common.files import ROOT
+from ctllm_jax.common.files import ROOT, shown
 from ctllm_jax.verbs import Option
 from launch import hide
 from launch.target import Payload

@@ -77,6 +77,19 @@ def test_a_dry_run_prints_every_command_and_file_and_no_secret(here, capsys, mon
     assert f"\nkubectl logs POD {where} --container=main --follow\n" in out
 
 
+def test_the_jobset_names_the_parts_of_the_archive_that_there_are(here, capsys, monkeypatch):
+    """An archive made a second later may have another length."""
+    lengths = iter([jobset._PART, *[jobset._PART + 1] * 9])
+    git = ship._git
+    monkeypatch.setattr(
+        ship, "_git", lambda root, *a, **k: b"." * next(lengths) if a[0] == "archive" else git(root, *a, **k)
+    )
+    made, others = files(ctllm(capsys, *launch(here, "--dry_run"))[1])
+    pod = yaml.safe_load(made)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    named = [source["configMap"]["name"] for source in pod["volumes"][0]["projected"]["sources"]]
+    assert named == [entry["metadata"]["name"] for entry in yaml.safe_load_all(others)]
+
+
 @pytest.mark.parametrize("environment", [True, False])
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed (Debian: shellcheck)")
 def test_what_pods_run_passes_shellcheck(here, capsys, tmp_path, environment):
