@@ -47,9 +47,9 @@ class Code:
     revision: str
     tree: str
 
-    def archive(self, path: pathlib.Path) -> None:
-        """Writes the code as a .tar.gz."""
-        path.write_bytes(_git(self.root, "archive", "--format=tar.gz", self.tree))
+    def archive(self) -> bytes:
+        """The code as a .tar.gz."""
+        return _git(self.root, "archive", "--format=tar.gz", self.tree)
 
     def read(self, name: str) -> bytes:
         return _git(self.root, "cat-file", "blob", f"{self.tree}:{name}")
@@ -80,11 +80,11 @@ def code(uncommitted: str, root: pathlib.Path) -> Code:
     named = {name for name in uncommitted.split(",") if name}
     if unknown := sorted(named - changed):
         raise UserError(f"launch: --uncommitted={unknown[0]}: no such changed file (paths are relative to {root})")
-    if left := sorted(changed - named):
-        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+    if left := [shown(name) for name in sorted(changed - named)]:
+        first = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         raise UserError(
-            f"launch ships what is committed, and these files in {root} are not: {shown}; commit them, or ship them as "
-            f"they are with --uncommitted={','.join(sorted(changed))}"
+            f"launch ships what is committed, and these files in {root} are not: {first}; commit them, or ship them as "
+            f"they are with --uncommitted={','.join(map(shown, sorted(changed)))}"
         )
     if not named:
         return Code(root, commit, _git(root, "rev-parse", "HEAD^{tree}").decode().strip())
@@ -93,13 +93,13 @@ def code(uncommitted: str, root: pathlib.Path) -> Code:
         _git(root, "read-tree", "HEAD", environment=index)
         _git(root, "add", "--all", "--", *sorted(named), environment=index)
         tree = _git(root, "write-tree", environment=index).decode().strip()
-    return Code(root, f"{commit} with uncommitted {', '.join(sorted(named))}", tree)
+    return Code(root, f"{commit} with uncommitted {', '.join(map(shown, sorted(named)))}", tree)
 
 
 def changed_files(root: pathlib.Path | None = None) -> list[str]:
     """Files of a checkout (this one) that differ from what is committed, or are new: what --uncommitted may name."""
     root = root or checkout()
-    status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all").decode()
+    status = os.fsdecode(_git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all"))
     return sorted(entry[3:] for entry in status.split("\0") if entry)
 
 

@@ -102,6 +102,16 @@ def test_changed_files_are_refused_until_they_are_named_and_then_shipped(tmp_pat
     assert not ship.code("configs/mine.py,setup.py", root).has("setup.py")
 
 
+def test_a_changed_file_whose_name_is_no_utf_8_is_named_and_shipped(tmp_path):
+    root = repository(tmp_path / "checkout")
+    name = os.fsdecode(b"\xff.py")
+    (root / name).write_text("new")
+    with pytest.raises(UserError, match=r"are not: \\xff.py; commit them"):
+        ship.code("", root)
+    named = ship.code(name, root)
+    assert named.revision.endswith(r" with uncommitted \xff.py") and named.read(name) == b"new"
+
+
 def test_what_is_no_checkout_is_refused(tmp_path):
     with pytest.raises(UserError, match="is none: clone the repository"):
         ship.code("", tmp_path)
