@@ -50,7 +50,11 @@ from ctllm_jax.watch import LoopWatch
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a run works with, besides its state."""
+    """What a run works with, besides its state.
+
+    Attributes:
+      folder: where it writes on this machine, and what becomes of it; `stage.folder` is its path.
+    """
 
     config: TrainConfig
     model: ModelConfig
@@ -111,7 +115,10 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
     if jax.process_index() == 0:
         _write_run(job)
     optimizer = make_optimizer(job.config.optimizer, job.model, job.clock, job.config.lora.ranks)
-    job, state, frozen, first, ledger = _begin(job, optimizer, origin, stopping, watch)
+    state, frozen = _start_state(job, optimizer, origin)
+    if job.config.objective.reference == "cached":
+        job = _with_reference(job, frozen or state.params, origin.digest, stopping, watch)
+    state, first, ledger = _newest_state(job, state)
     config, store, sources, steps = job.config, job.store, job.store.sources("train"), job.clock.run
     checkpoints = Checkpoints(job.stage.folder, config.checkpoints, config.log.every, job.folder.before_commit)
 
@@ -120,23 +127,29 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
     layout = state_shardings(job.model, optimizer, job.mesh, config.lora.ranks)
     options = config.compiler_options(job.mesh.devices.flat[0].platform)
     step_fn = jit_step(adapted(config.lora, objective), optimizer, config.microbatches, layout, options)
-    batch = config.batch_size, config.microbatches, config.data.mask_documents
-    held_out = HeldOut(config.eval, store, *batch, job.mesh, objective)
+    held_out = HeldOut(
+        config.eval, store, config.batch_size, config.microbatches, config.data.mask_documents, job.mesh, objective
+    )
     in_loop = InLoop(held_out, job.probes, job.model, job.mesh)
     samples = SamplesLog(job.stage.folder, first, writes=jax.process_index() == 0)
     log = open_log(config.log, job.stage, first, dataclasses.asdict(config), writes=jax.process_index() == 0)
     meter = Meter(log, config.log, sources, ledger, patience=config.optimizer.spike_window)
     meter.measure(job.model, store, config.batch_size, job.mesh, job.adapters)
 
-    # ---- The loop: dispatch a step, then read the metrics of the one before
-    vote = processes.Vote(job.mesh)
-    if first in (0, steps):
+    def look() -> tuple[dict[str, float], list[dict]]:
+        """(held-out figures, samples) of the model as it is now."""
         whole = joined(config.lora, state.model, frozen)
         held = in_loop.evaluate(whole, frozen)
         config.checkpoints.check_known(held)
+        return held, in_loop.sample(whole)
+
+    # ---- The loop: dispatch a step, then read the metrics of the one before
+    vote = processes.Vote(job.mesh)
+    if first in (0, steps):
+        held, texts = look()
     if first == 0:
         log.write("eval", 0, {**held, **job.probes.chance})
-        samples.write(0, in_loop.sample(whole))
+        samples.write(0, texts)
     stream_out = sys.stderr if jax.process_index() == 0 else io.StringIO()  # one process speaks for all
     with Progress(f"train {config.objective.name}", steps, "steps", stream_out) as progress, meter.profiler:
         for step, batch in meter.steps(prefetched(job.stream, first, steps, job.mesh), first, progress):
@@ -150,21 +163,15 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
             if evaluated:
                 watch.at("evaluation", step)
                 meter.pause("evaluation")
-                whole = joined(config.lora, state.model, frozen)
-                held = in_loop.evaluate(whole, frozen)
-                config.checkpoints.check_known(held)
-                samples.write(step, in_loop.sample(whole))
+                held, texts = look()
+                samples.write(step, texts)
                 log.write("eval", step, {**held, **meter.go_on()})
                 job.folder.publish()
             if last or stop or checkpoints.due(step):
                 watch.at("save", step)
                 meter.pause("checkpoint")  # the ledger up to this very step goes into the checkpoint
-                record = {
-                    "step": step,
-                    "ledger": meter.ledger,
-                    "store": store.fingerprint,
-                    "rates": rates(config, step),
-                }
+                record = {"step": step, "ledger": meter.ledger, "store": store.fingerprint}
+                record["rates"] = rates(config, step)
                 figures = held if evaluated else None
                 checkpoints.save(step, state.model, state.rest, record, figures, wait=last or stop)
                 meter.go_on()
@@ -185,32 +192,37 @@ def _train(job: Job, origin: FoundModel | None, stopping: Stopping, watch: LoopW
     return _result(job, state, held, meter.ledger)
 
 
-def _begin(
-    job: Job, optimizer: Optimizer, origin: FoundModel | None, stopping: Stopping, watch: LoopWatch
-) -> tuple[Job, TrainState, dict | None, int, dict[str, int]]:
-    """(the job with what its reference says of its store, state, what steps read beside it, steps done, ledger).
+def _with_reference(job: Job, params: dict, digest: str, stopping: Stopping, watch: LoopWatch) -> Job:
+    """The job with a store that knows what the reference thinks of every answer.
 
-    The state is that of this run's newest checkpoint, or starts from init_from, or is drawn from the seed.
+    Args:
+      job: of preference pairs.
+      params: the reference's.
+      digest: of the model that they are from.
+      stopping, watch: for the time that it takes to compute.
     """
-    config, store = job.config, job.store
-    state, frozen = _start_state(job, optimizer, origin)
-    if config.objective.reference == "cached":
-        start = frozen if config.lora.rank else state.params
-        vote = processes.Vote(job.mesh)
+    vote = processes.Vote(job.mesh)
 
-        def stop(batch: int) -> bool:
-            watch.at("reference", batch)
-            return vote.cast(stopping.requested)
+    def stop(batch: int) -> bool:
+        watch.at("reference", batch)
+        return vote.cast(stopping.requested)
 
-        store = scored_store(job.stage.folder, store, config, job.model, start, origin.digest, job.mesh, stop)
-        job = dataclasses.replace(job, store=store, stream=dataclasses.replace(job.stream, store=store))
-    like = _like(state.model), _like(state.rest)
-    saved = restore_newest(job.stage.folder, *like, make_room=functools.partial(_delete, state))
+    store = scored_store(job.stage.folder, job.store, job.config, job.model, params, digest, job.mesh, stop)
+    return dataclasses.replace(job, store=store, stream=dataclasses.replace(job.stream, store=store))
+
+
+def _newest_state(job: Job, start: TrainState) -> tuple[TrainState, int, dict[str, int]]:
+    """(state, steps done, ledger) of the run's newest checkpoint, or `start`, 0 and an empty ledger.
+
+    `start` says how a state is laid out, and is used up by a checkpoint's.
+    """
+    like = _like(start.model), _like(start.rest)
+    saved = restore_newest(job.stage.folder, *like, make_room=functools.partial(_delete, start))
     if saved is None:
-        return job, state, frozen, 0, dict.fromkeys(store.sources("train"), 0)
-    check_past_rates(config, saved.record["rates"], saved.step)
+        return start, 0, dict.fromkeys(job.store.sources("train"), 0)
+    check_past_rates(job.config, saved.record["rates"], saved.step)
     print(f"train: resumed at step {saved.step}", file=sys.stderr)
-    return job, joined_state(saved.params, saved.optimizer), frozen, saved.step, saved.record["ledger"]
+    return joined_state(saved.params, saved.optimizer), saved.step, saved.record["ledger"]
 
 
 def _result(job: Job, state: TrainState, held: dict[str, float], ledger: dict[str, int]) -> dict:
@@ -230,9 +242,9 @@ def _result(job: Job, state: TrainState, held: dict[str, float], ledger: dict[st
 
 
 def _start_state(job: Job, optimizer: Optimizer, origin: FoundModel | None) -> tuple[TrainState, dict | None]:
-    """(state at step 0 laid out over the mesh, what its steps read beside it and leave as it is).
+    """(state at step 0, laid out over the mesh; parameters that its steps only read, or None).
 
-    That is what LoRA's adapters are beside, or DPO's live reference, or None.
+    Those are the model under LoRA's adapters, or DPO's live reference.
     """
     config, ranks = job.config, job.config.lora.ranks
     layout = state_shardings(job.model, optimizer, job.mesh, ranks)
