@@ -9,7 +9,6 @@ Legend: B sequences, L positions, T tokens of a device, D model width, V vocabul
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -19,7 +18,7 @@ from jax import lax
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.hardware import Chip
 from ctllm_jax.precision import wide
-from ctllm_jax.sharding import RULES, spec
+from ctllm_jax.sharding import RULES, devices_over, spec
 
 FORMS = ("dense", "chunked", "auto")
 CHUNK = 2048  # ids: with fewer, adding to the hidden states' gradient costs time; with more, logits cost memory
@@ -50,8 +49,7 @@ def choose_form(form: str, tokens: int, vocab: int, mesh_shape: Mapping[str, int
     """
     if form != "auto":
         return form
-    token_ways = math.prod(mesh_shape.get(axis, 1) for axis in (*RULES["batch"], *RULES["length"]))
-    vocab_ways = math.prod(mesh_shape.get(axis, 1) for axis in RULES["vocab"])
+    token_ways, vocab_ways = devices_over(mesh_shape, "batch", "length"), devices_over(mesh_shape, "vocab")
     limit = DENSE_SHARE * (chip.memory if chip else UNKNOWN_MEMORY)
     return "dense" if dense_bytes(tokens // token_ways, vocab // vocab_ways) <= limit else "chunked"
 
@@ -143,9 +141,9 @@ def _backward(vocab_size, chunk, residuals, cotangents):
             dhead_DC = _reduce_head(dhead_DC, layout).astype(like.dtype)
             return dx_TD, lax.dynamic_update_slice_in_dim(dhead_DV, dhead_DC, start, axis=1)
 
-        ways = math.prod(layout.sizes[axis] for axis in layout.embed)
+        own_width = head_DV.shape[0] // devices_over(layout.sizes, "embed")
         dx_TD = jnp.zeros(x_TD.shape, wide(x_TD.dtype))
-        dhead_DV = lax.empty((head_DV.shape[0] // ways, head_DV.shape[1]), like.dtype)  # every chunk writes its part
+        dhead_DV = lax.empty((own_width, head_DV.shape[1]), like.dtype)  # every chunk writes its part
         dx_TD, dhead_DV = _over_chunks(step, (dx_TD, dhead_DV), head_DV.shape[1], chunk)
         return _psum(dx_TD, layout.vocab).astype(x_BLD.dtype).reshape(x_BLD.shape), dhead_DV
 
@@ -203,8 +201,7 @@ def _layout(shape: tuple[int, ...]) -> _Layout:
     """The layout of hidden states of this shape under the mesh that is set."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     for what, size, axis in (("rows", shape[0], "batch"), ("positions", shape[1], "length")):
-        ways = math.prod(sizes.get(name, 1) for name in RULES[axis])
-        if size % ways:
+        if size % (ways := devices_over(sizes, axis)):
             raise UserError(
                 f"chunked cross-entropy: {size} {what} at a time do not divide over {ways} devices "
                 f"(mesh axes {' x '.join(RULES[axis])}); take fewer microbatches or another mesh"

@@ -7,6 +7,7 @@ XLA places the collectives, the constraints here say where the arrays lie.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -90,6 +91,11 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(entry if len(entry) > 1 else (entry[0] if entry else None) for entry in entries))
 
 
+def devices_over(sizes: Mapping[str, int], *axes: str | None) -> int:
+    """How many devices logical axes are divided over, in a mesh of these sizes; axes that it lacks count for 1."""
+    return math.prod(sizes.get(name, 1) for axis in axes if axis is not None for name in RULES[axis])
+
+
 def shardings(mesh: Mesh, abstract: Any, logical: Any) -> Any:
     """NamedShardings for a tree of arrays, given the tree of their logical axes.
 
@@ -98,13 +104,12 @@ def shardings(mesh: Mesh, abstract: Any, logical: Any) -> Any:
     """
 
     def place(path, leaf, axes):
-        partition = spec(axes)
-        for size, entry in zip(leaf.shape, partition, strict=True):
-            ways = math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
-            if size % ways:
+        for size, axis in zip(leaf.shape, axes, strict=True):
+            if size % (ways := devices_over(mesh.shape, axis)):
                 name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-                raise UserError(f"{name} {leaf.shape}: size {size} does not divide over {ways} devices of axis {entry}")
-        return NamedSharding(mesh, partition)
+                over = " x ".join(RULES[axis])
+                raise UserError(f"{name} {leaf.shape}: size {size} does not divide over {ways} devices of axis {over}")
+        return NamedSharding(mesh, spec(axes))
 
     return jax.tree_util.tree_map_with_path(place, abstract, logical)
 

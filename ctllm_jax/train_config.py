@@ -1,7 +1,6 @@
 """What decides a training run, what may change while it runs, and what does not go together."""
 
 import dataclasses
-import math
 
 from jax.sharding import Mesh
 
@@ -17,7 +16,7 @@ from ctllm_jax.metrics import LogConfig
 from ctllm_jax.model import ModelConfig
 from ctllm_jax.objectives import STORE_KINDS, ObjectiveConfig
 from ctllm_jax.optim import OptimizerConfig
-from ctllm_jax.sharding import RULES, MeshConfig
+from ctllm_jax.sharding import RULES, MeshConfig, devices_over
 from ctllm_jax.watch import WatchConfig
 
 # Settings that do not decide the result, so that a run may go on with others.
@@ -171,10 +170,9 @@ def _check_sizes(model: ModelConfig, origin: FoundModel | None, store: TokenStor
 
 def check_layout(config: TrainConfig, store: TokenStore, mesh: Mesh) -> None:
     """A microbatch divides over the mesh, or UserError."""
-    for what, size, axes in (
-        ("batch_size / microbatches =", config.batch_size // config.microbatches, RULES["batch"]),
-        ("the rows' length", store.sequence_length, RULES["length"]),
+    for what, size, axis in (
+        ("batch_size / microbatches =", config.batch_size // config.microbatches, "batch"),
+        ("the rows' length", store.sequence_length, "length"),
     ):
-        ways = math.prod(mesh.shape[axis] for axis in axes)
-        if size % ways:
-            raise UserError(f"{what} {size} does not divide over {ways} devices (mesh: {' x '.join(axes)})")
+        if size % (ways := devices_over(mesh.shape, axis)):
+            raise UserError(f"{what} {size} does not divide over {ways} devices (mesh: {' x '.join(RULES[axis])})")

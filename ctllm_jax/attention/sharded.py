@@ -7,12 +7,11 @@ Legend as in `ctllm_jax.attention`.
 """
 
 import functools
-import math
 
 import jax
 
 from ctllm_jax.common.errors import UserError
-from ctllm_jax.sharding import spec
+from ctllm_jax.sharding import RULES, devices_over, spec
 
 Kernel = functools.partial  # (q, k, v, q_segments, kv_segments, *, q_offset) -> out, everything else bound
 
@@ -58,7 +57,9 @@ def attention(
 
 
 def _check_divides(mesh, name: str, shape: tuple[int, ...]) -> None:
-    for size, logical, entry in zip(shape, AXES[name], spec(AXES[name]), strict=True):
-        ways = math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
-        if size % ways:
-            raise UserError(f"attention: {logical} {size} of the {name} does not divide over {ways} devices ({entry})")
+    for size, axis in zip(shape, AXES[name], strict=True):
+        if size % (ways := devices_over(mesh.shape, axis)):
+            raise UserError(
+                f"attention: {axis} {size} of the {name} does not divide over {ways} devices "
+                f"(mesh: {' x '.join(RULES[axis])})"
+            )

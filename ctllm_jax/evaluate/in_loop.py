@@ -9,7 +9,6 @@ Legend: B rows, L length, D model width, V vocabulary.
 import collections
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Sequence
 
@@ -34,7 +33,7 @@ from ctllm_jax.generate import bucket, decodable, encode_prompt
 from ctllm_jax.model import ModelConfig, head, hidden_states
 from ctllm_jax.objectives import Batch, Objective
 from ctllm_jax.products import head_logits
-from ctllm_jax.sharding import RULES
+from ctllm_jax.sharding import devices_over
 from ctllm_jax.step import batch_sharding, summed
 
 
@@ -221,7 +220,7 @@ class Questions:
         rows = [row for questions in probes.questions.values() for question in questions for row in question.rows]
         L = _length(max(len(row.tokens) for row in rows), model, mesh)
         # A device takes as many tokens at a time as a row of training has, at most.
-        B = _rows(min(len(rows), max(1, model.max_length // L) * _ways(mesh, "batch")), mesh)
+        B = _rows(min(len(rows), max(1, model.max_length // L) * devices_over(mesh.shape, "batch")), mesh)
         self._arrays = [rows_arrays(rows[start : start + B], L, "chat", True) for start in range(0, len(rows), B)]
         self._shape = B
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -299,19 +298,16 @@ def _go_on(model: ModelConfig, steps: int, params: dict, tokens_BL: jax.Array, l
     return jax.lax.fori_loop(0, steps, one, (tokens_BL, length_B))[0]
 
 
-def _ways(mesh: Mesh, axis: str) -> int:
-    """Devices that a logical axis lies over."""
-    return math.prod(mesh.shape[name] for name in RULES[axis])
-
-
 def _rows(count: int, mesh: Mesh) -> int:
     """The next number of rows that lies evenly over the mesh."""
-    return -(-count // _ways(mesh, "batch")) * _ways(mesh, "batch")
+    ways = devices_over(mesh.shape, "batch")
+    return -(-count // ways) * ways
 
 
 def _length(longest: int, model: ModelConfig, mesh: Mesh) -> int:
-    """The next length of few that lies evenly over the mesh."""
-    return -(-bucket(longest, model.max_length) // _ways(mesh, "length")) * _ways(mesh, "length")
+    """The next bucketed length that lies evenly over the mesh."""
+    ways = devices_over(mesh.shape, "length")
+    return -(-bucket(longest, model.max_length) // ways) * ways
 
 
 def _spread(arrays: dict[str, np.ndarray], rows: int, mesh: Mesh) -> Batch:

@@ -21,7 +21,7 @@ from ctllm_jax.duration import Clock
 from ctllm_jax.hardware import Slice
 from ctllm_jax.model import REMAT_POLICIES, ModelConfig, count_params, flops_per_token
 from ctllm_jax.optim import OptimizerConfig, make_optimizer
-from ctllm_jax.sharding import RULES, mesh_sizes
+from ctllm_jax.sharding import devices_over, mesh_sizes
 from ctllm_jax.step import abstract_batch, abstract_state
 from ctllm_jax.train_config import TrainConfig
 
@@ -45,7 +45,7 @@ class Share:
 
     def ways(self, *axes: str) -> int:
         """Devices that the logical axes are divided over."""
-        return math.prod(self.mesh[name] for axis in axes for name in RULES[axis])
+        return devices_over(self.mesh, *axes)
 
 
 def share(config: TrainConfig, target: Slice) -> Share:
@@ -56,15 +56,14 @@ def share(config: TrainConfig, target: Slice) -> Share:
       ValueError: the batch does not divide over it.
     """
     mesh = mesh_sizes(config.mesh, target.devices)
-    rows, row_ways = config.sides * config.batch_size, math.prod(mesh[name] for name in RULES["batch"])
-    length_ways = math.prod(mesh[name] for name in RULES["length"])
+    row_ways, length_ways = devices_over(mesh, "batch"), devices_over(mesh, "length")
     if config.batch_size % (row_ways * config.microbatches) or config.model.max_length % length_ways:
         raise ValueError(
             f"batch_size {config.batch_size} in {config.microbatches} microbatches of {config.model.max_length} tokens "
             f"does not divide over {row_ways} x {length_ways} devices"
         )
-    return Share(mesh, rows // (row_ways * config.microbatches), config.model.max_length // length_ways,
-                 config.microbatches)  # fmt: skip
+    rows = config.sides * config.batch_size // (row_ways * config.microbatches)
+    return Share(mesh, rows, config.model.max_length // length_ways, config.microbatches)
 
 
 @functools.lru_cache
