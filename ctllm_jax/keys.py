@@ -45,10 +45,6 @@ class Key:
     unit: str
     meaning: str
 
-    @property
-    def is_number(self) -> bool:
-        return re.fullmatch("(None or )?(list of |table of )?(int|float)", self.kind) is not None
-
 
 def keys_of(cls: type, path: str = "") -> Iterator[Key]:
     """The keys of a config dataclass, groups of keys first; entries of tables have a NAME in capitals."""

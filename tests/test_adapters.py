@@ -16,7 +16,7 @@ from ctllm_jax.evaluate.benchmark import judged
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
 from ctllm_jax.evaluate.extract import extracted, until_stop
 from ctllm_jax.evaluate.prompts import head, option_prompts
-from ctllm_jax.evaluate.scoring import encode_pair
+from ctllm_jax.evaluate.scoring import encode_pairs
 from data_pipeline import adapters
 from data_pipeline.splits import is_held_out
 
@@ -87,7 +87,8 @@ def check_choices(declaration: str) -> int:
     for example, item in zip(examples, items, strict=True):
         opening = head(found, item.subset, found.task.shots.count if found.task.shots else 0)
         prompt = option_prompts(found.task, item, opening)[item.gold]
-        inputs, targets = encode_pair(trained, prompt.context, prompt.delimiter + prompt.continuation, bos=True)
+        pair = prompt.context, prompt.delimiter + prompt.continuation
+        [(inputs, targets)] = encode_pairs(trained, [pair], bos=True)
         assert (example["inputs"].tolist(), example["targets"].tolist()) == (inputs, [*targets, trained.eos_id])
         assert example["id"].decode() == item.id
         assert example["inputs_pretokenized"].decode() == prompt.context

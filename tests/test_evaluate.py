@@ -9,7 +9,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from tiny_models import NO_REFERENCE, REFERENCE, TEXT, tiny_model, write_jsonl
+from tiny_models import NO_REFERENCE, REFERENCE, TEXT, score, tiny_model, write_jsonl
 from tiny_stores import write_store
 
 from ctllm_jax.common.errors import UserError
@@ -19,7 +19,7 @@ from ctllm_jax.evaluate.devices import on_each_device
 from ctllm_jax.evaluate.engine import score_groups
 from ctllm_jax.evaluate.perplexity import PerplexityConfig, perplexity
 from ctllm_jax.evaluate.run import EvalConfig
-from ctllm_jax.evaluate.scoring import encode_pair, joined, score, windows
+from ctllm_jax.evaluate.scoring import encode_pairs, joined, windows
 from ctllm_jax.hf_export import export
 from ctllm_jax.model import forward
 from ctllm_jax.sampling import SamplingConfig
@@ -98,10 +98,10 @@ def test_requests_that_cannot_be_scored_are_refused(model, request_):
 
 def test_white_space_before_a_continuation_belongs_to_it(model):
     for bos in (True, False):
-        assert encode_pair(model.tokenizer, "The quick ", "brown", bos) == encode_pair(
-            model.tokenizer, "The quick", " brown", bos
-        )
-    assert encode_pair(model.tokenizer, "", "山", False)[0] == [model.tokenizer.bos_id]
+        one, other = encode_pairs(model.tokenizer, [("The quick ", "brown"), ("The quick", " brown")], bos)
+        assert one == other
+    [(context, _)] = encode_pairs(model.tokenizer, [("", "山")], False)
+    assert context == [model.tokenizer.bos_id]
 
 
 # ---- Perplexity

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command import ctllm
 from test_report import write_run
-from tiny_models import tiny_model
+from tiny_models import score, tiny_model
 
 from configs import convert as convert_config
 from configs import corpus, pretrain
@@ -18,7 +18,6 @@ from ctllm_jax.common import html, quiet
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import write_json
 from ctllm_jax.evaluate.reading import drawn, read
-from ctllm_jax.evaluate.scoring import score
 from ctllm_jax.metrics.report import read_runs
 from ctllm_jax.metrics.report_page import curves, sections
 from ctllm_jax.metrics.run_record import follow

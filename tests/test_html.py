@@ -27,7 +27,7 @@ def test_whatever_comes_from_outside_is_escaped():
         html.table([NASTY], [[NASTY]]),
         html.line_chart(NASTY, {NASTY: [(0, 1), (1, 2)]}, NASTY, {NASTY: 1.5}),
         html.line_chart(NASTY, {NASTY: [(0, 1)], "b": [(1, 2)]}, NASTY, faint={NASTY: [(0, 1)]}),
-        html.bar_chart(NASTY, {NASTY: 1}, NASTY),
+        html.bar_chart(NASTY, {NASTY: 1}),
         html.stacked_bars(NASTY, {NASTY: {NASTY: 1, "b": 2}}, NASTY),
         html.shaded([(NASTY, 0.5, NASTY)]),
     ]

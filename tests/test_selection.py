@@ -79,7 +79,7 @@ def plain_nll(model, ids: list[int], start: int) -> float:
     tokens_1L, labels_1L = np.zeros((2, 1, CONTEXT), np.int32)
     tokens_1L[0, : len(ids) - 1], labels_1L[0, : len(ids) - 1] = ids[:-1], ids[1:]
     segments_1L = (np.arange(CONTEXT) < len(ids) - 1).astype(np.int32)[None]
-    logprob_1L, _ = next_token_logprobs(
+    logprob_1L = next_token_logprobs(
         model.config, model.params, tokens_1L, np.arange(CONTEXT, dtype=np.int32)[None], segments_1L, labels_1L
     )
     return -float(np.asarray(logprob_1L, np.float64)[0, start - 1 : len(ids) - 1].sum())

@@ -29,12 +29,13 @@ from ctllm_jax.data.order import Mixture, Phase
 from ctllm_jax.data.store import open_store
 from ctllm_jax.loading import load_model, load_stored
 from ctllm_jax.metrics import MetricsLog, read_metrics
-from ctllm_jax.metrics.definitions import TIMINGS
+from ctllm_jax.metrics.definitions import METRICS
 from ctllm_jax.step import UPDATE_METRICS
 from ctllm_jax.train_config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
+TIMINGS = {metric.name for metric in METRICS if metric.timing}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,8 @@ import numpy as np
 import sentencepiece
 
 from ctllm_jax.data.tokenizer import BOS, CHAT_PIECES, EOS, PAD, UNK, load_tokenizer
+from ctllm_jax.evaluate.engine import Score, score_groups
+from ctllm_jax.evaluate.scoring import fitted
 from ctllm_jax.loading import LoadedModel
 from ctllm_jax.model import ModelConfig, init_params
 
@@ -93,6 +95,12 @@ def tiny_model(seed: int = 0, **changes) -> LoadedModel:
 
 
 @functools.cache
+def score(model: LoadedModel, pairs, batch_tokens: int) -> list[Score]:
+    """The scores of pairs of ids, (context, continuation)."""
+    groups = [[fitted(model, *pair, number)] for number, pair in enumerate(pairs)]
+    return [found for [found] in score_groups(model, groups, batch_tokens, "")]
+
+
 def _drawn(config: ModelConfig, seed: int) -> dict:
     """Parameters as numpy has them, drawn in one program: compiling it takes seconds."""
     return jax.device_get(jax.jit(functools.partial(init_params, config))(jax.random.key(seed)))

@@ -146,7 +146,7 @@ def line_chart(
     return _figure(title, _HEIGHT, parts, colours)
 
 
-def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], unit: str = "") -> str:
+def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], unit: str) -> str:
     """Horizontal bars {label: {part: value}} of one length, divided as their parts; the sum is at the end of each."""
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
@@ -166,7 +166,7 @@ def stacked_bars(title: str, bars: Mapping[str, Mapping[str, float]], unit: str 
     return _figure(title, row * len(bars) + 4, parts, colours)
 
 
-def bar_chart(title: str, bars: Mapping[str, float], unit: str = "") -> str:
+def bar_chart(title: str, bars: Mapping[str, float]) -> str:
     """Horizontal bars {label: value}, value written at the end of each."""
     top = max(bars.values(), default=0) or 1
     row, left, room = 22, 170, 250
@@ -176,7 +176,7 @@ def bar_chart(title: str, bars: Mapping[str, float], unit: str = "") -> str:
         parts.append(
             f'<text x="{left - 6}" y="{y + 15}" text-anchor="end">{_text(label)}</text>'
             f'<rect x="{left}" y="{y + 4}" width="{value / top * room:.1f}" height="{row - 8}" fill="{_COLOURS[0]}"/>'
-            f'<text x="{left + value / top * room + 5:.1f}" y="{y + 15}">{_text(value)}{_text(unit)}</text>'
+            f'<text x="{left + value / top * room + 5:.1f}" y="{y + 15}">{_text(value)}</text>'
         )
     return _figure(title, row * len(bars) + 4, parts)
 

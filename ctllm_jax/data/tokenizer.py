@@ -153,17 +153,17 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A Hugging Face `tokenizer.json`; the special ids come from `tokenizer_config.json` beside it.
 
-    A text that spells a special piece (`<s>`) is text here; with `parse_special` it is that piece's id, as transformers
-    reads it. Truncation and padding that the file sets are switched off: both would change documents in silence.
+    A text that spells a special piece (`<s>`) is text here, not that piece's id as in transformers. Truncation and
+    padding that the file sets are switched off: both would change documents in silence.
     """
 
-    def __init__(self, file: pathlib.Path, parse_special: bool = False):
+    def __init__(self, file: pathlib.Path):
         tokenizers = importlib.import_module("tokenizers")
         try:
             self._model = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:
             raise UserError(f"{file}: not a tokenizer.json ({error})") from None
-        self._model.encode_special_tokens = not parse_special  # "encode" says: as the text they are
+        self._model.encode_special_tokens = True  # as the text that they are
         self._model.no_truncation()
         self._model.no_padding()
         self.file = file
@@ -212,16 +212,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return None if piece is None else self._model.token_to_id(piece)
 
 
-def load_tokenizer(location: str | os.PathLike, parse_special: bool = False) -> Tokenizer:
+def load_tokenizer(location: str | os.PathLike) -> Tokenizer:
     """Loads a `.model` or `tokenizer.json` file, or the one in a folder.
 
     Where a folder has both, tokenizer.json counts: the folder is Hugging Face's, whose users get that one, with pieces
     that were added to the model's and that the chat template may need. Folders of ours have one of the two.
-
-    Args:
-      location: the file or folder.
-      parse_special: whether a tokenizer.json reads special pieces that a text spells as their ids, as transformers
-        does: for prompts that are written so, never for text from elsewhere. A SentencePiece model never does.
 
     Raises:
       UserError: there is none, or it is broken.
@@ -234,7 +229,7 @@ def load_tokenizer(location: str | os.PathLike, parse_special: bool = False) -> 
         path = candidates[0]
     if not path.exists():
         raise UserError(f"{path}: no such tokenizer file")
-    return HuggingFaceTokenizer(path, parse_special) if path.suffix == ".json" else SentencePieceTokenizer(path)
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
 def _digest(file: pathlib.Path) -> str:

@@ -157,10 +157,8 @@ def _fill(model: LoadedModel, chunk: list[Share], G: int, P: int) -> Cache:
     tokens_GP, labels_GP, length_G = np.zeros((G, P), np.int32), np.zeros((G, P), np.int32), np.zeros(G, np.int32)
     for place, share in enumerate(chunk):
         ids = share.pieces[0].ids
-        tokens_GP[place, : share.length], labels_GP[place, : share.length] = (
-            ids[: share.length],
-            ids[1 : share.length + 1],
-        )
+        tokens_GP[place, : share.length] = ids[: share.length]
+        labels_GP[place, : share.length] = ids[1 : share.length + 1]
         length_G[place] = share.length
     logprob_GP, hit_GP, cache = _prefill(model.config, model.params, tokens_GP, labels_GP, length_G)
     logprob_GP, hit_GP = jax.device_get((logprob_GP, hit_GP))

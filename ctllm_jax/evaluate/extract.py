@@ -6,7 +6,6 @@ counted.
 """
 
 import ast
-import collections
 import functools
 import re
 import string
@@ -327,9 +326,7 @@ def _lm_eval_number(answer: str, accepted: str) -> bool:
 
 def overlap(answer: str, accepted: str) -> float:
     """F1 of the cleaned answers' words."""
-    ours, theirs = cleaned(answer).split(), cleaned(accepted).split()
-    common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs)) if common else 0.0
+    return harness.f1(cleaned(answer).split(), cleaned(accepted).split())
 
 
 # (extracted answer, an accepted one) -> 0 to 1. A question's score is the best over its accepted answers.

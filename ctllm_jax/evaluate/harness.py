@@ -40,7 +40,7 @@ def squad_exact(answer: str, accepted: str) -> bool:
 
 def squad_f1(answer: str, accepted: str) -> float:
     """F1 of the words; no word is the same as none."""
-    return float(squad_exact(answer, accepted)) or _f1(squad_words(answer), squad_words(accepted))
+    return float(squad_exact(answer, accepted)) or f1(squad_words(answer), squad_words(accepted))
 
 
 def tydiqa_exact(answer: str, accepted: str) -> bool:
@@ -50,13 +50,14 @@ def tydiqa_exact(answer: str, accepted: str) -> bool:
 
 def tydiqa_f1(answer: str, accepted: str) -> float:
     """F1 of the words, without the punctuation of any script."""
-    return _f1(_plain_words(answer), _plain_words(accepted))
+    return f1(_plain_words(answer), _plain_words(accepted))
 
 
 def _plain_words(text: str) -> list[str]:
     return squad_words("".join(mark for mark in text.lower() if not unicodedata.category(mark).startswith("P")))
 
 
-def _f1(ours: list[str], theirs: list[str]) -> float:
+def f1(ours: list[str], theirs: list[str]) -> float:
+    """F1 of two bags of words; 0 where either is empty."""
     common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
     return 2 * common / (len(ours) + len(theirs)) if common else 0.0

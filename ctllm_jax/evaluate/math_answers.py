@@ -88,14 +88,10 @@ def final_answer_v2(text: str) -> str:
     return normalise(next(named, sentences[0]))
 
 
-def equivalent(one: str | None, other: str | None) -> bool:
-    """Whether two answers are the same expression, as OpenCompass's first version has it."""
-    return _equivalent(one, other, _plain)
-
-
 def equivalent_plain(one: str | None, other: str | None, strict: bool = False) -> bool:
-    """The same by the MATH data set's own rule, which AGIEval keeps: equal in plain form, or letter by letter where one
-    has none; a quotient of letters has none if `strict` (lm-eval-harness's hendrycks_math)."""
+    """Whether two answers are the same expression by the MATH data set's own rule, which AGIEval keeps: equal in plain
+    form, or letter by letter where one has none; a quotient of letters has none if `strict` (lm-eval-harness's
+    hendrycks_math)."""
     if one is None or other is None:
         return one is other
     try:
@@ -105,14 +101,10 @@ def equivalent_plain(one: str | None, other: str | None, strict: bool = False) -
 
 
 def equivalent_v2(one: str | None, other: str | None) -> bool:
-    """The same by its second version, which forgives more: units, text, decimals that are whole numbers."""
-    return _equivalent(one, other, _plain_v2)
-
-
-def _equivalent(one: str | None, other: str | None, plain: Callable[[str], str]) -> bool:
+    """The same by OpenCompass's second version, which forgives more: units, text, decimals that are whole numbers."""
     if one is None or other is None:
         return one is other
-    forms = (plain, lambda text: normalise(plain(text)), normalise)
+    forms = (_plain_v2, lambda text: normalise(_plain_v2(text)), normalise)
     return any(_same(form, one, other) for form in forms) or one == other
 
 
@@ -129,7 +121,7 @@ def _without(text: str, *parts: str) -> str:
     return text
 
 
-def _plain(text: str, strict: bool = True) -> str:
+def _plain(text: str, strict: bool) -> str:
     """The MATH data set's form; a quotient whose sides are no whole numbers stays as it is, or has none if `strict`."""
     text = _without(text, "\n", "\\!").replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
     text = _without(text, "\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")

@@ -109,7 +109,7 @@ def _row_sums(model: LoadedModel, unigram_V: np.ndarray, batch: list[dict], size
     stacked = {name: np.stack([arrays[name] for arrays in [*batch, *short]]) for name in batch[0]}
     inputs = (stacked[name] for name in ("tokens", "positions", "segments", "labels"))
     with model.in_use():
-        logprob_BL = jax.device_get(next_token_logprobs(model.config, model.params, *inputs)[0])
+        logprob_BL = jax.device_get(next_token_logprobs(model.config, model.params, *inputs))
     weights_BL = stacked["weights"].astype(np.float64)
     nll_B = -np.sum(np.where(weights_BL > 0, logprob_BL, 0.0) * weights_BL, axis=-1)
     unigram_B = -np.sum(unigram_V[stacked["labels"]] * weights_BL, axis=-1)

@@ -7,21 +7,15 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.tokenizer import Tokenizer
-from ctllm_jax.evaluate.engine import Request, Score, score_groups
+from ctllm_jax.evaluate.engine import Request, Score
 from ctllm_jax.loading import LoadedModel
 from ctllm_jax.losses import token_logprobs
 from ctllm_jax.model import ModelConfig, forward
 
 Ids = Sequence[int]
-
-
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, bos: bool) -> tuple[list[int], list[int]]:
-    """`encode_pairs` of one pair."""
-    return encode_pairs(tokenizer, [(context, continuation)], bos)[0]
 
 
 def encode_pairs(
@@ -47,26 +41,12 @@ def encode_pairs(
     return encoded
 
 
-def score(
-    model: LoadedModel, requests: Sequence[tuple[Ids, Ids]], batch_tokens: int, label: str = "score"
-) -> list[Score]:
-    """Scores (context ids, continuation ids) pairs, in the order given.
-
-    Args:
-      model: whose probabilities; its context length bounds context + continuation - 1.
-      requests: at least one id on either side.
-      batch_tokens: most tokens of a batch (a batch has one row at least); decides speed and memory.
-      label: what the progress line says.
+def fitted(model: LoadedModel, context: Ids, continuation: Ids, name: int | str) -> Request:
+    """A request that fits the model: what is too long loses the beginning of its context, as in lm-eval-harness.
 
     Raises:
-      UserError: an empty side, a continuation longer than the context length, or ids unknown to the model.
+      UserError: an empty side, or a continuation longer than the model's context; `name` says of which request.
     """
-    groups = [[fitted(model, context, continuation, number)] for number, (context, continuation) in enumerate(requests)]
-    return [found for [found] in score_groups(model, groups, batch_tokens, label)]
-
-
-def fitted(model: LoadedModel, context: Ids, continuation: Ids, name: int | str) -> Request:
-    """A request that fits the model: what is too long loses the beginning of its context, as in lm-eval-harness."""
     most = model.config.max_length
     if not context or not 0 < len(continuation) <= most:
         raise UserError(
@@ -113,7 +93,7 @@ def next_token_logprobs(
     positions_BL: jax.Array,
     segments_BL: jax.Array,
     labels_BL: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """(log-probability of each label fp32, whether it is the argmax), both [B, L]."""
+) -> jax.Array:
+    """Log-probability of each label, fp32 [B, L]."""
     logits_BLV, _ = forward(cfg, params, tokens_BL, positions_BL, segments_BL)
-    return token_logprobs(logits_BLV, labels_BL)[0], jnp.argmax(logits_BLV, axis=-1) == labels_BL
+    return token_logprobs(logits_BLV, labels_BL)[0]

@@ -249,8 +249,6 @@ METRICS = (
     ),
 )
 
-TIMINGS = frozenset(metric.name for metric in METRICS if metric.timing)
-
 
 def find(kind: str, key: str) -> Metric | None:
     """The definition of a key in a line of that kind; None where it has none."""

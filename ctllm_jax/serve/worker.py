@@ -9,7 +9,7 @@ from ctllm_jax.sampling import SamplingConfig
 from ctllm_jax.slots import Decoder, Request
 
 FAILED, STOPPED = "failed", "stopped"  # how a text may end beyond the decoder's own reasons
-MEMORY = 0.9  # weight of what was before in the mean duration of a request
+_SMOOTH = 0.9  # what the mean duration of a request keeps of itself with each new one
 
 
 class Full(Exception):
@@ -91,7 +91,7 @@ class Worker:
         with self._changed:
             came = self._open.pop(request, None)
             if came is not None:
-                self._seconds = MEMORY * self._seconds + (1 - MEMORY) * (time.monotonic() - came)
+                self._seconds = _SMOOTH * self._seconds + (1 - _SMOOTH) * (time.monotonic() - came)
 
     def _run(self) -> None:
         try:
