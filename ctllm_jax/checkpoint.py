@@ -38,7 +38,7 @@ _BEST = ("lowest", "highest")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run is saved and which checkpoints stay: the newest, and those that the two last settings say."""
+    """When a run is saved, and which checkpoints stay: the newest, every so many steps, and the best."""
 
     every: int  # [steps] between checkpoints; the last step is always saved
     minutes: float  # [minutes] one is also due when the last is so many minutes old (0: never for that reason)
@@ -52,8 +52,8 @@ class CheckpointConfig:
             raise ValueError("every and kept must be at least 1")
         if self.keep_every % self.every:
             raise ValueError(
-                f"keep_every {self.keep_every} is no multiple of every {self.every}: most of those steps would not be "
-                "saved"
+                f"keep_every {self.keep_every} is not a multiple of every {self.every}: most of those steps would not "
+                "be saved"
             )
         order, _, metric = self.best.partition(" ")
         known = find("eval", metric)
@@ -65,20 +65,20 @@ class CheckpointConfig:
 
     @property
     def metric(self) -> str:
-        """What the best are told by."""
+        """The metric that checkpoints are ranked by."""
         return self.best.partition(" ")[2]
 
     def goodness(self, held_out: Mapping[str, float]) -> float:
-        """How good a checkpoint with these held-out figures is: more is better, and no number is worst."""
+        """How good a checkpoint with these held-out figures is: larger is better; -inf without a finite figure."""
         value = held_out.get(self.metric, math.nan)
         return (value if self.best.startswith("highest ") else -value) if math.isfinite(value) else -math.inf
 
     def check_known(self, held_out: Mapping[str, float]) -> None:
-        """UserError if the best are to stay and a look of this run does not tell them."""
+        """UserError if the best are to stay and this run's evaluations do not have the metric that they go by."""
         if self.keep_best and self.metric not in held_out:
             raise UserError(
-                f"checkpoints.keep_best goes by {self.metric!r}, which looks at this run's held-out data do not give; "
-                f"they give: {', '.join(sorted(held_out)) or 'nothing (the store has no held-out split)'}. Set "
+                f"checkpoints.keep_best goes by {self.metric!r}, which the evaluations of this run do not have; they "
+                f"have: {', '.join(sorted(held_out)) or 'nothing (the store has no held-out split)'}. Set "
                 "checkpoints.best to one of them, or keep_best to 0"
             )
 
@@ -126,8 +126,8 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = self._open()  # None after a failure
 
     def _prepare(self) -> None:
-        """Asks the storage what opening a manager does; clears away what was cut short, of which Orbax would only hear
-        the outcome in the next save, where one process must not fail alone."""
+        """Makes the requests to the storage that opening a manager makes, and deletes saves that were cut short: Orbax
+        would report a failure to do so in the next save, where no process may fail alone."""
         if self.folder.exists():
             if jax.process_index() == 0:
                 for leftover in ocp.utils.tmp_checkpoints(self.folder, temporary_path_cls=self._temporary):
@@ -230,7 +230,7 @@ class Checkpoints:
             self._manager.close()
 
     def _start(self, step: int, items: ocp.args.Composite, metrics: dict | None) -> None:
-        """Begins a save; an error is for `_settle`."""
+        """Begins a save; an error is left to `_settle`."""
         self._saving, self._saved_at = step, time.monotonic()
         # From here on process 0 goes to the storage between barriers that are collectives. An error there takes it on
         # to the next step while the others wait for it. So all look first, and none begins where one cannot.
@@ -240,7 +240,7 @@ class Checkpoints:
             self._barrier.absent()
 
     def _look(self, step: int) -> None:
-        """Asks the storage what the beginning of a save does."""
+        """Makes the requests to the storage that the beginning of a save makes."""
         if self._manager is None:
             self._prepare()
         (self.folder / str(step)).exists()
@@ -251,7 +251,7 @@ class Checkpoints:
         self._manager.save(step, args=items, metrics=metrics)
 
     def _tried(self, action: Callable[[], Any]) -> bool:
-        """Whether it went well here; takes note of what the storage says if not."""
+        """Whether an action went well in this process; an error of the storage is kept for `_settle`."""
         try:
             action()
         except Exception as error:
@@ -262,10 +262,10 @@ class Checkpoints:
         return True
 
     def _settle(self) -> None:
-        """Waits for the save under way and takes note of how it ended, in any process.
+        """Waits for the save under way and notes whether it failed in any process.
 
         Raises:
-          UserError: it failed, and so did all before it that may.
+          UserError: it failed, and no further attempt is allowed.
         """
         if self._saving is None:
             return
@@ -297,15 +297,15 @@ class Checkpoints:
         print(f"train: {what}; attempt {self._failures + 1} in {pause} s", file=sys.stderr)
 
     def _drop(self) -> None:
-        """The next attempt opens a manager that knows nothing of the save that failed: what that one was to replace is
-        there as before, and no barrier has the name of one where a process is missing."""
+        """Closes the manager. The next attempt opens one that knows nothing of the failed save: the checkpoints that it
+        was to replace stay, and no barrier has the name of one where a process was missing."""
         with contextlib.suppress(Exception):  # of the save that failed, once more
             self._manager.close()
         self._manager = None
 
 
 def _worth_saying(remark: logging.LogRecord) -> bool:
-    """Not Orbax's warning at every checkpoint of a step that was not evaluated: most are not, and none need be."""
+    """False for Orbax's warning at each checkpoint of a step that was not evaluated, which is as it should be."""
     return not str(remark.msg).startswith("Requested `tracked_metric`")
 
 
@@ -319,8 +319,8 @@ def checkpoints_folder(run_dir: str | os.PathLike) -> epath.Path:
 
 
 def _committed_after(action: Callable[[], None]) -> type:
-    """How Orbax writes to a bucket, where nothing can be renamed: under the final name, and a marker in the end. This
-    one does something before the marker."""
+    """How Orbax writes to a bucket, where nothing can be renamed: under the final name, with a marker at the end; with
+    an action before the marker."""
 
     class CommittedAfter(ocp.path.atomicity.CommitFileTemporaryPath):
         async def finalize(self) -> None:
@@ -338,7 +338,7 @@ def _steps_in(folder: epath.Path) -> str:
 
 
 def message(error: BaseException) -> str:
-    """What an error comes from, in a line: TensorStore's go on for pages."""
+    """An error's first cause in one line; TensorStore's own messages go on for pages."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).partition(" [tensorstore_spec=")[0].splitlines() or [type(error).__name__]

@@ -20,7 +20,9 @@ def parse(text: str) -> Duration:
     """Reads a duration; ValueError where it is none."""
     found = _FORM.fullmatch(text)
     if not found:
-        raise ValueError(f"{text!r} is no duration: give a number of steps, tokens, epochs or %, such as '2000 steps'")
+        raise ValueError(
+            f"{text!r} is not a duration: give a number of steps, tokens, epochs or %, such as '2000 steps'"
+        )
     return Duration(float(found[1]), found[2] if found[2] == "%" else found[2].rstrip("s") + "s")
 
 

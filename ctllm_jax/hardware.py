@@ -114,7 +114,7 @@ def parse_slice(text: str) -> Slice:
         known, devices = CHIPS.get(match[1]), int(match[2])
         if known and known.platform == "gpu" and devices > 0:
             if devices > known.per_host and devices % known.per_host:
-                raise UserError(f"slice {text!r}: hosts have {known.per_host} devices, {devices} is no multiple")
+                raise UserError(f"slice {text!r}: hosts have {known.per_host} devices, {devices} is not a multiple")
             return Slice(known, (min(devices, known.per_host),), max(devices // known.per_host, 1))
     raise UserError(f"slice {text!r} is unknown; write it as one of {_FORMS}; chips: {', '.join(CHIPS)}")
 

@@ -116,7 +116,7 @@ def mirrored(make: Callable[[], "Mirror"], workdir: str, verb: str, claims: bool
         if claim:
             claim.release()
     if not whole:
-        print(f"{verb}: {workdir} lacks files of {mirror.path}; the same command makes up for them", file=sys.stderr)
+        print(f"{verb}: {workdir} lacks files of {mirror.path}; the same command copies them", file=sys.stderr)
         sys.exit(EXIT_RESUME)
 
 

@@ -29,8 +29,8 @@ from ctllm_jax.products import head_logits, product
 from ctllm_jax.rotary import RopeScaling, frequencies, rotate
 from ctllm_jax.sharding import constrain
 
-# What the backward pass finds kept of every layer, by the names given below, besides the layer's input; the rest is
-# computed again. Each policy keeps more than the one before and takes less time, as long as memory allows.
+# What is kept of every layer for the backward pass besides its input, by the names given below; the rest is computed
+# again. Each policy keeps more than the one before it, and takes less time.
 _ATTENTION = (OUTPUT_NAME, LSE_NAME)
 _QKV = (*_ATTENTION, "query", "key", "value")
 REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
@@ -38,8 +38,8 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
     "attention": _ATTENTION,  # spares the attention kernel
     "qkv": _QKV,  # and the projections before it
     "gate": (*_QKV, "attention_residual", "gate"),  # and half of the feed-forward
-    "matmuls": (*_QKV, "attention_residual", "gate", "up"),  # no product is computed twice, but by cudnn, which
-    # gives its own log-sum-exp no name
+    # No product is computed twice, except in cudnn, whose log-sum-exp has no name.
+    "matmuls": (*_QKV, "attention_residual", "gate", "up"),
     "none": None,  # every activation
 }
 
@@ -128,10 +128,9 @@ class Block(nnx.Module):
         return y if adapter is None else y + adapter(x)
 
     def __call__(self, x_BLD, positions_BL, attend):
-        """One layer (its parameters already sliced).
+        """One layer, whose parameters are sliced already: (x_BLD, keys and values of all layers).
 
-        `attend` gives of queries, keys and values the mixed values and the keys and values of all layers; so does the
-        layer: (x_BLD, those).
+        `attend` takes queries, keys and values, and returns (mixed values, keys and values of all layers).
         """
         cfg = self.cfg
         y_BLD = _rms_norm(x_BLD, self.attention_norm[...], cfg.norm_eps)
@@ -158,10 +157,10 @@ class Block(nnx.Module):
 
 
 def _attending(cfg: ModelConfig, segments_BL: jax.Array, cache: Cache | None, owner_B) -> Callable:
-    """How a layer's queries find keys: a function of (keys and values of all layers or None, the layer's number,
-    queries, keys, values) that gives the mixed values and the keys and values of all layers.
+    """How a layer attends: a function of (keys and values of all layers or None, the layer's number, queries, keys,
+    values) that returns (mixed values, keys and values of all layers).
 
-    The cache's segments are those of the new tokens, too.
+    Where tokens are appended to the cache, its segments have theirs already.
     """
 
     def alone(kv_YBKTH, layer, q_BLNH, k_BLKH, v_BLKH):
@@ -200,7 +199,7 @@ class Transformer(nnx.Module):
     def hidden_states(
         self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None, owner_B: jax.Array | None = None
     ):
-        """Returns (normalised x_BLD that the head reads, the cache that is left: see `forward`)."""
+        """Returns (normalised x_BLD that the head reads, the cache afterwards: see `forward`)."""
         cfg = self.cfg
         x_BLD = self.embed[...].astype(cfg.dtype)[tokens_BL]
         x_BLD = constrain(x_BLD, "batch", "length", None)
@@ -230,7 +229,7 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens_BL, positions_BL, segments_BL, cache: Cache | None = None, owner_B: jax.Array | None = None
     ):
-        """Returns (logits_BLV in fp32 with padded ids at -inf, the cache that is left: see `forward`)."""
+        """Returns (logits_BLV in fp32 with padded ids at -inf, the cache afterwards: see `forward`)."""
         cfg = self.cfg
         x_BLD, cache = self.hidden_states(tokens_BL, positions_BL, segments_BL, cache, owner_B)
         head_DV = self.embed[...].T if cfg.tie_embeddings else self.head[...]
@@ -248,14 +247,14 @@ def _abstract(cfg: ModelConfig, ranks: Mapping[str, int]) -> tuple[nnx.GraphDef,
 def abstract_params(cfg: ModelConfig, ranks: Mapping[str, int] = NO_ADAPTERS) -> dict:
     """Nested dict of ShapeDtypeStructs: the form in which parameters are passed around, saved and converted.
 
-    With `ranks` (see `Transformer`) there are adapters among them, as `lora` says.
+    With `ranks` (see `Transformer`) LoRA's adapters are among them, see `ctllm_jax.lora`.
     """
     return nnx.to_pure_dict(_abstract(cfg, ranks)[1])
 
 
 def as_read(cfg: ModelConfig) -> dict:
-    """`abstract_params` as inference holds them: matrices in the compute dtype, to which every product rounds them in
-    any case; the scales of norms, which are read in fp32, and what takes less room as it is, in their own."""
+    """`abstract_params` as inference holds them: matrices in the compute dtype, to which every product rounds them
+    anyway. Scales of norms, which are read in fp32, and what is smaller already keep their dtype."""
 
     def narrowed(leaf: jax.ShapeDtypeStruct, init: float | str) -> jax.ShapeDtypeStruct:
         narrower = init != "ones" and jnp.dtype(cfg.dtype).itemsize < leaf.dtype.itemsize

@@ -59,13 +59,13 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """What becomes of a gradient.
+    """How a gradient changes the parameters.
 
     Attributes:
       direction: from gradients to what the learning rate multiplies, before its minus sign.
       rate: learning rate of a step, which counts from 0.
       spike_window, spike_deviations: see `is_spike`.
-      ema_half_life: [steps] see `averaged`; 0 where no average is kept.
+      ema_half_life: [updates] see `averaged`; 0 where no average is kept.
     """
 
     direction: optax.GradientTransformation
@@ -131,9 +131,10 @@ def decay_mask(model: ModelConfig, ranks: Mapping[str, int] = NO_ADAPTERS) -> di
 
 
 def is_spike(norm: jax.Array, recent_W: jax.Array, deviations: float) -> jax.Array:
-    """Whether a gradient's norm lies out of what its W predecessors' let expect, as OLMo's optimizer judges it.
+    """Whether a norm lies more than `deviations` standard deviations above the mean of the last W, as OLMo's optimizer
+    judges it.
 
-    Nothing is a spike as long as one of `recent_W` is NaN, where fewer than W norms are known, or if `deviations` is 0.
+    Nothing is a spike while fewer than W norms are known (the others are NaN), or if `deviations` is 0.
     """
     if not deviations:
         return jnp.bool_(False)
@@ -148,7 +149,7 @@ def averaged(average: dict, params: dict, updates: jax.Array, half_life: int) ->
     they differ by more than about 1e-7 * half_life of it.
 
     Args:
-      average: of the parameters after all updates before, at least fp32; anything before the first update.
+      average: of the parameters after all earlier updates, at least fp32; before the first update it does not matter.
       params: after this update.
       updates: their number, this one included.
       half_life: [updates].

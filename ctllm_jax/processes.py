@@ -154,7 +154,7 @@ def job() -> Iterator[None]:
 
 
 class _Watch:
-    """A thread that gives signs of life and hears what has become of the others; process 0's also counts the signs."""
+    """A thread that gives signs of life and hears what became of the others; process 0's also counts the signs."""
 
     def __init__(self, client, index: int):
         self._client, self._index = client, index
@@ -174,7 +174,7 @@ class _Watch:
     def failed(self, error: BaseException) -> None:
         """Tells the others of an error here, and makes sure that this process ends in spite of them."""
         summary = f"{type(error).__name__}: {first_line(error)}"
-        if isinstance(error, jax.errors.JaxRuntimeError):  # maybe but the echo of a death elsewhere
+        if isinstance(error, jax.errors.JaxRuntimeError):  # perhaps only because another process is gone
             print(f"process {self._index}: {summary}; waiting to hear of the others", file=sys.stderr, flush=True)
             self._thread.join(_VERDICT)  # it ends this process where another one is gone
         self._leaving.set()
@@ -254,7 +254,7 @@ def posted(board: str) -> dict[int, str]:
 
 
 class Vote:
-    """Whether any process of the job wants something: all get the same answer at the same call."""
+    """Whether any process of the job wants something; all get the same answer from the same call."""
 
     def __init__(self, mesh: Mesh):
         self._pending = None
@@ -285,9 +285,11 @@ def votes(*answers: bool) -> np.ndarray:
 
 
 def together(action: Callable[[], T]) -> T:
-    """Does something in all processes; where it fails in one, it fails in all, so that none waits for another.
+    """Does something in all processes; where it fails in one it fails in all, so that none waits for another.
 
-    Where that is the user's to mend it is in all of them, and in none where starting again may help.
+    Raises:
+      UserError: it failed in another process, by an error for the user to mend.
+      Unanswered: it failed in another process, by an error after which the job may be started again.
     """
     result, error = None, None
     try:

@@ -147,7 +147,7 @@ def run(config: QuickstartConfig, workdir: str) -> dict:
     stages = commands(config, out)
     if config.last is not None:
         if config.last not in stages:
-            raise UserError(f"last: {config.last!r} is no stage; there are: {', '.join(stages)}")
+            raise UserError(f"last: {config.last!r} is not a stage; there are: {', '.join(stages)}")
         names = list(stages)
         stages = {name: stages[name] for name in names[: names.index(config.last) + 1]}
     record = pathlib.Path(out) / "quickstart.json"  # {stage: what it was run with}, written when it has finished

@@ -1,4 +1,4 @@
-"""Reads checkpoints, and tells damage from a question wrongly put.
+"""Reads checkpoints, and tells damage from a wrong request.
 
 A checkpoint is damaged when a file of it is missing, cut short or not what was written: the run goes on from the one
 before. It is not damaged when it holds another model than is asked for, or when the storage does not answer: those are
@@ -150,7 +150,7 @@ def _attempt(folder: epath.Path, params: Any, optimizer: Any) -> tuple[Any, Any,
 
 
 def _compared(folder: epath.Path, params: Any, optimizer: Any, record: dict) -> Restored | Damaged:
-    """What was read, if it has the checksums that the record says; all processes must ask."""
+    """What was read, if its checksums are those of the record; all processes must call it."""
     expected = record["checksums"]
     sums = checksums({"params": params, "optimizer": optimizer})
     differing = [name for name in expected if sums.get(name) != expected[name]]
@@ -208,13 +208,13 @@ def _check_arrays(folder: epath.Path, found: dict, wanted: dict) -> None:
 
 
 def _judged(folder: epath.Path, error: Exception) -> Exception:
-    """What an error met while reading arrays says: Damaged, or a UserError where the storage cannot be read."""
+    """What an error in reading arrays means: Damaged, or a UserError where the storage cannot be read."""
     return unread(folder, error, message(error)) or Damaged(f"{folder}: {message(error)}")
 
 
 @contextlib.contextmanager
 def _answering(folder: epath.Path) -> Iterator[None]:
-    """Makes a UserError of what a bucket that does not answer raises."""
+    """Turns the errors of a bucket that does not answer into a UserError."""
     try:
         yield
     except Exception as error:
@@ -248,7 +248,7 @@ def _newest(folder: epath.Path) -> int | None:
 
 
 def _put_aside_unreadable(folder: epath.Path) -> None:
-    """Moves aside whatever a cheap look shows to be damaged, old checkpoints too: Orbax reads something of each."""
+    """Moves aside what a cheap look shows to be damaged; old checkpoints too, for Orbax reads something of each."""
     if jax.process_index() != 0:
         return
     for step in sorted(ocp.utils.checkpoint_steps(folder), reverse=True) if folder.exists() else ():

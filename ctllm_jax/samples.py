@@ -205,7 +205,7 @@ def _work(stage: Stage, model: LoadedModel, config: GenerateConfig, lines: list[
         write_jsonl(stage.folder / "rejected.jsonl", rejected)
         first = rejected[0]
         print(
-            f"generate: {len(rejected)} lines are no prompts, the first: {first['file']}:{first['line']}: "
+            f"generate: {len(rejected)} lines are not prompts, the first: {first['file']}:{first['line']}: "
             f"{first['reason']} (all of them: {stage.folder / 'rejected.jsonl'})",
             file=sys.stderr,
         )

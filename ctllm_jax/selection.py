@@ -64,7 +64,7 @@ class SelectConfig:
         if not self.scores and not (self.input and self.model):
             raise ValueError("input and model go together: what is scored, and what scores it")
         if not 0 < self.hardest <= 1:
-            raise ValueError(f"hardest {self.hardest} is no share: more than 0, and 1 at most")
+            raise ValueError(f"hardest {self.hardest} is not a share: it must be above 0, and 1 at most")
 
 
 def run(config: SelectConfig, workdir: str) -> dict:

@@ -1,7 +1,7 @@
 """One optimizer step as a pure function, and where its arrays lie: what the trainer runs and `ctllm plan` compiles.
 
-Needs no data: `abstract_state` and `abstract_batch` describe the arguments for any mesh, be its devices at hand or only
-described.
+Needs no data: `abstract_state` and `abstract_batch` describe the arguments for any mesh, whether its devices are at
+hand or only described.
 
 Legend: B sequences or pairs of the global batch, L positions, Y layers, W gradient norms that are remembered.
 """
@@ -24,7 +24,7 @@ from ctllm_jax.optim import Optimizer, averaged, is_spike
 from ctllm_jax.precision import wide
 from ctllm_jax.sharding import shardings, spec
 
-UPDATE_METRICS = (  # what a step tells of its update; everything else that it tells is a sum over what was predicted
+UPDATE_METRICS = (  # what a step reports of its update; its other metrics are sums over what was predicted
     "grad_norm",
     "update_norm",
     "param_norm",
@@ -58,18 +58,18 @@ class TrainState:
 
     @property
     def model(self) -> dict:
-        """What counts as the run's parameters wherever it is not trained: their average, where one is kept."""
+        """The run's parameters for everybody but the trainer: their average, where one is kept."""
         return self.params if self.average is None else self.average
 
     @property
     def rest(self) -> tuple:
-        """What going on takes beside `model`: in the order of the fields, then the parameters if they are not it."""
+        """What resuming needs besides `model`: the other fields in order, then the parameters unless they are it."""
         rest = self.moments, self.step, self.skipped, self.norms_W
         return rest if self.average is None else (*rest, self.params)
 
 
 def joined_state(model: dict, rest: tuple) -> TrainState:
-    """The state whose `model` and `rest` these are."""
+    """The state with this `model` and this `rest`."""
     moments, step, skipped, norms_W, *params = rest
     return TrainState(*(params or [model]), moments, step, skipped, norms_W, model if params else None)
 
@@ -85,7 +85,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update, and its metrics. A skipped one leaves parameters, moments and average as they are, to the last bit.
 
-    A spike's norm is remembered as any other: where norms rise for good, they are taken for normal before long.
+    A spike's norm is remembered like any other, so norms that stay high soon count as normal.
     """
     grads, sums = gradient(state.params, reference, batch, objective, microbatches)
     norm = optax.tree.norm(grads)
@@ -120,9 +120,9 @@ def train_step(
 def gradient(
     params: dict, reference: dict | None, batch: Batch, objective: Objective, microbatches: int
 ) -> tuple[dict, dict[str, jax.Array]]:
-    """(gradient of the mean objective, sums of the objective's diagnostics) over a batch, gone through in parts.
+    """(gradient of the mean objective, sums of its diagnostics) over a batch, computed part by part.
 
-    Parts add up sums, which are divided once by the global count of what was predicted.
+    The parts' sums are added up and divided once, by the global count of what was predicted.
     """
     grads, sums = summed(lambda piece: jax.grad(objective, has_aux=True)(params, reference, piece), batch, microbatches)
     count = jnp.maximum(sums["count"], 1.0)
@@ -130,7 +130,7 @@ def gradient(
 
 
 def summed(function: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
-    """The sums of what a function gives for the parts of a batch, one after the other: one part's memory is enough."""
+    """Sums of a function's results for the parts of a batch, computed in turn with the memory of one part."""
 
     def add(sums, piece):
         return jax.tree.map(jnp.add, sums, function(piece)), None
@@ -149,6 +149,7 @@ def _by_layer(tree: dict) -> jax.Array:
 
 
 def _remember(norms_W: jax.Array, norm: jax.Array, finite: jax.Array, step: jax.Array) -> jax.Array:
+    """`norms_W` with a step's norm in place of the oldest, if it is finite."""
     place = step % norms_W.size
     return norms_W.at[place].set(jnp.where(finite, norm, norms_W[place]))
 
@@ -180,7 +181,7 @@ def start_state(params: dict, optimizer: Optimizer, layout: TrainState) -> Train
     step, skipped = (jax.device_put(np.int32(0), layout.step) for _ in range(2))
     # Not by device_put, which has the processes compare what they put: NaN differs from itself.
     norms_W = jnp.full(optimizer.spike_window, jnp.nan, jnp.float32, device=layout.norms_W)
-    average = None  # else a copy: a step uses both up
+    average = None  # else a copy, for a step donates both
     if optimizer.ema_half_life:
         average = jax.tree.map(lambda x: jnp.array(x, wide(x.dtype), copy=True), params)
     return TrainState(params, moments, step, skipped, norms_W, average)

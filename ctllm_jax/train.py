@@ -74,7 +74,7 @@ class Job:
 
 
 def run(config: TrainConfig, workdir: str) -> dict:
-    """Trains, or takes up a run that was cut short. Returns the last held-out figures and the token ledger.
+    """Trains, or resumes a run that was cut short. Returns the last held-out figures and the token ledger.
 
     Raises:
       UserError: store, model and objective do not go together; the folder holds another run, or is in use.
@@ -229,7 +229,7 @@ def _result(job: Job, state: TrainState, held: dict[str, float], ledger: dict[st
     if diverged := [name for name, value in held.items() if not math.isfinite(value)]:
         raise UserError(
             f"{job.stage.folder}: the model has diverged: after the last step {', '.join(diverged)} of held-out data "
-            "is no number. `ctllm report` shows since when; a smaller learning rate may help, in another folder"
+            "is not finite. `ctllm report` shows since when; a smaller learning rate may help, in another folder"
         )
     return {
         "step": job.clock.run,
@@ -264,7 +264,7 @@ def _start_state(job: Job, optimizer: Optimizer, origin: FoundModel | None) -> t
 
 
 def _keep_base(job: Job, frozen: dict) -> None:
-    """RUN/base, a run directory of the frozen parameters: checkpoints hold the adapters alone."""
+    """Writes RUN/base, a run directory with the frozen parameters, for checkpoints hold the adapters alone."""
     folder = job.stage.folder / "base"
     if jax.process_index() == 0:
         about = {"model": dataclasses.asdict(job.model), "fingerprint": f"base of {job.stage.fingerprint}"}
@@ -278,13 +278,13 @@ def _like(tree: Any) -> Any:
 
 
 def _delete(state: TrainState) -> None:
-    """Frees what a state holds on the devices: two of them may be more than those have."""
+    """Frees a state's arrays on the devices, which may not have room for two states."""
     for array in jax.tree.leaves(state):
         array.delete()
 
 
 def _write_run(job: Job) -> None:
-    """run.json and the tokenizer: the run directory is complete in itself."""
+    """Writes run.json and the tokenizer, which make the run directory complete in itself."""
     length = job.store.sequence_length
     write_json(
         job.stage.folder / "run.json",

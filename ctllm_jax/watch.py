@@ -1,4 +1,4 @@
-"""Watches over the loop: stacks of a run that stands still, an end to one that hangs, and whom the others wait for.
+"""Watches over the loop: writes the stacks of a run that stands still, ends one that hangs, names a slow process.
 
 A collective that waits for a process which is alive but stuck never comes back, and no runtime ends it on its own: on a
 GPU, a TPU or a CPU what a run can rely on is this watch. Every process keeps its own; in a job the processes tell each
@@ -63,8 +63,8 @@ class LoopWatch:
     """A thread that looks where the loop is. Use as a context manager around the loop; the loop calls `at`.
 
     Process 0 names a process whose input is slow: one that waits for batches at least a tenth of the time, and twice as
-    long as the median of the others, three minutes in a row. That is all that can be seen from here: all processes run
-    at the pace of the slowest, so a slow device or network shows in nobody's own times (a profile shows it).
+    long as the median of the others, three minutes in a row. No more can be seen from here: all processes run at the
+    pace of the slowest, so a slow device or network shows in no process's own times (a profile shows it).
 
     SIGQUIT (Ctrl-\\) writes the stacks of all threads of this process to standard error, whatever it is doing.
     """

@@ -166,7 +166,9 @@ def shape(options: Mapping[str, Any]) -> Shape:
     chips = math.prod(map(int, topology.split("x")))
     per_host = options["chips"] or min(chips, 4)
     if chips % per_host:
-        raise UserError(f"launch gke: --topology={topology}: {chips} chips are no multiple of the {per_host} of a host")
+        raise UserError(
+            f"launch gke: --topology={topology}: {chips} chips are not a multiple of the {per_host} of a host"
+        )
     if chips == per_host and options["slices"] > 1:  # GKE tells the pods of several hosts alone where the others are
         raise UserError(
             f"launch gke: --slices={options['slices']}: slices of one host are not joined; take a larger one"

@@ -259,6 +259,6 @@ def forwarded(names: str) -> dict[str, str]:
     if short := [name for name in wanted if not hide.pieces(os.environ[name])]:
         raise UserError(
             f"launch: --forward={short[0]}: its value is too short to be hidden in what is printed (6 characters at "
-            "least, in one line); one that is no secret goes into --variables"
+            "least, in one line); one that is not secret goes into --variables"
         )
     return {name: os.environ[name] for name in wanted}

@@ -28,7 +28,7 @@ def run(payload: Payload, options: Mapping[str, Any], dry_run: bool) -> int:
     if not names:
         raise UserError("launch ssh: give --hosts=NAME[,NAME], as ssh knows them")
     if dashed := [name for name in names if name.startswith("-")]:
-        raise UserError(f"launch ssh: --hosts: {dashed[0]!r} is no host")
+        raise UserError(f"launch ssh: --hosts: {dashed[0]!r} is not a host")
     if len(names) > 1 and not payload.distributed:
         raise UserError(f"launch ssh: {payload.verb} runs in one process: give one host, not {len(names)}")
     plan = hosts.plan(payload, options)

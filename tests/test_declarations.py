@@ -309,7 +309,7 @@ def test_own_questions_lie_beside_their_declaration_and_may_have_any_number_of_c
         ({"answer": True}, "answer True names none"),
         ({"choices": "ab"}, "choices must be a list of 2 to 26 texts"),
         ({"choices": ["a"]}, "choices must be a list"),
-        ({"choices": ["a", ""]}, "a choice is no text, or empty"),
+        ({"choices": ["a", ""]}, "a choice is not a text, or is empty"),
     ],
 )
 def test_faulty_own_questions_are_refused(changes, message, tmp_path):

@@ -30,7 +30,7 @@ def test_a_number_and_its_unit_are_read(text, expected):
     "text", ["", "600", "steps", "-3 steps", "3 hours", "1e-3 epochs", "3 4 steps", "_1 steps", "nan %"]
 )
 def test_anything_else_is_refused_by_name(text):
-    with pytest.raises(ValueError, match="is no duration: give a number of steps, tokens, epochs or %"):
+    with pytest.raises(ValueError, match="is not a duration: give a number of steps, tokens, epochs or %"):
         parse(text)
 
 

@@ -379,7 +379,7 @@ def test_points_weigh_items_within_and_between_subjects(tmp_path):
 def test_points_that_are_no_number_are_refused(tmp_path):
     row = {"keywords": "k", "example": [{**EXAM, "score": "x", "answer": ["A"]}]}
     subset = "2010-2022_History_MCQs"
-    with pytest.raises(UserError, match="template '{points}': 'x' is no number"):
+    with pytest.raises(UserError, match="template '{points}': 'x' is not a number"):
         first("gaokao_gen", tmp_path, subset, f"{subset}.json", row)
 
 

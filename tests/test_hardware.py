@@ -47,7 +47,7 @@ def test_gpus_of_several_hosts_are_as_many_slices():
         ("v5p:4x4", "'v5p:4x4' is unknown; write it as one of v5e:16x16"),
         ("v5p-100", "'v5p-100' is unknown; there are: v5p-8, v5p-16"),
         ("0*v5e:4x4", "is unknown"),
-        ("h100x12", "hosts have 8 devices, 12 is no multiple"),
+        ("h100x12", "hosts have 8 devices, 12 is not a multiple"),
         ("h100x0", "is unknown"),
         ("b200x8", "'b200x8' is unknown.*chips: v4, v5e"),
         ("v5e", "is unknown"),

@@ -198,7 +198,7 @@ def test_what_cannot_arrive_in_the_end_is_said_and_the_job_may_be_taken_up(serve
             (folder.path / "metrics.jsonl").write_text("line")
             server.down = True
     assert end.value.code == EXIT_RESUME
-    assert f"{RUN} lacks files of {folder.path}; the same command makes up for them" in capsys.readouterr().err
+    assert f"{RUN} lacks files of {folder.path}; the same command copies them" in capsys.readouterr().err
     with pytest.raises(Unreachable):
         BucketFolder(RUN).names()
 

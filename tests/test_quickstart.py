@@ -55,7 +55,9 @@ def outcome(workdir: pathlib.Path) -> dict:
 
 def test_a_stage_to_stop_after_has_to_be_one(tmp_path):
     config = build(verb.QuickstartConfig, quickstart.get_config().to_dict() | {"last": "corpsu"})
-    with pytest.raises(UserError, match="last: 'corpsu' is no stage; there are: corpus, tokenizer, store/pretrain, "):
+    with pytest.raises(
+        UserError, match="last: 'corpsu' is not a stage; there are: corpus, tokenizer, store/pretrain, "
+    ):
         verb.run(config, str(tmp_path))
     assert not list(tmp_path.iterdir())
 

@@ -151,7 +151,7 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, capsys, stage, message):
 @pytest.mark.parametrize("share", ["1.5", "-0.1"])
 def test_a_share_beyond_one_is_refused(tmp_path, capsys, share):
     status, _, err = ctllm(capsys, "report", str(tmp_path), f"--smooth={share}")
-    assert status == 2 and "is no share of a curve" in err
+    assert status == 2 and "is not a share of a curve" in err
 
 
 def test_a_mean_follows_its_curve_without_lag_and_leaves_out_what_is_not_finite():

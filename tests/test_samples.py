@@ -108,7 +108,7 @@ def test_lines_that_are_no_prompts_are_counted_with_their_place(location, tmp_pa
     reasons = " ".join(entry["reason"] for entry in rejected)
     for part in ("not valid JSON", "found list", "messages is not a list, or empty", "lone surrogate", "tokens"):
         assert part in reasons
-    assert f"8 lines are no prompts, the first: {asked}:3: not valid JSON" in capsys.readouterr().err
+    assert f"8 lines are not prompts, the first: {asked}:3: not valid JSON" in capsys.readouterr().err
 
 
 def test_without_a_prompt_there_is_nothing_to_do(location, tmp_path):

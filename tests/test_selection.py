@@ -188,7 +188,7 @@ def test_a_model_without_a_template_reads_a_line_a_message(run_dir):
         ({"scores": "DIR"}, "give input and model, or scores"),
         ({"input": (), "model": ""}, "give input and model, or scores"),
         ({"model": ""}, "input and model go together"),
-        ({"hardest": 0.0}, "hardest 0.0 is no share"),
+        ({"hardest": 0.0}, "hardest 0.0 is not a share"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(config, changes, message):

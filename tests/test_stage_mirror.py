@@ -207,7 +207,7 @@ def test_what_does_not_arrive_in_the_end_is_said_and_the_job_may_be_taken_up(ser
             put(folder, "scores.json")
             server.down = True
     assert end.value.code == EXIT_RESUME
-    assert f"eval: {URL} lacks files of {folder}; the same command makes up for them" in capsys.readouterr().err
+    assert f"eval: {URL} lacks files of {folder}; the same command copies them" in capsys.readouterr().err
 
 
 def test_a_process_that_is_asked_to_end_copies_what_it_has(server):

@@ -266,7 +266,7 @@ def test_mistakes_are_one_line_each_and_start_nothing(hosts, capsys, tmp_path):
     for arguments, message in (
         (ssh(hosts), "are not: setup.py; commit them, or ship them as they are with --uncommitted=setup.py"),
         (ssh(hosts, names=""), "give --hosts=NAME[,NAME]"),
-        (ssh(hosts, names="-oProxyCommand=x"), "'-oProxyCommand=x' is no host"),
+        (ssh(hosts, names="-oProxyCommand=x"), "'-oProxyCommand=x' is not a host"),
         (ssh(hosts, "--uncommitted=setup.py", "--forward=NOBODY_SETS_THIS"), "--forward=NOBODY_SETS_THIS: no such"),
         (ssh(hosts, "--wait=0"), "--wait=0: must be at least 1"),
         (ssh(hosts, "--prepare=true"), "--environment names one that is there"),

@@ -297,7 +297,7 @@ def test_mistakes_are_one_line_each(hosts, capsys, monkeypatch, tmp_path):
         (launch(hosts, "--gpus=2"), "--gpus needs --accelerator=NAME"),
         (launch(hosts, v6e), "--topology=: a slice of tpu-v6e-slice is given as 4x4"),
         (launch(hosts, v6e, "--topology=2x2x1"), "--topology=2x2x1: a slice of tpu-v6e-slice is given as 4x4"),
-        (launch(hosts, v6e, "--topology=3x3"), "--topology=3x3: 9 chips are no multiple of the 4 of a host"),
+        (launch(hosts, v6e, "--topology=3x3"), "--topology=3x3: 9 chips are not a multiple of the 4 of a host"),
         (launch(hosts, v6e, "--topology=2x2", "--slices=2"), "--slices=2: slices of one host are not joined"),
         (launch(hosts, v6e, "--topology=4x4", "--nodes=2"), "--nodes is not for TPUs: give --topology"),
         (launch(hosts, "--accelerator=tpu-v9"), "no such TPU; there are: tpu-v4-podslice, "),

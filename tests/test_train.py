@@ -418,7 +418,7 @@ def test_a_run_that_only_skips_ends_and_says_why(stores, tmp_path):
 def test_a_run_that_ends_without_a_loss_says_so_each_time(stores, tmp_path, monkeypatch):
     monkeypatch.setattr(train.InLoop, "evaluate", lambda *_: {"loss": float("nan"), "count": 4.0})
     for _ in range(2):
-        with pytest.raises(UserError, match="has diverged: after the last step loss of held-out data is no number"):
+        with pytest.raises(UserError, match="has diverged: after the last step loss of held-out data is not finite"):
             train.run(config_of(stores["pretrain"]), str(tmp_path / "run"))
 
 

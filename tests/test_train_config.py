@@ -76,7 +76,7 @@ def test_a_layout_that_does_not_divide_is_refused_by_name(stores, tmp_path, chan
         ({"objective__name": "ppo"}, "objective 'ppo' is unknown; there are: lm, dft, dpo"),
         ({"model__remat": "some"}, "remat 'some' is unknown"),
         ({"checkpoints__kept": 0}, "every and kept must be at least 1"),
-        ({"checkpoints__keep_every": 7}, "keep_every 7 is no multiple of every 5"),
+        ({"checkpoints__keep_every": 7}, "keep_every 7 is not a multiple of every 5"),
         ({"checkpoints__keep_best": 1}, "not every step of checkpoints.every 5 is evaluated"),
     ],
 )

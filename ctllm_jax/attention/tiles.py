@@ -158,13 +158,14 @@ def listed(
         return (0, count, count) if rows == "queries" else (0, 0, count)
     if tiling.measured == "causal":
         held, walked = (tile.queries, tile.keys) if rows == "queries" else (tile.keys, tile.queries)
-        first, stop = _over(x * held, walked), _over((x + 1) * held - 1, walked) + 1  # those that cross the diagonal
+        # Those that cross the diagonal.
+        first, stop = _floor_div(x * held, walked), _floor_div((x + 1) * held - 1, walked) + 1
         return (0, first, stop) if rows == "queries" else (first, stop, count)
     return tuple(schedule_ref[n, b, x] for n in range(3))
 
 
-def _over(number: Any, power: int) -> Any:
-    """A number that is not negative, divided by a power of two and rounded down."""
+def _floor_div(number: Any, power: int) -> Any:
+    """`number // power` of a number that is not negative and a power of two, also inside a kernel."""
     if isinstance(number, int):
         return number // power
     return jax.lax.shift_right_logical(number, jnp.int32(power.bit_length() - 1))
@@ -203,7 +204,7 @@ def _walk(step: Callable, carry: Any, bounds: tuple, rows: str, turns: tuple[int
     clear, crossing = ((first, split), (split, stop)) if rows == "queries" else ((split, stop), (first, split))
     at, end = clear
     for size in turns:
-        count = _over(end - at, size)
+        count = _floor_div(end - at, size)
         if not (isinstance(count, int) and count == 0):
             carry = loop(0, count, functools.partial(_turn, step, at, size), carry)
         at = at + count * size

@@ -116,7 +116,7 @@ class Task:
             if match not in (*MATCHES, "program"):
                 raise ValueError(f"match {match!r} is unknown; there are: {', '.join(MATCHES)}, program")
         if surplus := set(self.matches) - set(self.extract):
-            raise ValueError(f"matches: {min(surplus)!r} is no metric of extract")
+            raise ValueError(f"matches: {min(surplus)!r} is not a metric of extract")
         if (self.match == "program") != bool(self.program and self.seconds):
             raise ValueError("match, program and seconds go together: a program is run, or none of them is given")
         for split in (self.split, self.shots.split if self.shots else None):
@@ -320,7 +320,7 @@ def _number(template: str, fields: Mapping[str, Any]) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"template {template!r}: {text!r} is no number") from None
+        raise UserError(f"template {template!r}: {text!r} is not a number") from None
 
 
 class _Formatter(string.Formatter):

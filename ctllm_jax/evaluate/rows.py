@@ -213,7 +213,7 @@ def choices(row: dict) -> Rows:
     if not isinstance(texts, list) or not 2 <= len(texts) <= len(LETTERS):
         raise ValueError(f"choices must be a list of 2 to {len(LETTERS)} texts")
     if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError("a choice is no text, or empty")
+        raise ValueError("a choice is not a text, or is empty")
     if isinstance(answer, bool) or answer not in (*range(len(texts)), *LETTERS[: len(texts)]):
         raise ValueError(f"answer {answer!r} names none of its choices")
     listed = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))

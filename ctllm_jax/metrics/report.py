@@ -24,7 +24,7 @@ class ReportConfig:
         if not self.runs:
             raise ValueError("give at least one run directory: ctllm report RUN [RUN ...]")
         if not 0 <= self.smooth <= 1:
-            raise ValueError(f"smooth {self.smooth} is no share of a curve, from 0 to 1")
+            raise ValueError(f"smooth {self.smooth} is not a share of a curve, from 0 to 1")
         if self.card and len(self.runs) > 1:
             raise ValueError("a card is of one run: ctllm report RUN --card")
         if self.scores and not self.card:

@@ -67,15 +67,15 @@ def _flag(value: Any) -> bool:
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise ValueError("must be a string that is not empty, or a list of such")
+        raise ValueError("must be a non-empty string, or a list of them")
     if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
-        raise ValueError(f"may hold {MOST_STOPS} strings of {LONGEST_STOP} characters")
+        raise ValueError(f"may hold at most {MOST_STOPS} strings of at most {LONGEST_STOP} characters")
     return tuple(stops)
 
 
 def _stream_options(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) - {"include_usage"}:
-        raise ValueError('may hold "include_usage" alone')
+        raise ValueError('may only hold "include_usage"')
     return _flag(value.get("include_usage", False))
 
 
@@ -95,7 +95,7 @@ def _plain(message: Any) -> Any:
         return message
     parts = [part if isinstance(part, dict) else {} for part in message["content"]]
     if not all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
-        raise ValueError("may hold parts of type text alone")
+        raise ValueError("may only hold parts of type text")
     return {**message, "content": "".join(part["text"] for part in parts)}
 
 
@@ -105,7 +105,7 @@ def _prompt(value: Any) -> str | list[int]:
     if isinstance(value, list) and value and all(type(entry) is int and 0 <= entry < 2**31 for entry in value):
         return value
     if not isinstance(value, str) or not value:
-        raise ValueError("must be one text or one list of ids, not empty")
+        raise ValueError("must be one text or one list of ids, and not empty")
     return value
 
 
@@ -189,7 +189,7 @@ def _alike(values: tuple) -> tuple:
 
 def _read_object(body: bytes) -> dict:
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         values = json.loads(body.decode(), parse_constant=refuse)

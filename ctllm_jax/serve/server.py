@@ -253,7 +253,7 @@ async def _refusals(http: web.Request, handler: Handler) -> web.StreamResponse:
         raise
     except Exception:
         traceback.print_exc()
-        return _error(Refusal(500, "an error of the server's; its log has more"))
+        return _error(Refusal(500, "an error in the server; its log has more"))
 
 
 def _error(refusal: Refusal) -> web.Response:

@@ -79,7 +79,7 @@ class Endpoint:
         if judge.key and not self._key:
             raise UserError(f"judge {judge.model}: the environment variable {judge.key} is not set; it holds the key")
         if not self._key.isascii() or not self._key.isprintable():
-            raise UserError(f"judge {judge.model}: what {judge.key} holds is no key")
+            raise UserError(f"judge {judge.model}: what {judge.key} holds is not a key")
         self.judge = judge
 
     def ask(self, messages: list[dict], timeout: float) -> dict:

@@ -74,7 +74,7 @@ def read_answers(location: str) -> AnswerSet:
             raise UserError(f"{path}: line {number}: the id {row['id']!r} is there twice")
         rows[str(row["id"])] = {**row, "id": str(row["id"])}
     if not rows:
-        raise UserError(f"{path}: there is no answer")
+        raise UserError(f"{path}: it holds no answer")
     return AnswerSet(name, mark, rows)
 
 
