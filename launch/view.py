@@ -112,6 +112,9 @@ def follow(job: Job, target: Target, from_end: bool = False, owner: bool = True)
     """Shows a job's output until it has ended; returns its status.
 
     Ctrl-C of an owner cancels the job, and a second one cancels it without a save; else it only ends the looking.
+
+    Raises:
+      UserError: the target does not say how the job stands, and never has.
     """
     position = job.log.stat().st_size if from_end and job.log.exists() else 0
     asked, stops, state = float("-inf"), 0, State("")
@@ -122,7 +125,7 @@ def follow(job: Job, target: Target, from_end: bool = False, owner: bool = True)
             if over:
                 break
             if time.monotonic() - asked > _ASK / (5 if stops else 1):
-                before, state = state, target.state(jobs.load(job.id))
+                before, state = state, _state(jobs.load(job.id), target, state)
                 asked = time.monotonic()
                 if state.text != before.text and state.status is None:
                     say(f"{job.id}: {state.text}")
@@ -136,6 +139,16 @@ def follow(job: Job, target: Target, from_end: bool = False, owner: bool = True)
             target.cancel(job, stops > 1)
     say(f"{job.id}: {state.text}" + ("; the same command goes on" if state.status == EXIT_RESUME else ""))
     return state.status
+
+
+def _state(job: Job, target: Target, before: State) -> State:
+    """How a job stands; where the target has answered before and now does not, its error: it may come back."""
+    try:
+        return target.state(job)
+    except UserError as error:
+        if not before.text:
+            raise
+        return State(str(error))
 
 
 def _show_from(job: Job, position: int) -> int:

@@ -16,9 +16,11 @@ from test_processes import OPTIONS
 from test_train import assert_same_run
 from tiny_stores import tiny_store
 
+from ctllm_jax.common.errors import UserError
 from ctllm_jax.verbs import Option
-from launch import resumes
+from launch import resumes, view
 from launch import run as launch_run
+from launch.jobs import Job, State
 from launch.lines import Lines
 from launch.local import processes
 from launch.process import Output, Process
@@ -479,3 +481,30 @@ def test_a_mistake_that_only_the_processes_see_ends_the_job_at_once(tmp_path):
     job = launch(store, tmp_path / "run", "--config.model.vocab_size=100", log=log)
     assert job.wait(timeout=2 * WAIT) == 2
     assert "the model only 100" in log.read_text() and "starting all processes again" not in log.read_text()
+
+
+def test_a_scheduler_that_does_not_answer_for_a_moment_ends_no_following(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CTLLM_JOBS", str(tmp_path))
+    monkeypatch.setattr(view, "_ASK", 0.0)
+    monkeypatch.setattr(view, "_TICK", 0.01)
+    job = Job("train-1", "slurm", ("train",), "", 0.0, {})
+    job.save()
+    answers = [
+        State("running"),
+        UserError("squeue did not answer"),
+        UserError("squeue did not answer"),
+        State("done", 0),
+    ]
+
+    def state(_) -> State:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert view.follow(job, Target("", {}, None, state)) == 0
+    said = [f"launch: train-1: {text}" for text in ("running", "squeue did not answer", "done")]
+    assert capsys.readouterr().err.splitlines() == said
+    answers.append(UserError("no squeue here"))
+    with pytest.raises(UserError, match="no squeue here"):  # it has never answered
+        view.follow(job, Target("", {}, None, state))
