@@ -13,7 +13,7 @@ import select
 import sys
 import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -73,12 +73,11 @@ def _dispatch(argv: list[str]) -> None:
     parsed = parse(argv[0], verb, argv[1:])
     if parsed is None:
         return
-    values, workdir, show = parsed
-    if not show:
-        execute(argv[0], verb, values, workdir)
+    if not parsed.print_config:
+        execute(argv[0], verb, parsed.values, parsed.workdir)
         return
     with _quiet(verb):
-        _, config = _configured(argv[0], verb, values)
+        _, config = _configured(argv[0], verb, parsed.values)
     print(json.dumps(dataclasses.asdict(config), ensure_ascii=False, indent=1))
 
 
@@ -120,8 +119,16 @@ def define(options: Mapping[str, Option], values: flags.FlagValues) -> None:
         makers[type(option.default)](key, option.default, "", flag_values=values)
 
 
-def parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None, bool] | None:
-    """(config, workdir, print only?) from the command line, or None after --help.
+class Parsed(NamedTuple):
+    """A verb's command line: the values of its config, --workdir, and whether the config is only to be printed."""
+
+    values: dict
+    workdir: str | None
+    print_config: bool
+
+
+def parse(name: str, verb: Verb, arguments: list[str]) -> Parsed | None:
+    """Reads a verb's command line; None after --help.
 
     Raises:
       UserError: an unknown flag or key, a value of the wrong kind, a config file that cannot be loaded.
@@ -159,7 +166,7 @@ def parse(name: str, verb: Verb, arguments: list[str]) -> tuple[dict, str | None
         settings[verb.bare[0]] = tuple(rest)
     if verb.about:
         settings = {verb.about: settings, **{key: values[key].value for key in verb.options}}
-    return settings, values.workdir, values.print_config
+    return Parsed(settings, values.workdir, values.print_config)
 
 
 def flag_value(value: Any) -> str:

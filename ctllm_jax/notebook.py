@@ -107,7 +107,7 @@ def _default(name: str, verb: Verb) -> dict[str, Any]:
 
 
 def _parsed(name: str, verb: Verb, *flags: str) -> dict[str, Any]:
-    values = cli.parse(name, verb, list(flags))[0]
+    values = cli.parse(name, verb, list(flags)).values
     return values[verb.about] if verb.about else values
 
 

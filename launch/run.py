@@ -109,9 +109,9 @@ def _payload(name: str, command: list[str]) -> Payload | None:
     parsed = cli.parse(verb, VERBS[verb], arguments)
     if parsed is None:
         return None
-    values, workdir, _ = parsed
+    workdir = parsed.workdir
     writes_to = None if VERBS[verb].reads or not workdir or is_remote(workdir) else workdir
-    return Payload(verb, tuple(arguments), "distributed" in values, writes_to)
+    return Payload(verb, tuple(arguments), "distributed" in parsed.values, writes_to)
 
 
 def _help(name: str, target: Target) -> str:

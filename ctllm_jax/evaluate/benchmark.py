@@ -57,7 +57,7 @@ class Block:
 
     Attributes:
       groups: requests, by item (of documents each on its own: their windows begin alike by chance only).
-      encoded: how each item was asked: `Encoded`, (text, windows) of a document, or as `encode_open` gives it.
+      encoded: how each item was asked: `Encoded`, `OpenPrompt`, or (text, number of windows) of a document.
     """
 
     benchmark: Benchmark
@@ -84,7 +84,7 @@ def ask(model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item]
     elif task.kind == "generate":
         encoded = encode_open(model, benchmark, subset, items, bos)
         stops = frozenset(end_ids(model, benchmark))
-        groups = [[Opening(ids, task.max_tokens, stops)] for _, ids, _, _ in encoded]
+        groups = [[Opening(asked.ids, task.max_tokens, stops)] for asked in encoded]
     else:
         encoded = encode_options(model, benchmark, subset, items, bos)
         groups = [[*own.requests, *own.alone] for own in encoded]
@@ -212,27 +212,27 @@ def _documents(block: Block, answers: list[list[Score]]) -> list[dict]:
 def _written(model: LoadedModel, block: Block, answers: list[list[list[int]]], isolate: bool) -> list[dict]:
     task, items, stops = block.benchmark.task, block.items, end_ids(model, block.benchmark)
     log = []
-    for item, (prompt, _, shots, cut), [ids] in zip(items, block.encoded, answers, strict=True):
+    for item, asked, [ids] in zip(items, block.encoded, answers, strict=True):
         whole = model.tokenizer.decode([token for token in ids if token not in stops])
         text = until_stop(whole, task.stop)
-        answers = {metric: extracted(name, text, item.answers) for metric, name in task.extract.items()}
+        found = {metric: extracted(name, text, item.answers) for metric, name in task.extract.items()}
         log.append(
             {
                 "id": item.id,
-                "prompt": prompt,
+                "prompt": asked.prompt,
                 "text": text,
                 "finished": not stops.isdisjoint(ids) or text != whole,
-                "extracted": answers,
+                "extracted": found,
                 "accepted": item.answers,
-                # Nothing is an answer, too, where it is an accepted one.
-                "failed": {name: failed(answer) and answer not in item.answers for name, answer in answers.items()},
-                "shots": shots,
-                "cut": cut,
+                # The empty text is an answer where it is an accepted one.
+                "failed": {metric: failed(own) and own not in item.answers for metric, own in found.items()},
+                "shots": asked.shots,
+                "cut": asked.cut,
             }
         )
     for metric in task.extract:
-        answers = [entry["extracted"][metric] for entry in log]
-        for entry, right in zip(log, judged(task, metric, items, answers, isolate), strict=True):
+        own = [entry["extracted"][metric] for entry in log]
+        for entry, right in zip(log, judged(task, metric, items, own, isolate), strict=True):
             entry.setdefault("right", {})[metric] = right
     return log
 

@@ -8,6 +8,7 @@ counted.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.data.chat import ChatTemplate, own_template
@@ -57,6 +58,21 @@ class Opening:
     def restored(self, kept: list[int]) -> list[int]:
         """The ids that were kept."""
         return kept
+
+
+class OpenPrompt(NamedTuple):
+    """How an item of a generate task is asked.
+
+    Attributes:
+      prompt: the text, or the messages of a conversation (`prompts.turns`).
+      shots: solved examples that it was left with.
+      cut: ids that did not fit and were left out, from the beginning.
+    """
+
+    prompt: str | list[dict]
+    ids: list[int]
+    shots: int
+    cut: int
 
 
 def opening_ids(model: LoadedModel, bos: bool) -> list[int]:
@@ -144,11 +160,11 @@ def end_ids(model: LoadedModel, benchmark: Benchmark) -> set[int]:
 
 def encode_open(
     model: LoadedModel, benchmark: Benchmark, subset: str, items: list[Item], bos: bool
-) -> list[tuple[str | list[dict], list[int], int, int]]:
-    """(prompt, ids, solved examples in it, ids cut off its beginning) of each item of a generate task.
+) -> list[OpenPrompt]:
+    """Prompts of the items of a generate task.
 
-    The prompt of a benchmark asked in conversation is its messages (`prompts.turns`), which the model's own chat
-    template renders; `bos` does not count there, a template opens as it was learned.
+    A benchmark asked in conversation is rendered by the model's own chat template; `bos` does not count there, a
+    template opens as it was learned.
 
     Raises:
       UserError: the answers do not fit the model, it has no chat template, or that refuses an item.
@@ -169,7 +185,7 @@ def encode_open(
             prompt = ask(item, shots)
             [ids] = encode([prompt])
         cut = max(0, len(ids) - limit)
-        found.append((prompt, ids[cut:], shots, cut))
+        found.append(OpenPrompt(prompt, ids[cut:], shots, cut))
     return found
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ctllm_jax.common.errors import UserError
+from ctllm_jax.common.files import write_atomic
 from ctllm_jax.common.manifest import Stage
 from ctllm_jax.metrics.goodput import take_up
 from ctllm_jax.metrics.trackers import TensorBoard, Tracker, WeightsAndBiases
@@ -65,10 +66,8 @@ class MetricsLog:
         if not writes:
             return
         kept = [entry for entry in old if resume_step and entry["step"] <= resume_step]
-        temporary = path.with_suffix(".tmp")
         lines = [*kept, _entry("job", resume_step, self.timesheet.entry())]
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in lines), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in lines))
         self._lines = _Lines(path)
         # When the program ends, however it does so by itself, these finish first what was handed to them.
         self._writer, self._tracking = (concurrent.futures.ThreadPoolExecutor(1, name) for name in ("log", "trackers"))
