@@ -4,7 +4,7 @@
 
 prints what each takes; docs/plans.md has them all. Parameters lie over all devices of a TPU slice or GPU host; several
 slices or hosts are replicas that add their gradients. A device takes as many rows at a time as let it keep every
-product for the backward pass (remat `matmuls`). None of them has run on the hardware it is for.
+product for the backward pass (remat `matmuls`). None of them has run as it stands; docs/profiles.md says what has.
 """
 
 from ml_collections import ConfigDict

@@ -136,9 +136,9 @@ def test_declarations_of_tasks_are_declarations(page, tmp_path):
 
 @guides
 def test_python_runs_in_the_repository(page, tmp_path):
+    for name in ("sample", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
     for body in blocks(page.read_text(encoding="utf-8"), "python"):
-        for name in ("sample", "configs"):
-            (tmp_path / name).symlink_to(ROOT / name)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         done = subprocess.run(
             [sys.executable, "-c", body], cwd=tmp_path, env=environment, capture_output=True, check=False

@@ -21,7 +21,7 @@ LSE_NAME = "attention_lse"
 _LARGE = Tile(512, 512, (8, 2, 1))
 
 # TPU: chosen by the compiler's static cycles for v5e and v5p (an estimate). GPU: tiles that fit in shared memory and
-# compile without spilling a register, at every head size and dtype; never timed on one.
+# compile without spilling a register, at every head size and dtype; not chosen by their time.
 # The first entry whose name the device's kind contains; "" matches any.
 TILINGS: dict[str, dict[str, Tiling]] = {
     "tpu": {
