@@ -3,7 +3,8 @@
     python -m ctllm_jax.keys > docs/reference/config.md
 
 A key is described where it is declared, in its dataclass: by the comment beside it or, where it takes more words, by
-`key: text` in the class's docstring. Numbers begin with their unit, as in `# [tokens] of a row`; 1 stands for none.
+`key: text` in the class's docstring. Numbers begin with their unit, as in `# [tokens] of a row`; 1 stands for none. A
+list or table of names that a description goes by, as in `# one of LOSSES`, is written out.
 """
 
 import ast
@@ -33,6 +34,7 @@ SHOWN = {
     "eval": (("eval", ""), ("eval", "ct_llm")),
 }
 _UNIT = re.compile(r"(?:\[([^]]+)\] )?(.*)", re.DOTALL)
+_CONSTANT = re.compile(r"\b(?:([a-z_.]+)\.)?([A-Z_]{4,})\b(?!:)")  # a colon begins an explanation
 _NONE = object()
 
 
@@ -50,12 +52,20 @@ def keys_of(cls: type, path: str = "") -> Iterator[Key]:
     """The keys of a config dataclass, groups of keys first; entries of tables have a NAME in capitals."""
     hints, texts = typing.get_type_hints(cls), descriptions(cls)
     for field in dataclasses.fields(cls):
-        unit, meaning = _UNIT.fullmatch(texts.get(field.name, "")).groups()
+        unit, text = _UNIT.fullmatch(texts.get(field.name, "")).groups()
+        meaning = _CONSTANT.sub(functools.partial(_written_out, module=cls.__module__), text)
         where = f"{path}{field.name}"
         inner, kind, names = _inside(hints[field.name])
         yield Key(where, kind, unit or "", meaning)
         if inner is not None:
             yield from keys_of(inner, f"{where}.{names}")
+
+
+def _written_out(found: re.Match, module: str) -> str:
+    """The name of a module's names, by default of `module`, with these behind it; any other word as it is."""
+    names = getattr(importlib.import_module(found[1] or module), found[2], None)
+    is_known = isinstance(names, (dict, tuple)) and all(isinstance(name, str) for name in names)
+    return f"{found[0]} ({', '.join(names)})" if is_known else found[0]
 
 
 def _inside(hint: Any) -> tuple[type | None, str, str]:
@@ -167,10 +177,12 @@ def document() -> str:
     lines = [
         "# Every config key",
         "",
-        "`--config.KEY=VALUE` sets one. Made by `python -m ctllm_jax.keys > docs/reference/config.md` from the",
-        "dataclasses that the verbs read and from the shipped configs; a test holds it to them. An empty cell: no",
-        "such group in that config. Other arguments of a config have other values, which `--print_config` shows.",
-        "`plan` reads the keys of `train`.",
+        "`--config.KEY=VALUE` sets one: a list as `\"('a', 'b')\"`, a table as `\"{'zh': 4, 'en': 1}\"`, whole. No",
+        "flag says None, or adds a key to a group: that takes a config file of your own ([how](../howto/filter.md)).",
+        "",
+        "Made by `python -m ctllm_jax.keys > docs/reference/config.md` from the dataclasses that the verbs read and",
+        "from the shipped configs; a test holds it to them. An empty cell: no such group in that config. Other",
+        "arguments of a config have other values, which `--print_config` shows. `plan` reads the keys of `train`.",
         "",
         "Verbs: " + ", ".join(f"[{name}](#{name})" for name in VERBS if name != "plan"),
     ]

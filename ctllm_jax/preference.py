@@ -30,7 +30,7 @@ class PreferenceConfig:
     sft_weight: float  # [1] of the chosen answers' mean negative log-likelihood per token, added to the loss; or 0
     tail_weight: float  # [1] of an answer's tokens beyond the length of the shorter answer (LD-DPO); 1 is plain
     policy_weighted: bool  # weigh pairs by how likely the policy makes them (WPO, arXiv 2406.11827, eq. 2)
-    reference: str  # one of REFERENCES: computed once and kept with the run, with every step, or none (0)
+    reference: str  # "cached" (computed once and kept with the run), "live" (with every step) or "none" (0)
 
     def __post_init__(self):
         for what, value, known in (

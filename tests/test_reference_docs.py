@@ -8,6 +8,7 @@ import re
 import pytest
 
 from ctllm_jax import keys
+from ctllm_jax.train_config import TrainConfig
 from ctllm_jax.verbs import VERBS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -26,6 +27,14 @@ def test_every_key_is_described_and_every_number_has_a_unit(name):
 def test_the_page_is_what_the_generator_writes_now():
     page = (ROOT / "docs/reference/config.md").read_text(encoding="utf-8")
     assert page == keys.document(), RENEW
+
+
+def test_names_that_a_description_goes_by_are_written_out():
+    train = {key.path: key.meaning for key in keys.keys_of(TrainConfig)}
+    assert train["optimizer.schedule"] == "one of SCHEDULES (constant, cosine, linear, wsd)"
+    assert train["model.attention"].startswith("backend: a key of ctllm_jax.attention.BACKENDS (xla, pallas_tpu, ")
+    assert train["objective.name"].startswith('one of OBJECTIVES: "lm"')
+    assert train["log.tensorboard"].endswith("in RUN/tensorboard")
 
 
 def test_descriptions_come_from_comments_and_docstrings_of_all_kinds():
