@@ -59,8 +59,8 @@ def test_every_case_of_opencompass_comes_out_the_same():
             assert OURS[case["fn"]](case["input"], **case.get("kwargs", {})) == case["output"], case
             extracted += 1
         elif "pairs" in case:
-            if case["version"] == "v2":  # no task of ours takes the first one
-                assert [math_answers.equivalent_v2(*pair) for pair in case["pairs"]] == case["output"]
+            same = {"v1": math_answers.equivalent_v1, "v2": math_answers.equivalent_v2}[case["version"]]
+            assert [same(*pair) for pair in case["pairs"]] == case["output"], case["version"]
         elif case["fn"] in EVALUATORS:
             extractor, match = EVALUATORS[case["fn"]]
             refs = [refs if isinstance(refs, list) else [refs] for refs in case["refs"]]
@@ -128,7 +128,7 @@ def test_a_literal_that_cannot_be_written_down_stays_as_it_is(tmp_path):
 
 
 def test_numbers_too_long_for_python_are_no_error():
-    for match in ("number", "lm_eval_number", "math", "math_strict", "math_v2"):
+    for match in ("number", "lm_eval_number", "math", "math_strict", "math_v1", "math_v2"):
         for digits in (400, 5000):
             for answer in ("1" * digits, "1" * digits + ".5", f"{'1' * digits}/{'1' * digits}"):
                 assert agreement(match, answer, ["3"]) == 0
@@ -139,6 +139,7 @@ def test_numbers_too_long_for_python_are_no_error():
     [("a/b", "a/b", True), ("a/b", "b/a", False), ("\\sqrt", "\\sqrt", True), (None, None, True), (None, "1", False)],
 )
 def test_answers_without_a_normal_form_are_compared_as_they_are(one, other, same):
+    assert math_answers.equivalent_v1(one, other) is same
     assert math_answers.equivalent_v2(one, other) is same
 
 

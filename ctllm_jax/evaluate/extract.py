@@ -13,7 +13,13 @@ from collections.abc import Callable, Sequence
 
 from ctllm_jax.data.tokenizer import lone_surrogate
 from ctllm_jax.evaluate import exams, harness, replies
-from ctllm_jax.evaluate.math_answers import equivalent_plain, equivalent_v2, final_answer, final_answer_v2
+from ctllm_jax.evaluate.math_answers import (
+    equivalent_plain,
+    equivalent_v1,
+    equivalent_v2,
+    final_answer,
+    final_answer_v2,
+)
 
 _CODE = re.compile(r"```(.*?)```", re.DOTALL)
 
@@ -340,6 +346,7 @@ MATCHES: dict[str, Callable[[str, str], float]] = {
     "lm_eval_number": _lm_eval_number,
     "math": equivalent_plain,
     "math_strict": functools.partial(equivalent_plain, strict=True),
+    "math_v1": equivalent_v1,
     "math_v2": equivalent_v2,
     "places": exams.places,
     "partial_credit": exams.partial_credit,

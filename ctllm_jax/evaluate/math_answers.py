@@ -4,6 +4,7 @@ The rules are OpenCompass's (which go back to the MATH data set's and Minerva's)
 scores were made with them: an answer that a mathematician would accept may count as wrong.
 """
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -100,11 +101,20 @@ def equivalent_plain(one: str | None, other: str | None, strict: bool = False) -
         return one == other
 
 
+def equivalent_v1(one: str | None, other: str | None) -> bool:
+    """The same by OpenCompass's first version."""
+    return _equivalent(one, other, functools.partial(_plain, strict=True))
+
+
 def equivalent_v2(one: str | None, other: str | None) -> bool:
-    """The same by OpenCompass's second version, which forgives more: units, text, decimals that are whole numbers."""
+    """The same by its second version, which forgives more: units, text, decimals that are whole numbers."""
+    return _equivalent(one, other, _plain_v2)
+
+
+def _equivalent(one: str | None, other: str | None, plain: Callable[[str], str]) -> bool:
     if one is None or other is None:
         return one is other
-    forms = (_plain_v2, lambda text: normalise(_plain_v2(text)), normalise)
+    forms = (plain, lambda text: normalise(plain(text)), normalise)
     return any(_same(form, one, other) for form in forms) or one == other
 
 
