@@ -13,6 +13,7 @@ import functools
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -282,7 +283,7 @@ class Checkpoints:
             return
         if jax.process_index() == 0 and not self._remote:  # what it wrote takes up the room that the next attempt needs
             for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                leftover.rmtree(missing_ok=True)
+                shutil.rmtree(leftover, ignore_errors=True)  # its threads may still write: see `_prepare`
         self._failures, self._lost = self._failures + 1, self._lost + 1
         self._drop()
         cause = message(error) if error else f"process {int(failed.argmax())} says why"
