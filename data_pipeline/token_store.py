@@ -43,7 +43,7 @@ from ctllm_jax.data.record import FORMAT, KINDS, Row, ids_name, shard_name, writ
 from ctllm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from data_pipeline import answers, chat_tasks, map_cc, records, tasks
 from data_pipeline.packing import chunks, pack, wrap
-from data_pipeline.runner import BeamConfig, make_pipeline
+from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 
 PACKINGS = {"best_fit": pack, "wrapped": wrap}
 
@@ -118,8 +118,10 @@ def run(config: TokenizeConfig, workdir: str) -> dict:
     """Writes the store; returns its manifest's result (see `ctllm_jax.data.record`).
 
     Raises:
-      UserError: an input or the tokenizer is missing or no such thing, another run's folder, or nothing to train on.
+      UserError: an input or the tokenizer is missing or no such thing, another run's folder, an unknown runner, or
+        nothing to train on.
     """
+    make_runner(config.beam)  # a wrong name is said before anything is written
     tokenizer = load_tokenizer(config.tokenizer)
     settings = dataclasses.asdict(config)
     for name in ("corpus", "input", "tokenizer", "template", "beam"):

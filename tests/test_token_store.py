@@ -313,6 +313,13 @@ def test_two_runs_write_the_same_bytes_with_any_number_of_workers(root, tmp_path
     assert contents(tmp_path / "again") == contents(root / kind)
 
 
+@pytest.mark.parametrize("kind", ["pretrain", "chat"])
+def test_a_runner_that_there_is_not_is_said_before_anything_is_written(root, tmp_path, kind):
+    with pytest.raises(UserError, match="'NoRunner' is no Beam runner here"):
+        token_store.run(config_of(root, kind, beam={"runner": "NoRunner", "options": []}), str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
 @pytest.mark.slow
 def test_workers_in_processes_of_their_own_write_the_same_bytes(root, tmp_path):
     options = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]
