@@ -19,11 +19,11 @@ HEADER = """\
 # Plans of the 2B model
 
 Made by `python benchmarks/plans.py`, which compiles every config of `configs/hardware.py` for its slice; none of them
-has run on the hardware. Batch: 512 rows of 4,096 tokens. Memory is at the fullest moment, "of" what a program may use.
-"Least" is the largest of what FLOPs, memory and links need at their full speed. "Estimate" is the TPU compiler's, with
-the static cycles of the attention kernels where it states them (v5e, v5p) and without waiting for collectives: good for
-comparing plans, no forecast. Days and chip-hours are for CT-LLM's 1,254.68 billion tokens, nothing lost, at the
-estimate; "at least" where the kernels' time or all of it is missing.
+has run on the hardware as it stands. Batch: 512 rows of 4,096 tokens. Memory is at the fullest moment, "of" what a
+program may use. "Least" is the largest of what FLOPs, memory and links need at their full speed. "Estimate" is the TPU
+compiler's, with the static cycles of the attention kernels where it states them (v5e, v5p) and without waiting for
+collectives: good for comparing plans, no forecast. Days and chip-hours are for CT-LLM's 1,254.68 billion tokens,
+nothing lost, at the estimate; "at least" where the kernels' time or all of it is missing.
 `ctllm plan --config=configs/pretrain.py:ct_llm_2b@SLICE --slice=SLICE` has the rest.
 """
 COLUMNS = ("slice", "chips", "mesh", "rows x times", "memory GiB", "of", "by", "least s", "estimate s", "tokens/s",

@@ -232,13 +232,13 @@ def _help(name: str, verb: Verb) -> str:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<11} {verb.help}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<13} {verb.help}" for name, verb in VERBS.items()]
     return "\n".join(
         [
             "ctllm VERB --config=FILE.py[:arg] [--config.key=value ...] --workdir=DIR [--print_config]",
             "",
             *lines,
-            f"  {'launch':<11} {LAUNCH}",
+            f"  {'launch':<13} {LAUNCH}",
             "",
             "ctllm VERB --help lists a verb's flags; configs/ holds the configs.",
         ]
