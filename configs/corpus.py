@@ -39,6 +39,7 @@ characters (`--config.filters.rewrite.simplify=true`), and a fastText model of q
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.arguments import checked
 from configs.contamination import benchmarks
 
 _CHINESE_SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others")
@@ -52,8 +53,8 @@ def get_config(filters: str = "default") -> ConfigDict:
     config.default_source = "zh_cc"  # of records without a source
     config.max_record_bytes = 16 * 2**20
 
-    config.filters = {"default": _default, "ct_llm": _ct_llm, "released": _released}[filters]()
-
+    presets = {"default": _default, "ct_llm": _ct_llm, "released": _released}
+    config.filters = presets[checked(filters, presets)]()
     config.dedup = _dedup(filters)
     config.benchmarks = benchmarks()  # documents that hold their items are left out
 

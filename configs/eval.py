@@ -21,6 +21,7 @@ benchmarks or another limit later, and `cache` a folder that several evaluations
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.arguments import checked
 from configs.sampling import sampling
 
 SUITES = {
@@ -47,8 +48,7 @@ SUITES = {
 
 
 def get_config(suite: str = "") -> ConfigDict:
-    if suite not in SUITES:
-        raise ValueError(f"suite {suite!r} is unknown; there are: {', '.join(filter(None, SUITES))}")
+    """`suite` is "ct_llm", "lm_eval", "chinese", or "": no benchmark but those that are named."""
     return ConfigDict(
         {
             "model": "",
@@ -61,7 +61,7 @@ def get_config(suite: str = "") -> ConfigDict:
                 "rows": 2_000,
                 "baseline_rows": 20_000,
             },
-            "benchmarks": SUITES[suite],
+            "benchmarks": SUITES[checked(suite, SUITES)],
             "data": "",
             "partly": False,
             "unsafe_programs": False,

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_dict
 
 
 def get_config(judges: str = "judge") -> ConfigDict:
+    """`judges` are names of your own, with a + between them."""
     judge = {
         "url": "https://api.openai.com/v1",
         "model": "",

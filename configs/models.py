@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from configs.arguments import checked
+
 
 def ct_llm_2b() -> ConfigDict:
     """CT-LLM-2B as released (m-a-p/CT-LLM-Base): 2,134,509,568 parameters."""
@@ -54,6 +56,4 @@ _BY_NAME = {"ct_llm_2b": ct_llm_2b, "tiny": tiny}
 
 def named(name: str) -> ConfigDict:
     """The architecture called `name`; ValueError naming the known ones."""
-    if name not in _BY_NAME:
-        raise ValueError(f"config argument {name!r} is unknown; there are: {', '.join(_BY_NAME)}")
-    return _BY_NAME[name]()
+    return _BY_NAME[checked(name, _BY_NAME)]()

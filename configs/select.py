@@ -10,13 +10,13 @@ tries other limits on the same values. Expect kept.jsonl for `ctllm tokenize`, r
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.arguments import checked
+
 _MOST = {"ifd": None, "coig_pc": 3000.0, "open_hermes": 350.0}  # perplexity
 
 
 def get_config(name: str = "ifd") -> ConfigDict:
     """`name` is "coig_pc", "open_hermes", or "ifd": whatever an instruction makes likelier."""
-    if name not in _MOST:
-        raise ValueError(f"config argument {name!r} is unknown; there are: {', '.join(_MOST)}")
     config = ConfigDict(
         {
             "input": (),
@@ -32,6 +32,6 @@ def get_config(name: str = "ifd") -> ConfigDict:
             "hardest": 1.0,
         }
     )
-    config.perplexity.most = _MOST[name]
+    config.perplexity.most = _MOST[checked(name, _MOST)]
     config.ifd.most = 1.0 if name == "ifd" else None
     return config

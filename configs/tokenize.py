@@ -11,12 +11,14 @@ record's `language` tells them apart, or else the script of its messages.
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.arguments import checked
 from configs.mixtures import CT_LLM_SFT_RATIOS
 
 
 def get_config(kind: str = "pretrain") -> ConfigDict:
     """`kind` is "pretrain", "chat" or "preference"; after an @ may follow a ratio of languages (CT_LLM_SFT_RATIOS)."""
     kind, _, ratio = kind.partition("@")
+    checked(kind, ("pretrain", "chat", "preference"))
     return ConfigDict(
         dict(
             kind=kind,
@@ -25,7 +27,7 @@ def get_config(kind: str = "pretrain") -> ConfigDict:
             tokenizer="",
             template="ctllm",
             learn="assistant",
-            ratio=ConfigDict(CT_LLM_SFT_RATIOS[ratio] if ratio else {}),
+            ratio=ConfigDict(CT_LLM_SFT_RATIOS[checked(ratio, CT_LLM_SFT_RATIOS)] if ratio else {}),
             sequence_length=4096 if kind == "pretrain" else 2048,
             keep="start",
             packing="best_fit",

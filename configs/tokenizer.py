@@ -10,6 +10,8 @@ smaller `vocab_size`, and SentencePiece says so.
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.arguments import checked
+
 
 def get_config(kind: str = "train") -> ConfigDict:
     """`kind` is "train" or "given"."""
@@ -26,6 +28,6 @@ def get_config(kind: str = "train") -> ConfigDict:
             corpus="",
             model=config_dict.placeholder(str),
             report_bytes=20_000_000,
-            **(dict.fromkeys(training) if kind == "given" else training),
+            **(training if checked(kind, ("train", "given")) == "train" else dict.fromkeys(training)),
         )
     )

@@ -79,7 +79,8 @@ CASES = [
     Case("report", None, "report", (("runs", ("RUN",)),)),
     Case("quickstart", None, "quickstart"),
 ]
-PARTS = {"__init__", "hardware", "models", "mixtures", "sampling"}  # no configs of a verb: what others are composed of
+# No configs of a verb: what others are composed of.
+PARTS = {"__init__", "arguments", "hardware", "models", "mixtures", "sampling"}
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -156,6 +157,17 @@ DEFAULT_ARGUMENTS = {
 def test_without_an_argument_a_config_is_the_one_named_here(file):
     module = importlib.import_module(f"configs.{file}")
     assert module.get_config().to_dict() == module.get_config(DEFAULT_ARGUMENTS[file]).to_dict()
+
+
+@pytest.mark.parametrize("file", sorted(DEFAULT_ARGUMENTS.keys() - {"judge"}))  # whose argument is a name of one's own
+def test_an_argument_that_no_config_has_is_named_with_those_that_there_are(file):
+    with pytest.raises(ValueError, match=f"'nonsense' is unknown; there are: .*{DEFAULT_ARGUMENTS[file]}"):
+        importlib.import_module(f"configs.{file}").get_config("nonsense")
+
+
+def test_a_ratio_that_no_mixture_has_is_named_with_those_that_there_are():
+    with pytest.raises(ValueError, match="'3:1' is unknown; there are: 1:1, 2:1, 4:1, 8:1, zh, en"):
+        importlib.import_module("configs.tokenize").get_config("chat@3:1")
 
 
 @each
