@@ -8,6 +8,7 @@ import itertools
 import sys
 
 from ctllm_jax.common.config import build
+from data_pipeline.batches import batched
 from data_pipeline.corpus import CorpusConfig
 from data_pipeline.dedup.corpora import Corpora
 from data_pipeline.dedup.minhash import DedupConfig, hash_documents
@@ -16,7 +17,6 @@ from data_pipeline.dedup.store import HashWriter
 from data_pipeline.documents import Document, DocumentReader, InputFile
 from data_pipeline.shards import Layout, json_line, zstd_writer
 
-_BATCH = 512
 _SUBSET = "zh_cc"
 
 
@@ -33,10 +33,9 @@ def main(documents: str, output: str, preset: str) -> None:
 
 def _hash(reader: DocumentReader, config: DedupConfig, layout: Layout) -> None:
     """Writes documents and hashes to where stage 2 looks for them."""
-    items, rows = iter(reader), itertools.count()
+    documents, rows = (item for item in reader if isinstance(item, Document)), itertools.count()
     with zstd_writer(layout.kept(0, _SUBSET)) as kept, HashWriter(layout.all_hashes(0)) as hashes:
-        while batch := list(itertools.islice(items, _BATCH)):
-            found = [item for item in batch if isinstance(item, Document)]
+        for found in batched(documents, lambda document: len(document.text)):
             hashes.append(hash_documents(found, config))
             for document in found:
                 fields = {name: getattr(document, name) for name in ("id", "url", "source", "text", "meta", "line")}

@@ -156,7 +156,7 @@ def _skip_line(stream: BinaryIO) -> int:
 
 def _too_long(line: int, size: int, limit: int, raw: bytes, where: str = "") -> Malformed:
     what = f"{where}{size:,} bytes, the limit is {limit:,}"
-    return Malformed(line, "record_too_long", what, excerpt(raw[: 4 * EXCERPT]))
+    return Malformed(line, "record_too_long", what, excerpt(raw))
 
 
 # ---- Parquet
@@ -182,7 +182,7 @@ def _decoded(number: int, row: parquet.Row) -> Record | Malformed:
         raw = orjson.dumps([[[values]]], default=_as_text)  # it will be a part of other records
         return Record(number, orjson.loads(raw)[0][0][0])
     except UnicodeDecodeError as error:
-        return Malformed(number, "invalid_utf8", str(error), excerpt(error.object[: 4 * EXCERPT]))
+        return Malformed(number, "invalid_utf8", str(error), excerpt(error.object))
     except orjson.JSONEncodeError as error:  # nothing else is wrong with what was made of cells
         return Malformed(number, "nested_too_deep", str(error), "")
     except (ValueError, LookupError, OverflowError, pa.ArrowException) as error:

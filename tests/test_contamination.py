@@ -18,6 +18,8 @@ from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.evaluate.declarations import load_benchmark, load_task
 from ctllm_jax.evaluate.texts import item_texts
+from data_pipeline import batches
+from data_pipeline.contamination import clean
 from data_pipeline.contamination import run as contamination
 from data_pipeline.contamination.index import MOST_ITEMS, build_index
 from data_pipeline.contamination.items import Item, read_items
@@ -38,6 +40,17 @@ def config(source, benchmarks):
 
 def hits_of(folder):
     return [json.loads(line) for line in (folder / "hits.jsonl").read_text().splitlines()]
+
+
+def test_survivors_are_looked_through_few_long_ones_at_a_time():
+    class Finder:
+        def hits(self, texts):
+            held.append(sum(len(text.text) for text in texts))
+            return [[] for _ in texts]
+
+    held = []
+    book = {"id": "a", "source": "zh_books", "text": "书" * batches.CHARACTERS, "file": "a.txt", "line": 1}
+    assert len(list(clean._with_hits(iter([book] * 3), Finder()))) == 3 and max(held) == batches.CHARACTERS
 
 
 # ---- Units

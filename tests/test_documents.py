@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from ctllm_jax.common.errors import UserError
-from data_pipeline import streams
+from data_pipeline import batches, streams
 from data_pipeline.documents import Document, DocumentReader, Fields, Malformed, input_files
 
 FIELDS = Fields(id="id", url="url", source="source", text="text")
@@ -93,6 +93,15 @@ def test_missing_ids_name_file_and_line_and_differ_between_files_of_one_name(tmp
     assert names == ["x/part", "y/part", "other"]
     (item,), _ = read(paths[0])
     assert item.id == "part:2"
+
+
+@pytest.mark.parametrize(("items", "characters", "sizes"), [(2, 100, [2, 2, 2, 1]), (99, 5, [3, 1, 2, 1])])
+def test_a_batch_is_closed_by_its_items_or_by_their_characters(monkeypatch, items, characters, sizes):
+    monkeypatch.setattr(batches, "ITEMS", items)
+    monkeypatch.setattr(batches, "CHARACTERS", characters)
+    texts = ["a", "", "bcde", "f" * 50, "gh", "ijk", "l"]
+    found = list(batches.batched(iter(texts), len))
+    assert [len(batch) for batch in found] == sizes and sum(found, []) == texts
 
 
 @pytest.mark.parametrize("extra", [0, 1])

@@ -1,7 +1,6 @@
 """Inside `ctllm corpus`: documents that hold items of benchmarks are left out, after deduplication and by the shard."""
 
 import contextlib
-import itertools
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ import apache_beam as beam
 
 from ctllm_jax.common.files import write_json
 from ctllm_jax.common.progress import Watch
+from data_pipeline.batches import batched
 from data_pipeline.contamination.hits import Finder
 from data_pipeline.contamination.items import BenchmarkConfig, Item
 from data_pipeline.contamination.run import gather, make_index, print_summary
@@ -19,8 +19,6 @@ from data_pipeline.documents import EXCERPT, SUBSETS
 from data_pipeline.filters.stage import EXAMPLES
 from data_pipeline.runner import BeamConfig, make_pipeline
 from data_pipeline.shards import CONTAMINATED, HITS, Layout, gzip_writer, json_line, read_lines, save_bytes, zstd_writer
-
-_DOCUMENTS = 512  # looked at together
 
 
 def clean(items: Sequence[Item], shards: int, config: BenchmarkConfig, layout: Layout, runner: BeamConfig) -> dict:
@@ -67,7 +65,7 @@ def _clean_shard(shard: int, index: pathlib.Path, least: float, layout: Layout) 
 
 
 def _with_hits(records: Iterator[dict], finder: Finder) -> Iterator[tuple[dict, list[dict]]]:
-    while batch := list(itertools.islice(records, _DOCUMENTS)):
+    for batch in batched(records, lambda record: len(record["text"])):
         yield from zip(batch, finder.hits([_text(record) for record in batch]), strict=True)
 
 

@@ -20,6 +20,7 @@ import orjson
 from ctllm_jax.common.files import read_json, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
+from data_pipeline.batches import batched
 from data_pipeline.contamination.hits import Finder
 from data_pipeline.contamination.index import build_index, load_index, save_index
 from data_pipeline.contamination.items import BenchmarkConfig, Item, read_items
@@ -29,7 +30,6 @@ from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 from data_pipeline.shards import HITS, json_line, save_bytes
 
 VERSION = 1
-_TEXTS, _CHARACTERS = 512, 1 << 19  # a batch is closed when it holds this many of either
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def search(shards: Sequence[Shard], config: ContaminationConfig, work: pathlib.P
 def _search_shard(shard: Shard, work: pathlib.Path, least: float, fields: Fields) -> Shard:
     finder, counts = Finder(work, least), Counter(texts=0, unreadable=0)
     with save_bytes(_hits(work, shard.index)) as out:
-        for batch in _batches(read(shard, fields), counts):
+        for batch in batched(_readable(read(shard, fields), counts), lambda text: len(text.text)):
             for hits in finder.hits(batch):
                 out.writelines(map(json_line, hits))
         out.writelines(map(json_line, finder.hits_of_pieces()))
@@ -97,17 +97,12 @@ def _search_shard(shard: Shard, work: pathlib.Path, least: float, fields: Fields
     return shard
 
 
-def _batches(texts: Iterator[Text | None], counts: Counter) -> Iterator[list[Text]]:
-    batch, characters = [], 0
+def _readable(texts: Iterator[Text | None], counts: Counter) -> Iterator[Text]:
+    """The texts that there are; counts `texts` and `unreadable`."""
     for text in texts:
         counts["unreadable" if text is None else "texts"] += 1
         if text is not None:
-            batch.append(text)
-            characters += len(text.text)
-        if len(batch) >= _TEXTS or characters >= _CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    yield batch
+            yield text
 
 
 def _hits(work: pathlib.Path, index: int) -> pathlib.Path:

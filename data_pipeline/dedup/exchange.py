@@ -15,7 +15,6 @@ from data_pipeline.dedup import kernels
 from data_pipeline.runner import BeamConfig, make_pipeline
 from data_pipeline.shards import save_array, save_bytes
 
-MOST_PARTS = 1 << 16
 Chunk = tuple[np.ndarray, np.ndarray]  # part_N, rows [N, width] uint64
 
 

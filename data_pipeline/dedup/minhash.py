@@ -12,6 +12,7 @@ import xxhash
 
 from data_pipeline.dedup import kernels
 from data_pipeline.dedup.folding import fold
+from data_pipeline.dedup.similar_lines import RULES
 from data_pipeline.dedup.store import RECORD, Hashes
 from data_pipeline.documents import Document
 
@@ -39,12 +40,13 @@ class DedupConfig:
     earlier: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        # Each band has as many parts as there are key ranges; exchange.py numbers all of them in 16 bits.
         if min(self.shingle, self.bands, self.rows, self.key_ranges) < 1 or self.bands > 255 or self.key_ranges > 256:
             raise ValueError("shingle, bands (<= 255), rows and key_ranges (<= 256) must be at least 1")
         if not 0 <= self.min_similarity <= 1:
             raise ValueError(f"min_similarity must lie in 0..1, not {self.min_similarity}")
-        if self.similar_lines not in ("", "paper", "released"):
-            raise ValueError(f"similar_lines: {self.similar_lines!r} is not one of '', 'paper', 'released'")
+        if self.similar_lines not in ("", *RULES):
+            raise ValueError(f"similar_lines: {self.similar_lines!r} is not one of '', {', '.join(map(repr, RULES))}")
 
     @property
     def signature(self) -> dict[str, int]:

@@ -6,10 +6,10 @@ or a re-run writes the same bytes; a file whose counts are on the disk is not re
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 from ctllm_jax.common.files import write_json
+from data_pipeline.batches import batched
 from data_pipeline.dedup.minhash import DedupConfig, hash_documents
 from data_pipeline.dedup.store import HashWriter
 from data_pipeline.documents import EXCERPT, Document, DocumentReader, Fields, InputFile, Malformed
@@ -18,7 +18,6 @@ from data_pipeline.filters.rules import FilterConfig, Filters, Verdict
 from data_pipeline.shards import Layout, gzip_writer, json_line, zstd_writer
 from data_pipeline.signals import SignalWriter
 
-_DOCUMENTS, _CHARACTERS = 512, 1 << 19  # a batch is closed when it holds this many of either
 EXAMPLES = 3  # rejected documents shown per rule and file
 
 
@@ -43,10 +42,11 @@ def filter_file(file: InputFile, settings: FilterSettings, layout: Layout) -> In
         writer = _Writer(file, layout, settings.filters.mask, stack)
         signals = SignalWriter(file.label, file.index, layout, stack)
         hashes = stack.enter_context(HashWriter(layout.all_hashes(file.index)))
-        for batch, malformed in _batches(reader):
-            for item in malformed:
-                writer.malformed(item)
-            verdicts = _judge(filters, batch)
+        for batch in batched(reader, _characters):
+            for item in batch:
+                if isinstance(item, Malformed):
+                    writer.malformed(item)
+            verdicts = _judge(filters, [item for item in batch if isinstance(item, Document)])
             signals.append(verdicts)
             judged = [writer.judged(document, verdict) for document, verdict in verdicts]
             hashes.append(hash_documents([document for document in judged if document], settings.dedup))
@@ -56,19 +56,8 @@ def filter_file(file: InputFile, settings: FilterSettings, layout: Layout) -> In
     return file
 
 
-def _batches(reader: DocumentReader) -> Iterator[tuple[list[Document], list[Malformed]]]:
-    """Documents in the file's order, with the malformed records met on the way."""
-    documents, malformed, characters = [], [], 0
-    for item in reader:
-        if isinstance(item, Malformed):
-            malformed.append(item)
-        else:
-            documents.append(item)
-            characters += len(item.text)
-        if len(documents) + len(malformed) >= _DOCUMENTS or characters >= _CHARACTERS:
-            yield documents, malformed
-            documents, malformed, characters = [], [], 0
-    yield documents, malformed
+def _characters(item: Document | Malformed) -> int:
+    return len(item.text) if isinstance(item, Document) else 0
 
 
 def _judge(filters: Filters, documents: list[Document]) -> list[tuple[Document, Verdict]]:
