@@ -173,7 +173,7 @@ def test_a_metric_that_is_not_told_of_held_out_data_is_refused(best):
 def test_a_metric_that_this_runs_looks_do_not_give_is_refused_where_the_best_are_kept():
     policy = dataclasses.replace(POLICY, keep_best=1, best="lowest loss/code")
     policy.check_known({"loss": 1.0, "loss/code": 1.0})
-    with pytest.raises(UserError, match=r"keep_best goes by 'loss/code', which .*; they give: loss, loss/zh\. Set"):
+    with pytest.raises(UserError, match=r"keep_best goes by 'loss/code', which .*; they have: loss, loss/zh\. Set"):
         policy.check_known({"loss/zh": 1.0, "loss": 1.0})
     with pytest.raises(UserError, match="they give: nothing"):
         policy.check_known({})

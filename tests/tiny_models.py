@@ -94,13 +94,13 @@ def tiny_model(seed: int = 0, **changes) -> LoadedModel:
     return LoadedModel(config=config, params=params, tokenizer=tokenizer, digest=f"digest-{seed}", name="tiny")
 
 
-@functools.cache
 def score(model: LoadedModel, pairs, batch_tokens: int) -> list[Score]:
     """The scores of pairs of ids, (context, continuation)."""
     groups = [[fitted(model, *pair, number)] for number, pair in enumerate(pairs)]
     return [found for [found] in score_groups(model, groups, batch_tokens, "")]
 
 
+@functools.cache
 def _drawn(config: ModelConfig, seed: int) -> dict:
     """Parameters as numpy has them, drawn in one program: compiling it takes seconds."""
     return jax.device_get(jax.jit(functools.partial(init_params, config))(jax.random.key(seed)))
