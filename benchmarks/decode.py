@@ -72,8 +72,7 @@ class Ours:
 
     def __call__(self) -> Cost:
         wall, cpu = time.perf_counter(), time.process_time()
-        greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-        self.ids = generate(self._model, self._prompts, max_tokens=NEW, stop_ids=(), **greedy)
+        self.ids = generate(self._model, self._prompts, max_tokens=NEW, stop_ids=())
         return Cost(time.process_time() - cpu, time.perf_counter() - wall)
 
 

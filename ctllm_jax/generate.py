@@ -1,11 +1,11 @@
-"""Ids from a model for many prompts at once: batched decoding with a key/value cache, in few compiled shapes.
+"""The likeliest ids after many prompts at once: batched decoding with a key/value cache, in few compiled shapes.
 
-Benchmarks decode so: the whole batch stays on the device until its last row has stopped. Texts that stream, end with
-stop strings or come one by one are decoded in slots (`ctllm_jax.slots`).
+Benchmarks decode so: the whole batch stays on the device until its last row has stopped. Texts that are sampled, that
+stream, end with stop strings or come one by one are decoded in slots (`ctllm_jax.slots`).
 
-Prompts are padded on the left to a bucketed length, so that every row's next token falls into the same cache
-slot; padding carries segment 0, which no token sees. A row's sample depends on its prompt, its place in the
-list and the seed, never on its neighbours.
+Prompts are padded on the left to a bucketed length, so that every row's next token falls into the same cache slot;
+padding carries segment 0, which no token sees. What a row goes on with depends on its prompt alone, never on its
+neighbours.
 
 Legend: B rows of a batch, L prompt slots, P of them without the last, S most new tokens, V vocabulary.
 """
@@ -24,7 +24,6 @@ from ctllm_jax.data.chat import ChatTemplate
 from ctllm_jax.data.tokenizer import Tokenizer
 from ctllm_jax.loading import LoadedModel, check_ids
 from ctllm_jax.model import ModelConfig, forward, init_cache
-from ctllm_jax.sampling import keep_likely
 
 BATCH_ROWS = 16  # most prompts decoded together
 SHORTEST_BUCKET = 32  # slots; prompt lengths and token limits are rounded up to this times a power of two
@@ -35,19 +34,14 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
     stop_ids: Iterable[int],
 ) -> list[list[int]]:
-    """Continues each prompt.
+    """Continues each prompt, with the most probable token each time.
 
     Args:
       model: whose tokens.
       prompts: ids, at least one each, fewer than the context.
       max_tokens: most new tokens; a row also ends where the model's context is full.
-      temperature, top_k, top_p, seed: as in `SamplingConfig`.
       stop_ids: ids after which a row ends.
 
     Returns:
@@ -68,20 +62,9 @@ def generate(
     with Progress("generate", len(prompts), "prompts") as progress, model.in_use():
         for start in range(0, len(order), BATCH_ROWS):
             rows = order[start : start + BATCH_ROWS]
-            batch = _pad([prompts[i] for i in rows], rows, min(max_tokens, limit), limit)
-            new_BS, count_B = _decode(
-                config,
-                bucket(min(max_tokens, limit), limit),
-                temperature > 0,
-                model.params,
-                *batch,
-                stops,
-                jnp.float32(temperature or 1.0),
-                jnp.int32(top_k),
-                jnp.float32(top_p),
-                jax.random.key(seed),
-            )
-            new_BS, count_B = jax.device_get((new_BS, count_B))
+            batch = _pad([prompts[i] for i in rows], min(max_tokens, limit), limit)
+            steps = bucket(min(max_tokens, limit), limit)
+            new_BS, count_B = jax.device_get(_decode(config, steps, model.params, *batch, stops))
             for row, i in enumerate(rows):
                 outputs[i] = new_BS[row, : count_B[row]].tolist()
             progress.add(len(rows))
@@ -101,49 +84,31 @@ def bucket(length: int, most: int) -> int:
     return max(length, min(size, most))
 
 
-def _pad(prompts, rows: list[int], max_tokens: int, limit: int) -> tuple[np.ndarray, ...]:
-    """(tokens_BL, first_B: slot of the first real token, limit_B: new tokens allowed, row_B: number in the
-    list)."""
+def _pad(prompts: Sequence[Sequence[int]], max_tokens: int, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens_BL, first_B: slot of the first real token, limit_B: new tokens allowed)."""
     B = 1 << (len(prompts) - 1).bit_length()  # powers of two: few shapes
     L = bucket(max(len(prompt) for prompt in prompts), limit)
     tokens_BL = np.zeros((B, L), np.int32)
-    first_B, limit_B, row_B = np.full(B, L, np.int32), np.zeros(B, np.int32), np.zeros(B, np.int32)
+    first_B, limit_B = np.full(B, L, np.int32), np.zeros(B, np.int32)
     for place, prompt in enumerate(prompts):
         tokens_BL[place, L - len(prompt) :] = prompt
         first_B[place] = L - len(prompt)
         limit_B[place] = min(max_tokens, limit - len(prompt))
-        row_B[place] = rows[place]
-    return tokens_BL, first_B, limit_B, row_B
+    return tokens_BL, first_B, limit_B
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _decode(
     cfg: ModelConfig,
     S: int,
-    sampled: bool,
     params: dict,
     tokens_BL: jax.Array,
     first_B: jax.Array,
     limit_B: jax.Array,
-    row_B: jax.Array,
     stops: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prefill, then one token a step until every row has stopped. Returns (new_BS, number of new tokens of
-    each row)."""
+    """Prefill, then one token a step until every row has stopped: (new_BS, number of new tokens of each row)."""
     B, L = tokens_BL.shape
-    keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
-
-    def choose(logits_BV: jax.Array, step: jax.Array) -> jax.Array:
-        if not sampled:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        logits_BV = keep_likely(logits_BV / temperature, jnp.full(B, top_k), jnp.full(B, top_p), jnp.zeros(B))
-        step_keys_B = jax.vmap(lambda row_key: jax.random.fold_in(row_key, step))(keys_B)
-        return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV).astype(jnp.int32)
-
     # All but the last token, whose logits are the first that anybody reads.
     slot_P = jnp.arange(L - 1)
     positions_BP = jnp.maximum(slot_P - first_B[:, None], 0)
@@ -158,7 +123,7 @@ def _decode(
         step, done_B, count_B, token_B, new_BS, cache = state
         position_B1 = (L - 1 + step - first_B)[:, None]
         logits_B1V, cache = forward(cfg, params, token_B[:, None], position_B1, jnp.ones((B, 1), jnp.int32), cache)
-        token_B = choose(logits_B1V[:, 0], step)
+        token_B = jnp.argmax(logits_B1V[:, 0], axis=-1).astype(jnp.int32)
         new_BS = jax.lax.dynamic_update_slice_in_dim(new_BS, token_B[:, None], step, axis=1)
         count_B = count_B + ~done_B
         done_B = done_B | jnp.isin(token_B, stops) | (count_B >= limit_B)

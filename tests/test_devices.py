@@ -74,12 +74,11 @@ def test_scores_texts_and_perplexity_are_those_of_one_device_to_the_last_bit(mod
     common = ids(30)
     groups = [[Request([*common, *ids(4), *ids(n)], 34, 0) for n in (1, 1, 3)] for _ in range(3)]
     prompts = [ids(n) for n in (3, 12, 20)]
-    options = {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "seed": 3, "stop_ids": [5], "max_tokens": 8}
     meeting = threading.Barrier(DEVICES, timeout=600)
 
     def work(model, alone):
         scores = score_groups(model, groups, 128, "test")
-        texts = generate(model, prompts, **options)
+        texts = generate(model, prompts, stop_ids=[5], max_tokens=8)
         if not alone:
             meeting.wait()  # no device takes another's job
         return device_of(model), scores, texts

@@ -78,8 +78,7 @@ def test_an_answer_ends_with_its_turn_and_one_that_does_not_is_counted(model, tm
     found, items, _ = conversation(tmp_path)
     [end] = CtllmTemplate(model.tokenizer).end_ids
     [(_, ids, _, _)] = encode_open(model, found, "one", items[:1], True)
-    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-    [[first]] = generate(model, [ids], max_tokens=1, **greedy, stop_ids=())
+    [[first]] = generate(model, [ids], max_tokens=1, stop_ids=())
     # The model ends its turn where it said the first token of its first answer.
     swapped = jnp.arange(model.config.padded_vocab_size).at[jnp.array([first, end])].set(jnp.array([end, first]))
     ending = dataclasses.replace(model, params={**model.params, "head": model.params["head"][:, swapped]})

@@ -14,7 +14,6 @@ from ctllm_jax.hf_export import export
 from ctllm_jax.samples import GenerateConfig
 from ctllm_jax.sampling import SamplingConfig
 
-GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 SAMPLED = SamplingConfig(max_tokens=8, temperature=1.0, top_k=0, top_p=1.0, seed=3)
 
 
@@ -40,7 +39,7 @@ def config(location, **changes) -> GenerateConfig:
         "input": None,
         "chat": False,
         "slots": 2,
-        "sampling": SamplingConfig(max_tokens=8, **GREEDY),
+        "sampling": SamplingConfig(max_tokens=8, temperature=0.0, top_k=0, top_p=1.0, seed=0),
     }
     return GenerateConfig(**{**values, **changes})
 
@@ -55,7 +54,7 @@ def test_the_verb_writes_and_prints_samples_and_does_not_repeat_itself(model, lo
     assert result["samples"] == len(lines) == 4 and result["rejected"] == 0
     assert [line.get("line") for line in lines] == [None, None, 1, 2]
     ids = [model.tokenizer.bos_id, *model.tokenizer.encode("The quick")]
-    expected = generate(model, [ids], max_tokens=8, stop_ids=[model.tokenizer.eos_id], **GREEDY)[0]
+    expected = generate(model, [ids], max_tokens=8, stop_ids=[model.tokenizer.eos_id])[0]
     assert lines[1]["text"] == model.tokenizer.decode(expected)
     printed = capsys.readouterr().out
     assert "--- 从前有座山" in printed and lines[1]["text"] in printed

@@ -46,9 +46,8 @@ from ctllm_jax.serve.server import Server
 def test_64_clients_at_once_in_bounded_memory(server, model):
     """Streams and whole answers, twice: all come, each is the one it would be alone, and the memory is there again."""
     prompts = [[1, 40 + number, 50] for number in range(64)]
-    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
     stops = server.server._stop_ids
-    ids = generate(model, prompts, max_tokens=10, stop_ids=stops, **greedy)
+    ids = generate(model, prompts, max_tokens=10, stop_ids=stops)
     wanted = [model.tokenizer.decode([i for i in own if i not in stops]) for own in ids]
 
     def one(number: int) -> str:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_models import tiny_model
@@ -9,11 +11,13 @@ from tiny_models import tiny_model
 from ctllm_jax import slots
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.generate import generate
-from ctllm_jax.sampling import SamplingConfig
+from ctllm_jax.model import forward
+from ctllm_jax.sampling import Options, SamplingConfig, choose
 from ctllm_jax.slots import CHUNK, Decoder, Request
 
 GREEDY = SamplingConfig(max_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0)
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_k=40, top_p=0.9, seed=5)
+FORWARD, CHOOSE = jax.jit(forward, static_argnums=0), jax.jit(choose)
 RANDOM = np.random.default_rng(0)
 # Of one token, less than a chunk, one chunk and the token that follows, several chunks.
 PROMPTS = [RANDOM.integers(40, 360, size).tolist() for size in (1, 5, CHUNK, CHUNK + 1, CHUNK + 2, 3 * CHUNK, 17)]
@@ -54,16 +58,34 @@ def heard(decoder, *requests: Heard) -> list[str]:
     return [own.text for own in requests]
 
 
-def batched(model, sampling, stop_ids=()):
-    options = {key: getattr(sampling, key) for key in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
-    return generate(model, PROMPTS, **options, stop_ids=stop_ids)
+def batched(model):
+    return generate(model, PROMPTS, max_tokens=GREEDY.max_tokens, stop_ids=())
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_texts_are_those_of_the_batched_decoder(model, decoder, sampling):
+def without_cache(model, prompt: list[int], sampling: SamplingConfig, row: int) -> list[int]:
+    """New ids, one whole forward pass for each: the seed, the row and the number of new ids choose."""
+    L, ids = 512, list(prompt)
+    row_key = jax.random.fold_in(jax.random.key(sampling.seed), row)
+    for count in range(sampling.max_tokens):
+        tokens_1L = np.zeros((1, L), np.int32)
+        tokens_1L[0, : len(ids)] = ids
+        real_1L = (np.arange(L) < len(ids)).astype(np.int32)[None]
+        logits_1LV, _ = FORWARD(model.config, model.params, tokens_1L, np.arange(L, dtype=np.int32)[None], real_1L)
+        logits_1V, key = logits_1LV[:, len(ids) - 1], jax.random.fold_in(row_key, count)
+        ids.append(int(CHOOSE(logits_1V, jnp.zeros(logits_1V.shape, bool), Options.of([sampling]), key[None])[0]))
+    return ids[len(prompt) :]
+
+
+def test_texts_are_those_of_the_batched_decoder(model, decoder):
     """More prompts than slots, so every slot is used again."""
-    found = heard(decoder, *(Heard(prompt, sampling, row=row) for row, prompt in enumerate(PROMPTS)))
-    assert found == [model.tokenizer.decode(ids) for ids in batched(model, sampling)]
+    found = heard(decoder, *(Heard(prompt, row=row) for row, prompt in enumerate(PROMPTS)))
+    assert found == [model.tokenizer.decode(ids) for ids in batched(model)]
+
+
+def test_sampled_texts_are_those_of_the_model_without_a_cache(model, decoder):
+    found = heard(decoder, *(Heard(prompt, SAMPLED, row=row) for row, prompt in enumerate(PROMPTS)))
+    ids = [without_cache(model, prompt, SAMPLED, row) for row, prompt in enumerate(PROMPTS)]
+    assert found == [model.tokenizer.decode(own) for own in ids]
 
 
 def test_a_text_does_not_depend_on_neighbours_slot_or_time(decoder):
@@ -79,7 +101,7 @@ def test_a_text_does_not_depend_on_neighbours_slot_or_time(decoder):
 
 
 def test_where_a_text_ends(model, decoder):
-    ids = batched(model, GREEDY)[1]
+    ids = batched(model)[1]
     whole = model.tokenizer.decode(ids)
     stop_id = Heard(PROMPTS[1], stop_ids=[ids[4]])
     first = ids.index(ids[4])

@@ -18,8 +18,6 @@ from ctllm_jax.model import forward
 from ctllm_jax.samples import sample
 from ctllm_jax.sampling import SamplingConfig
 
-GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
-
 
 @pytest.fixture(scope="module")
 def location(tmp_path_factory):
@@ -62,9 +60,10 @@ def test_scores_are_those_of_one_device(whole, split):
 @pytest.mark.slow
 def test_texts_and_perplexity_are_those_of_one_device(whole, split, tmp_path):
     prompts = [request.ids[:9] for [request, *_] in groups_of(np.random.default_rng(0))]
-    texts = [generate(model, prompts, max_tokens=8, stop_ids=[2], **GREEDY) for model in (whole, split)]
+    texts = [generate(model, prompts, max_tokens=8, stop_ids=[2]) for model in (whole, split)]
     assert texts[0] == texts[1]
-    texts = [sample(model, ["从前有座山，", "The"], False, SamplingConfig(8, **GREEDY)) for model in (whole, split)]
+    greedy = SamplingConfig(8, temperature=0.0, top_k=0, top_p=1.0, seed=0)
+    texts = [sample(model, ["从前有座山，", "The"], False, greedy) for model in (whole, split)]
     assert texts[0] == texts[1] and texts[0][0]["text"]
 
     store = store_of_text(tmp_path, whole.tokenizer)

@@ -103,10 +103,9 @@ def answer(
         scores = score_groups(model, groups, batch_tokens, label)
         _refuse_nan(model, block, groups, scores)
         return scores
-    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
     openings = [opening for [opening] in groups]
     limits = {"max_tokens": openings[0].max_tokens, "stop_ids": openings[0].stop_ids}  # the same for all of a task
-    return [[ids] for ids in generate(model, [opening.ids for opening in openings], **limits, **greedy)]
+    return [[ids] for ids in generate(model, [opening.ids for opening in openings], **limits)]
 
 
 def _refuse_nan(model: LoadedModel, block: Block, groups: Groups, scores: list[list[Score]]) -> None:

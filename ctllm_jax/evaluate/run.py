@@ -46,7 +46,7 @@ class EvalConfig:
     bos: bool  # open benchmarks' prompts with the beginning-of-document id
     prompts: tuple[str, ...]  # continued in samples.jsonl
     chat: bool  # prompts and generate tasks (then NAME_chat) as a user's message in the model's chat template
-    sampling: SamplingConfig  # of generated answers and samples
+    sampling: SamplingConfig  # how prompts are continued; answers to benchmarks are greedy
     batch_tokens: int  # [tokens] most tokens of a scoring batch; speed and memory only
     cache: str  # folder of answers that evaluations share; "" keeps them in the workdir's own, cache/
 
