@@ -175,7 +175,7 @@ def test_a_metric_that_this_runs_looks_do_not_give_is_refused_where_the_best_are
     policy.check_known({"loss": 1.0, "loss/code": 1.0})
     with pytest.raises(UserError, match=r"keep_best goes by 'loss/code', which .*; they have: loss, loss/zh\. Set"):
         policy.check_known({"loss/zh": 1.0, "loss": 1.0})
-    with pytest.raises(UserError, match="they give: nothing"):
+    with pytest.raises(UserError, match="they have: nothing"):
         policy.check_known({})
     dataclasses.replace(policy, keep_best=0).check_known({})
 
