@@ -58,7 +58,7 @@ class BucketFolder:
         """
         bucket, _, path = url.removeprefix("gs://").strip("/").partition("/")
         if not url.startswith("gs://") or not path:
-            raise UserError(f"{url}: a verb's folder is a folder of this machine or gs://BUCKET/FOLDER")
+            raise UserError(f"{url}: a verb's folder is a local folder or gs://BUCKET/FOLDER")
         try:
             storage = importlib.import_module("google.cloud.storage")
         except ImportError as error:
@@ -208,7 +208,7 @@ class Claim:
     def _watch(self, holder: dict, generation: int) -> None:
         """Returns when the holder has been silent long enough."""
         who, until = f"process {holder.get('pid')} on {holder.get('host')}", time.monotonic() + _SILENCE
-        print(f"{self._verb}: {self._folder.url} was last held by {who}: looking whether it is alive", file=sys.stderr)
+        print(f"{self._verb}: {self._folder.url} was last held by {who}: checking whether it is alive", file=sys.stderr)
         while time.monotonic() < until:
             time.sleep(1.0)
             if (now := self._folder.generation(CLAIM)) == 0:

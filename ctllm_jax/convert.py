@@ -79,7 +79,7 @@ def _series(config: ConvertConfig, workdir: str) -> dict:
     steps, about = checkpoint_steps(config.source), read_json(as_path(config.source) / "run.json")
     if "tokens_per_step" not in about:
         raise UserError(
-            f"{config.source}: was not trained here, so that no tokens tell its checkpoints apart; give step"
+            f"{config.source}: was not trained here, so the tokens of its checkpoints are not known; give step"
         )
     names = series_names([step * about["tokens_per_step"] for step in steps])
     one = {

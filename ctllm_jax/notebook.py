@@ -73,8 +73,8 @@ def command(verb: str, base: str, config: ConfigDict, workdir: str | os.PathLike
     flags = [start, *(f"--config.{path}={cli.flag_value(value)}" for path, value in changed)]
     if left := list(_changed(_parsed(verb, about, *flags), wanted)):
         raise UserError(
-            f"{verb}: config.{left[0][0]} = {left[0][1]!r} cannot be said by a flag beside {base}; write a config file "
-            "of your own that has it"
+            f"{verb}: config.{left[0][0]} = {left[0][1]!r} cannot be set by a flag on top of {base}; write a config "
+            "file of your own that has it"
         )
     return [verb, *flags, *([] if workdir is None else [f"--workdir={os.fspath(workdir)}"])]
 

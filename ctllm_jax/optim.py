@@ -41,18 +41,20 @@ class OptimizerConfig:
             raise ValueError("decay is for schedule wsd, which needs it; for the others leave it empty")
         if self.learning_rate <= 0 or self.final_learning_rate < 0:
             raise ValueError(
-                f"learning_rate {self.learning_rate} is to be above 0, final_learning_rate {self.final_learning_rate} "
-                "0 or above"
+                f"learning_rate {self.learning_rate} must be above 0, and final_learning_rate "
+                f"{self.final_learning_rate} must not be negative"
             )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.epsilon > 0):
             raise ValueError(
-                f"AdamW takes beta1 {self.beta1} and beta2 {self.beta2} from 0 up to but not 1, and epsilon "
-                f"{self.epsilon} above 0"
+                f"AdamW needs beta1 {self.beta1} and beta2 {self.beta2} from 0 to below 1, and epsilon {self.epsilon} "
+                "above 0"
             )
         if min(self.weight_decay, self.clip_norm, self.spike_deviations) < 0:
-            raise ValueError("weight_decay, clip_norm and spike_deviations are 0 or above; 0 turns each of them off")
+            raise ValueError(
+                "weight_decay, clip_norm and spike_deviations must not be negative; 0 turns each of them off"
+            )
         if self.spike_window < 1:
-            raise ValueError("spike_window must be at least 1; spike_deviations of 0 calls no gradient a spike")
+            raise ValueError("spike_window must be at least 1; to skip no spikes set spike_deviations to 0")
         for text in filter(None, (self.warmup, self.decay, self.ema_half_life)):
             parse(text)
 

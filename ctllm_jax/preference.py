@@ -49,7 +49,7 @@ class PreferenceConfig:
         if self.loss == "exo_pair" and not self.label_smoothing:
             raise ValueError("loss 'exo_pair' needs label_smoothing above 0 (it takes its logarithm)")
         if self.divergence != "reverse_kl" and self.loss in ("aot", "sft"):
-            raise ValueError(f"loss {self.loss!r} does not read log ratios; divergence is not for it")
+            raise ValueError(f"loss {self.loss!r} does not read log ratios; leave divergence at 'reverse_kl'")
         if self.policy_weighted and self.whole_step:
             raise ValueError(
                 f"loss {self.loss!r} sorts the pairs of a step, so none of its terms is a pair's own; policy_weighted, "

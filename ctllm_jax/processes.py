@@ -126,7 +126,7 @@ def client():
         missing = [first_line(error)]
     if missing:
         raise UserError(
-            f"jax {jax.__version__} does not let the processes of a job talk as this version of ctllm needs it "
+            f"jax {jax.__version__} lacks what the processes of a job talk through in this version of ctllm "
             f"({', '.join(missing)}); use jax 0.10 to 0.12, or one process"
         )
     return found

@@ -128,8 +128,8 @@ def load_params(run_dir: str | os.PathLike, abstract: Any, step: int) -> dict:
     except Damaged as damage:
         others = [other for other in checkpoint_steps(run_dir) if other != step]
         raise UserError(
-            f"{remote_of(run_dir) or run_dir}: the checkpoint of step {step} is damaged: {damage}. Others, to be asked "
-            f"for by their step: {others or 'none'}"
+            f"{remote_of(run_dir) or run_dir}: the checkpoint of step {step} is damaged: {damage}. Others, which "
+            f"can be asked for by step: {others or 'none'}"
         ) from None
 
 

@@ -250,7 +250,7 @@ def _print_result(stage: Stage) -> dict:
     result = stage.result
     print(
         f"select: {result['kept']:,} of {result['conversations']:,} conversations kept; {result['unusable']:,} records "
-        f"are none, {result['cut']:,} have answers beyond the model's context"
+        f"are not conversations, {result['cut']:,} have answers beyond the model's context"
     )
     for reason, count in result["reasons"].items():
         print(f"  {count:,} {reason}")

@@ -87,7 +87,7 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     entries = [RULES[axis] if axis is not None else () for axis in axes]
     used = [mesh_axis for entry in entries for mesh_axis in entry]
     if len(used) != len(set(used)):
-        raise ValueError(f"logical axes {axes} put one mesh axis to use twice: {used}")
+        raise ValueError(f"logical axes {axes} use a mesh axis twice: {used}")
     return PartitionSpec(*(entry if len(entry) > 1 else (entry[0] if entry else None) for entry in entries))
 
 

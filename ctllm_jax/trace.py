@@ -132,7 +132,7 @@ def open_run(folder: str, store: str | None = None) -> Run:
     claim = root / "stage.json"
     stage = read_json(claim) if claim.exists() else {}
     if stage.get("stage") != "train":
-        raise UserError(f"{folder}: no folder of `ctllm train`")
+        raise UserError(f"{folder}: not a folder of `ctllm train`")
     config = read_json(claim.with_name("run.json"))["config"]
     location = store or config["data"]["store"]
     if not (as_path(location) / "manifest.json").exists():

@@ -342,7 +342,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, rows, changes, message):
     ("text", "message"),
     [
         ("kind = 'guess'", "kind 'guess' is unknown"),
-        ("kind = 'ppl'", "two options at least"),
+        ("kind = 'ppl'", "at least two options"),
         ("kind = 'ppl'\noptions = ['a', 'b']\nlabels = ['A']", "1 labels for 2 options"),
         ("kind = 'generate'", "needs max_tokens and extract"),
         ("kind = 'rolling'\nprepare = 'magic'", "prepare 'magic' is unknown"),

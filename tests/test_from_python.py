@@ -100,7 +100,9 @@ def test_what_no_flag_can_say_is_refused():
         command("train", "configs/pretrain.py:tiny", added)
     with without.unlocked():
         del without.optimizer.decay
-    with pytest.raises(UserError, match="decay = None cannot be said by a flag beside configs/pretrain.py:tiny; write"):
+    with pytest.raises(
+        UserError, match="decay = None cannot be set by a flag on top of configs/pretrain.py:tiny; write"
+    ):
         command("train", "configs/pretrain.py:tiny", without)
 
 

@@ -79,7 +79,7 @@ def test_objects_are_written_read_listed_and_deleted_by_generation(server):
 
 def test_what_is_no_place_for_a_run_is_refused(server):
     for url in ("s3://bucket/run", "gs://bucket", "gs://"):
-        with pytest.raises(UserError, match="a folder of this machine or gs://BUCKET/FOLDER"):
+        with pytest.raises(UserError, match="a local folder or gs://BUCKET/FOLDER"):
             BucketFolder(url)
     with pytest.raises(UserError, match="gs://nowhere/run: .*bucket does not exist"):
         BucketFolder("gs://nowhere/run").names()

@@ -288,7 +288,7 @@ def test_the_sft_term_is_a_mean_over_the_tokens_of_the_whole_step():
         ({"loss": "ipo", "label_smoothing": 0.1}, "loss 'ipo' has no label smoothing; it is for: sigmoid, robust"),
         ({"label_smoothing": 0.5}, "label_smoothing 0.5 must be at least 0 and less than 0.5"),
         ({"loss": "exo_pair"}, "loss 'exo_pair' needs label_smoothing above 0"),
-        ({"loss": "aot", "divergence": "js"}, "divergence is not for it"),
+        ({"loss": "aot", "divergence": "js"}, "leave divergence at"),
         ({"loss": "aot", "policy_weighted": True}, "none of its terms is a pair's own"),
         ({"loss": "aot_unpaired", "policy_weighted": True}, "loss 'aot_unpaired' sorts the pairs"),
         ({"tail_weight": 1.5}, "tail_weight 1.5 must lie between 0 and 1"),

@@ -23,7 +23,7 @@ def flat(tree) -> dict:
 
 @pytest.mark.parametrize("axes", [("heads", "mlp"), ("batch", "embed"), ("vocab", "kv_heads"), ("embed", "embed")])
 def test_axes_that_would_use_a_mesh_axis_twice_are_refused(axes):
-    with pytest.raises(ValueError, match=r"put one mesh axis to use twice: .*(tensor|fsdp)"):
+    with pytest.raises(ValueError, match=r"use a mesh axis twice: .*(tensor|fsdp)"):
         spec(axes)
 
 

@@ -330,7 +330,7 @@ def test_a_given_tokenizer_json_comes_with_its_settings_and_says_what_it_lacks(m
         ({"vocab_size": 1_000_000}, "tokenizer: SentencePiece could not train"),
         ({"weights": {"zh_moon": 1.0}}, "weight given for 'zh_moon', the corpus has code, en, zh_cc"),
         ({"made": "nowhere"}, "nowhere: not a finished folder of `ctllm corpus`"),
-        ({"made": ""}, "the folder of `ctllm corpus` that is to be read is not given"),
+        ({"made": ""}, "no folder of `ctllm corpus` to read is given"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_trained_is_refused(made, tmp_path, change, message):

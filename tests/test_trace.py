@@ -314,7 +314,7 @@ def test_a_question_that_makes_no_sense_is_refused(changes, message):
 
 def test_only_training_runs_are_traced(ran, tmp_path):
     for folder in (tmp_path, ran[0].parent / "store", tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=f"{folder}: no folder of `ctllm train`"):
+        with pytest.raises(UserError, match=f"{folder}: not a folder of `ctllm train`"):
             trace.run(ask(step=1), str(folder))
 
 

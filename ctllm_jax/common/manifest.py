@@ -156,7 +156,7 @@ def read_result(folder: str | os.PathLike, name: str | None = None) -> tuple[str
     """(fingerprint, result) of a finished stage; UserError as `stage_fingerprint`."""
     verb = f"`ctllm {name}`" if name else "a stage"
     if not str(folder):
-        raise UserError(f"the folder of {verb} that is to be read is not given")
+        raise UserError(f"no folder of {verb} to read is given")
     path = as_path(folder) / "manifest.json"
     if not path.exists():
         raise UserError(f"{folder}: not a finished folder of {verb} (manifest.json is missing)")

@@ -100,7 +100,7 @@ class Task:
         if self.prepare is not None and self.prepare not in PREPARE:
             raise ValueError(f"prepare {self.prepare!r} is unknown; there are: {', '.join(PREPARE)}")
         if self.kind in ("ppl", "ll", "lm_eval", "stance") and len(self.options) < 2:
-            raise ValueError(f"a task of kind {self.kind} needs two options at least")
+            raise ValueError(f"a task of kind {self.kind} needs at least two options")
         if self.labels and len(self.labels) != len(self.options):
             raise ValueError(f"{len(self.labels)} labels for {len(self.options)} options")
         if {bool(self.values), bool(self.directions)} != {self.kind == "stance"}:

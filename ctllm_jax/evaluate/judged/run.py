@@ -69,7 +69,9 @@ def read_answers(location: str) -> AnswerSet:
         texts = [row.get("turns"), row.get("answers"), row.get("references") or row.get("turns")]
         sound = all(isinstance(own, list) and all(isinstance(text, str) for text in own) for own in texts)
         if not sound or not {"id", "category"} <= set(row) or len({len(own) for own in texts}) > 1 or not texts[0]:
-            raise UserError(f"{path}: line {number}: not id, category, turns and as many answers (and references)")
+            raise UserError(
+                f"{path}: line {number}: needs id, category, turns, and as many answers (and references) as turns"
+            )
         if str(row["id"]) in rows:
             raise UserError(f"{path}: line {number}: the id {row['id']!r} is there twice")
         rows[str(row["id"])] = {**row, "id": str(row["id"])}
@@ -144,7 +146,7 @@ def _comparisons(config: JudgingConfig, one: AnswerSet, other: AnswerSet) -> Req
     turns = [{id: row["turns"] for id, row in own.rows.items()} for own in (one, other)]
     differing = [id for id in turns[0] | turns[1] if turns[0].get(id) != turns[1].get(id)]
     if differing:
-        raise UserError(f"{len(differing)} questions are not the same in both answers, {differing[0]!r} for one")
+        raise UserError(f"{len(differing)} questions are not the same in both answers, such as {differing[0]!r}")
     found: Requests = []
     for id, row in one.rows.items():
         pair = (row, other.rows[id])
