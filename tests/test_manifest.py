@@ -32,7 +32,7 @@ def test_a_stage_is_claimed_resumed_and_done(tmp_path, capsys):
     again = open_it()
     assert again.done and again.result == {"rows": 3} and "already finished" in capsys.readouterr().err
     assert manifest.read_result(folder, "build") == (stage.fingerprint, {"rows": 3})
-    assert manifest.stage_fingerprint(folder) == stage.fingerprint
+    assert manifest.stage_fingerprint(folder, "build") == stage.fingerprint
     with pytest.raises(UserError, match="'?build'?"):
         manifest.read_result(folder, "train")
 

@@ -143,17 +143,21 @@ def _lock(folder: pathlib.Path) -> None:
     _locks[path] = descriptor
 
 
-def stage_fingerprint(folder: str | os.PathLike, name: str | None = None) -> str:
+def stage_fingerprint(folder: str | os.PathLike, name: str) -> str:
     """The fingerprint of a finished stage.
 
     Raises:
-      UserError: the folder is no finished stage, or not the one called `name`.
+      UserError: the folder is not a finished stage of this name.
     """
     return read_result(folder, name)[0]
 
 
 def read_result(folder: str | os.PathLike, name: str | None = None) -> tuple[str, dict]:
-    """(fingerprint, result) of a finished stage; UserError as `stage_fingerprint`."""
+    """(fingerprint, result) of a finished stage, of any or of one called `name`.
+
+    Raises:
+      UserError: the folder is not such a stage.
+    """
     verb = f"`ctllm {name}`" if name else "a stage"
     if not str(folder):
         raise UserError(f"no folder of {verb} to read is given")
