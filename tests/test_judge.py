@@ -253,7 +253,7 @@ def test_what_cannot_be_judged_is_named(tmp_path, answers):
     url = "http://127.0.0.1:9/v1"
     for locations, message in [
         ((), "give config.answers"),
-        ((answers, other), "1 questions are not the same in both answers, 'q7'"),
+        ((answers, other), "1 questions are not the same in both answers, such as 'q7'"),
         ((broken,), "broken.jsonl: line 1: needs id, category, turns, and as many answers"),
         ((tmp_path / "none.jsonl",), "none.jsonl: no such file"),
         ((tmp_path,), "not a finished folder of `ctllm answer`"),

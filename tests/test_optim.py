@@ -157,7 +157,7 @@ def test_a_clip_norm_of_0_clips_nothing(norm):
         ({"warmup": "10"}, "'10' is not a duration: give a number of steps, tokens, epochs or %"),
         ({"warmup": "-1 steps"}, "is not a duration"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 must be above 0"),
-        ({"final_learning_rate": -1.0}, "final_learning_rate -1.0 0 or above"),
+        ({"final_learning_rate": -1.0}, "final_learning_rate -1.0 must not be negative"),
         ({"beta1": 1.0}, "beta1 1.0 and beta2 .* from 0 to below 1"),
         ({"epsilon": 0.0}, "epsilon 0.0 above 0"),
         ({"clip_norm": -1.0}, "0 turns each of them off"),
