@@ -51,6 +51,8 @@ class CheckpointConfig:
     def __post_init__(self):
         if self.every < 1 or self.kept < 1:
             raise ValueError("every and kept must be at least 1")
+        if min(self.minutes, self.keep_every, self.keep_best) < 0:
+            raise ValueError("minutes, keep_every and keep_best must not be negative; 0 turns each of them off")
         if self.keep_every % self.every:
             raise ValueError(
                 f"keep_every {self.keep_every} is not a multiple of every {self.every}: most of those steps would not "

@@ -44,6 +44,10 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 }
 
 
+_SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "vocab_size", "max_length")
+_DTYPES = ("bfloat16", "float32", "float64")  # the last to tell what is the same from what rounds alike: `precision`
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Architecture and numerics. The values of CT-LLM-2B stand in configs/models.py."""
@@ -69,6 +73,12 @@ class ModelConfig:
     attention: str  # backend: a key of ctllm_jax.attention.BACKENDS
 
     def __post_init__(self):
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        for name in (self.dtype, self.param_dtype):
+            if name not in _DTYPES:
+                raise ValueError(f"dtype {name!r} is unknown; there are: {', '.join(_DTYPES)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:

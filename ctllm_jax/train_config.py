@@ -49,6 +49,8 @@ class TrainConfig:
 
     def __post_init__(self):
         parse(self.duration)
+        if self.batch_size < 1 or self.microbatches < 1:
+            raise ValueError("batch_size and microbatches must be at least 1")
         if self.batch_size % self.microbatches:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.microbatches} microbatches")
         if self.microbatches > 1 and self.objective.preference and self.objective.preference.whole_step:

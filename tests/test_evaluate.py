@@ -163,6 +163,8 @@ def test_perplexity_and_its_baseline_equal_sums_over_single_documents(model, tmp
 def test_stores_that_do_not_fit_the_model_are_refused(model, tmp_path):
     store = store_of_text(tmp_path, model.tokenizer)
     config = PerplexityConfig(store=str(tmp_path), split="validation", rows=1, baseline_rows=1)
+    with pytest.raises(ValueError, match="rows must be at least 1"):
+        dataclasses.replace(config, rows=0)
     with pytest.raises(UserError, match="no rows in split 'test'"):
         perplexity([model], store, dataclasses.replace(config, split="test"), 100)
     short = dataclasses.replace(model, config=dataclasses.replace(model.config, max_length=32))

@@ -78,6 +78,14 @@ def test_a_layout_that_does_not_divide_is_refused_by_name(stores, tmp_path, chan
         ({"checkpoints__kept": 0}, "every and kept must be at least 1"),
         ({"checkpoints__keep_every": 7}, "keep_every 7 is not a multiple of every 5"),
         ({"checkpoints__keep_best": 1}, "not every step of checkpoints.every 5 is evaluated"),
+        ({"microbatches": 0}, "batch_size and microbatches must be at least 1"),
+        ({"batch_size": 0}, "batch_size and microbatches must be at least 1"),
+        ({"eval__every": 0}, "eval: every must be at least 1"),
+        ({"eval__batches": -1}, "eval: .*batches must not be negative"),
+        ({"checkpoints__minutes": -1.0}, "minutes, keep_every and keep_best must not be negative"),
+        ({"model__num_kv_heads": 0}, "num_kv_heads 0 is below 1"),
+        ({"model__num_layers": 0}, "num_layers 0 is below 1"),
+        ({"model__dtype": "fp32"}, "dtype 'fp32' is unknown; there are: bfloat16, float32, float64"),
     ],
 )
 def test_contradictions_in_a_config_are_refused(change, message):

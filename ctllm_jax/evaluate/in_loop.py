@@ -49,6 +49,8 @@ class InLoopConfig:
     sample_tokens: int  # [tokens] most tokens of a continuation
 
     def __post_init__(self):
+        if self.every < 1 or self.batches < 0:
+            raise ValueError("every must be at least 1, batches must not be negative")
         if self.items < 1 or self.sample_tokens < 1:
             raise ValueError("items and sample_tokens must be at least 1; to switch them off give no tasks, no prompts")
 

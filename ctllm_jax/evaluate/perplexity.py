@@ -31,6 +31,10 @@ class PerplexityConfig:
     rows: int  # [rows] most held-out rows of each source
     baseline_rows: int  # [rows] most train rows of each source that the unigram baseline counts
 
+    def __post_init__(self):
+        if self.rows < 1 or self.baseline_rows < 0:
+            raise ValueError("rows must be at least 1, baseline_rows must not be negative")
+
 
 def perplexity(models: Sequence[LoadedModel], store: TokenStore, config: PerplexityConfig, batch_tokens: int) -> dict:
     """Held-out figures of each source and of "total".
