@@ -152,7 +152,8 @@ def everywhere(
     """Runs a line of shell on all hosts at once and returns what each wrote to its standard output.
 
     Raises:
-      UserError: it failed somewhere, or did not end in time: `problem`, the first host, its last words, how many.
+      UserError: it failed somewhere, or did not end in time: `problem`, the first host, its last words, how many; or
+        the command that reaches a host is not there.
     """
     until, failures, replies = time.monotonic() + seconds, [], []
     with _started(hosts, script, stdin) as running:
@@ -182,9 +183,11 @@ def _started(
         for host in hosts:
             out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
             source = stack.enter_context(open(stdin or "/dev/null", "rb"))
-            process = subprocess.Popen(
-                host.reach(script), stdin=source, stdout=out, stderr=err, preexec_fn=die_with_parent()
-            )
+            command = host.reach(script)
+            try:
+                process = subprocess.Popen(command, stdin=source, stdout=out, stderr=err, preexec_fn=die_with_parent())
+            except FileNotFoundError:
+                raise UserError(f"launch: no {command[0]} here, by which {host.name} is reached") from None
             stack.callback(process.wait)
             stack.callback(process.kill)
             running.append((process, out, err))

@@ -17,6 +17,7 @@ from test_launch import WAIT, ended, once_there
 
 from ctllm_jax.common.errors import UserError
 from launch import jobs, ship, view
+from launch.hosts import Host, everywhere
 from launch.target import Payload
 
 TRAIN = ("train", "--config=configs/pretrain.py:tiny", "--config.data.store=a b", "--workdir=gs://b/RUN")
@@ -110,6 +111,12 @@ def test_a_changed_file_whose_name_is_no_utf_8_is_named_and_shipped(tmp_path):
         ship.code("", root)
     named = ship.code(name, root)
     assert named.revision.endswith(r" with uncommitted \xff.py") and named.read(name) == b"new"
+
+
+def test_a_command_that_reaches_hosts_and_is_not_there_is_named():
+    host = Host("far", lambda script: ("no-such-ssh", "far", script))
+    with pytest.raises(UserError, match="launch: no no-such-ssh here, by which far is reached"):
+        everywhere([host], "true", 5.0, "does not answer")
 
 
 def test_what_is_no_checkout_is_refused(tmp_path):
