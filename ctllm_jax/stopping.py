@@ -32,6 +32,7 @@ class Stopping:
 
     @property
     def requested(self) -> bool:
+        """Whether a stop was asked for."""
         return self.since is not None
 
     def request(self, reason: str) -> None:

@@ -34,9 +34,11 @@ class Job:
 
     @property
     def log(self) -> pathlib.Path:
+        """The file of its output."""
         return jobs_folder() / f"{self.id}.log"
 
     def save(self) -> None:
+        """Writes the record, in place of an earlier one of this job."""
         write_json(jobs_folder() / f"{self.id}.json", dataclasses.asdict(self))
 
 
@@ -49,6 +51,7 @@ class State:
 
 
 def jobs_folder() -> pathlib.Path:
+    """Where records are: see above."""
     return pathlib.Path(os.environ.get("CTLLM_JOBS") or "~/.ctllm/jobs").expanduser().absolute()
 
 

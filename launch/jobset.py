@@ -127,14 +127,17 @@ class Shape:
 
     @property
     def processes(self) -> int:
+        """Of the whole job."""
         return self.groups * self.hosts
 
     @property
     def tpu(self) -> bool:
+        """Whether its hosts have TPUs."""
         return self.kind == "slice"
 
     @property
     def gpu(self) -> bool:
+        """Whether its hosts have GPUs."""
         return "nvidia.com/gpu" in self.resource
 
 

@@ -56,6 +56,7 @@ class Process:
         return Hider(self.secrets)
 
     def first_line(self) -> bytes:
+        """What a keeper reads first: the order, with the secrets."""
         return f"{self._first_line(self.secrets)}\n".encode()
 
     def _first_line(self, secrets: Mapping[str, str]) -> str:
@@ -101,6 +102,7 @@ class Output:
         self._lacks = False  # whether lines are missing in the log
 
     def put(self, stream: TextIO, process: Process, lines: list[bytes]) -> None:
+        """Writes lines of a process to one of our streams and to the log."""
         if not lines:
             return
         self._write(stream, b"".join(f"[{process.name}] ".encode() + process.hide(line) + b"\n" for line in lines))
@@ -126,6 +128,7 @@ class Output:
                 say(f"lines are missing in {self._log.name}: {error.strerror}; the job goes on")
 
     def close(self) -> None:
+        """Closes the log."""
         if self._log:
             self._log.close()
 

@@ -26,7 +26,7 @@ class Resumes:
 
 
 def given_up() -> str:
-    """For the user."""
+    """What the user is told of a job that is given up."""
     return (
         f"given up: {MOST} times in a row the processes asked within {SHORT:g} s to be started again (status 75); "
         "what they print before says who stops them"

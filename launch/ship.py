@@ -52,9 +52,11 @@ class Code:
         return _git(self.root, "archive", "--format=tar.gz", self.tree)
 
     def read(self, name: str) -> bytes:
+        """The content of a shipped file."""
         return _git(self.root, "cat-file", "blob", f"{self.tree}:{name}")
 
     def has(self, name: str) -> bool:
+        """Whether a file or folder is shipped."""
         found = subprocess.run(
             ["git", "-C", self.root, "cat-file", "-e", f"{self.tree}:{name}"], capture_output=True, check=False
         )
@@ -128,10 +130,12 @@ class Place:
 
     @property
     def source(self) -> str:
+        """The folder of the code."""
         return f"{self.home}/code/{self.code.tree}"
 
     @property
     def venv(self) -> str:
+        """The virtual environment, named after all that decides what is in it."""
         if self.environment:
             return self.environment
         digest = hashlib.sha256("\0".join((self.python, self.extra)).encode())
@@ -141,6 +145,7 @@ class Place:
 
     @property
     def interpreter(self) -> str:
+        """Its Python."""
         return f"{self.venv}/bin/python"
 
     def keep(self) -> str:

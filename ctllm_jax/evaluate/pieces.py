@@ -31,10 +31,12 @@ class Piece:
     hits: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
 
     def add(self, logprobs: np.ndarray, hits: np.ndarray) -> None:
+        """Takes what was computed next, in the order of `logprobs` and `hits`."""
         self.logprobs, self.hits = np.append(self.logprobs, logprobs), np.append(self.hits, hits)
 
     @property
     def key(self) -> tuple:
+        """Sorts pieces by what they hold, the longest first."""
         return -len(self.ids), self.ids, self.last
 
 

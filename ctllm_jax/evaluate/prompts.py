@@ -14,6 +14,7 @@ class Prompt(NamedTuple):
 
     @property
     def text(self) -> str:
+        """All of it."""
         return self.context + self.delimiter + self.continuation
 
 
