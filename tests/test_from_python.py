@@ -125,12 +125,15 @@ def test_a_run_is_followed_from_before_its_beginning_to_its_end(tmp_path):
     def train() -> None:
         time.sleep(0.1)
         write_run(tmp_path, "run", steps=3, finished=False)
-        time.sleep(0.3)
+        assert followed.wait(60)
         write_run(tmp_path, "run", steps=5, finished=True)
 
+    followed, steps = threading.Event(), []
     thread = threading.Thread(target=train)
     thread.start()
-    steps = [len(seen.entries["train"]) for seen in follow(tmp_path / "run", "run", every=0.05)]
+    for seen in follow(tmp_path / "run", "run", every=0.05):
+        steps.append(len(seen.entries["train"]))
+        followed.set() if steps[-1] == 3 else None
     thread.join()
     assert steps[-1] == 5 and 3 in steps and len(steps) == len(set(steps)) + (steps.count(5) - 1)
 

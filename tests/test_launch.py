@@ -188,10 +188,12 @@ def test_a_mistake_of_the_user_is_not_started_again(tmp_path, capfd):
 
 @pytest.mark.parametrize("echo", ["sys.exit(69)", "os.abort()"])
 def test_who_only_lost_another_process_is_not_blamed(tmp_path, capfd, echo):
+    noted = f"import os, sys; open(f'{tmp_path}/pid{{os.environ[\"INDEX\"]}}', 'w').write(str(os.getpid())); "
+
     # Both have ended when they are looked at: the launcher is held up by its own start.
     def start():
-        yield from fake(f"import os, sys; {echo}", "import sys; sys.exit(5)", name="p")
-        time.sleep(2)
+        yield from fake(noted + echo, noted + "sys.exit(5)", name="p")
+        assert all(ended(int(once_there(tmp_path / f"pid{index}"))) for index in range(2))
 
     assert supervise(start, restarts=0) == 5
     assert "process p1 ended with status 5" in capfd.readouterr().err

@@ -117,13 +117,14 @@ def test_a_claim_whose_holder_is_silent_is_taken_over(server, quick, capsys):
     claim.release()
 
 
-def test_a_holder_that_died_on_this_machine_is_not_waited_for(server, quick):
+def test_a_holder_that_died_on_this_machine_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(bucket, "_SILENCE", 600.0)
     dead = subprocess.Popen(["true"])
     dead.wait()
     claim_of_another(server, pid=dead.pid, machine=bucket._machine(), host=socket.gethostname())
     since = time.monotonic()
     Claim(RUN).release()
-    assert time.monotonic() - since < 1.5
+    assert time.monotonic() - since < 60
 
 
 def test_a_holder_that_finds_another_in_its_place_leaves(server, quick, monkeypatch):
