@@ -9,12 +9,12 @@ import sys
 
 import pytest
 from clusters import slurm, sshd
-from test_launch import ROOT, WAIT, once_saved, once_there, pids_of
 from test_processes import OPTIONS
 from test_targets_gke import fake_cluster
 from test_targets_tpu import install_gcloud
 from test_train import assert_same_run
 from tiny_stores import tiny_store
+from waiting import ROOT, WAIT, once_saved, once_there, pids_of
 
 LONG = ("--config.duration=32 steps", "--config.checkpoints.every=8", "--config.eval.every=16")
 VENV = pathlib.Path(sys.executable).parent.parent

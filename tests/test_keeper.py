@@ -9,7 +9,7 @@ import time
 
 import pytest
 from fake_hosts import ROOT, Hosts
-from test_launch import WAIT, ended, once_there
+from waiting import WAIT, ended, once_there
 
 
 @pytest.fixture

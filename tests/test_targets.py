@@ -13,7 +13,7 @@ import time
 import pytest
 from command import ctllm
 from fake_hosts import ROOT, Hosts, git, repository
-from test_launch import WAIT, ended, once_there
+from waiting import WAIT, ended, once_there
 
 from ctllm_jax.common.errors import UserError
 from launch import jobs, ship, view

@@ -15,8 +15,8 @@ import yaml
 from command import ctllm
 from fake_hosts import Hosts, git
 from fake_kubectl import FACTS
-from test_launch import WAIT, ended, once_there
 from test_targets import PROFILES, SAVES, TRAIN, launched, ready
+from waiting import WAIT, ended, once_there
 
 from launch import jobs, jobset, kubectl, pods, ship, view
 from launch.kubectl import Cluster

@@ -12,8 +12,8 @@ import pytest
 from clusters import slurm as cluster
 from command import ctllm
 from fake_hosts import ROOT, Hosts
-from test_launch import WAIT, ended, once_there
 from test_targets import MEETS, PROFILES, SAVES, TRAIN, ready
+from waiting import WAIT, ended, once_there
 
 from ctllm_jax.common.errors import UserError
 from launch import jobs, resumes, ship, slurm, view

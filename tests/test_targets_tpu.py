@@ -11,8 +11,8 @@ import pytest
 from clusters.sshd import free_port
 from command import ctllm
 from fake_hosts import Hosts
-from test_launch import WAIT, ended, once_there
 from test_targets import MEETS, SAVES, TRAIN, launched, ready
+from waiting import WAIT, ended, once_there
 
 from launch import jobs, tpu
 

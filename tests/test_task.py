@@ -7,7 +7,7 @@ import sys
 import textwrap
 
 import pytest
-from test_launch import ROOT, WAIT, ended
+from waiting import ROOT, WAIT, ended
 
 from ctllm_jax.common.errors import UserError
 from launch import ship
