@@ -5,7 +5,6 @@ import dataclasses
 from configs import hardware, pretrain
 from ctllm_jax.common.config import build
 from ctllm_jax.hardware import parse_slice
-from ctllm_jax.sharding import MeshConfig
 from ctllm_jax.train_config import TrainConfig
 
 SPEED_SLICES = ["v5e:4x4", "v5p:4x4x4", "v6e:4x4", "v5e:16x16", "v5p:4x8x8", "v6e:16x16"]
@@ -40,7 +39,6 @@ CASES = [
     {"slice": "a100x8", "rows": 8, "times": 8},
 ]
 
-
 # jax's flash attention by chip: queries held, keys of a cell, keys of a step; for dkv, which holds keys, the other way
 # round. The fastest of those that attention.py tries for a causal pass.
 FLASH_BLOCKS = {
@@ -63,18 +61,8 @@ def case_config(case: dict) -> TrainConfig:
     )
     if "rows" not in case:
         return config
-    times = case["times"]
-    batch = (
-        case["rows"]
-        * times
-        * parse_slice(name).devices
-        // (_size(config.mesh, "tensor") * _size(config.mesh, "context"))
-    )
-    return dataclasses.replace(config, batch_size=batch, microbatches=times)
-
-
-def _size(mesh: MeshConfig, axis: str) -> int:
-    return getattr(mesh, axis)
+    sharers = parse_slice(name).devices // (config.mesh.tensor * config.mesh.context)  # of the rows
+    return dataclasses.replace(config, batch_size=case["rows"] * case["times"] * sharers, microbatches=case["times"])
 
 
 def one_microbatch(name: str) -> TrainConfig:

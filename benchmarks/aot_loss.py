@@ -26,9 +26,8 @@ def dense(x_BLD: jax.Array, head_DV: jax.Array, labels_BL: jax.Array) -> tuple[j
 
 def main() -> None:
     """Prints bytes and estimated seconds as the last line."""
-    form = {"dense": dense, "chunked": functools.partial(label_logprobs, vocab_size=VOCAB)}[
-        json.loads(sys.argv[1])["form"]
-    ]
+    forms = {"dense": dense, "chunked": functools.partial(label_logprobs, vocab_size=VOCAB)}
+    form = forms[json.loads(sys.argv[1])["form"]]
 
     def step(x_BLD, head_DV, labels_BL, weights_BL):
         def objective(x_BLD, head_DV):

@@ -15,6 +15,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 
 from common import CTLLM, Cost, environment, finish, least, measure, middle, pin, table, take_turns
 from corpus_contamination import ITEMS, write_contaminated
@@ -100,7 +101,9 @@ def compare(title: str, few: pathlib.Path, many: pathlib.Path, count: int, runs:
     return net
 
 
-def filters(folder, patterns, python: str, out: pathlib.Path, megabytes: float, rounds: int) -> dict:
+def filters(
+    folder: pathlib.Path, patterns: Sequence[str], python: str, out: pathlib.Path, megabytes: float, rounds: int
+) -> dict:
     """Every rule on, JSON lines in, kept and rejected documents out."""
     few, many = folder / "few" / "documents.jsonl", folder / f"{megabytes:g}mb" / "documents.jsonl"
     write_corpus(few, patterns, FEW_MB)
@@ -119,7 +122,9 @@ def filters(folder, patterns, python: str, out: pathlib.Path, megabytes: float, 
     }
 
 
-def dedup(folder, patterns, python: str, out: pathlib.Path, megabytes: float, rounds: int) -> dict:
+def dedup(
+    folder: pathlib.Path, patterns: Sequence[str], python: str, out: pathlib.Path, megabytes: float, rounds: int
+) -> dict:
     """Near duplicates, JSON lines in, survivors and duplicates out; and what was found of those that were planted."""
     few, many = folder / "few_planted" / "documents.jsonl", folder / f"{megabytes:g}mb_planted" / "documents.jsonl"
     write_planted(few, patterns, FEW_MB)
@@ -160,7 +165,14 @@ def _removed_by_datatrove(output: pathlib.Path) -> dict[str, None]:
     return {json.loads(line)["id"]: None for path in (output / "removed").iterdir() for line in path.open()}
 
 
-def contamination(folder, patterns, out: pathlib.Path, megabytes: float, rounds: int, large: tuple) -> dict:
+def contamination(
+    folder: pathlib.Path,
+    patterns: Sequence[str],
+    out: pathlib.Path,
+    megabytes: float,
+    rounds: int,
+    large: tuple[float, ...],
+) -> dict:
     """`ctllm contamination`, JSON lines in, hits out; what was found of planted items; its memory as documents grow."""
     sizes = {size: folder / f"{size:g}mb_contaminated" for size in (FEW_MB, megabytes, *large)}
     counts = {size: write_contaminated(place, patterns, size) for size, place in sizes.items()}
@@ -195,16 +207,14 @@ def contamination(folder, patterns, out: pathlib.Path, megabytes: float, rounds:
     }
 
 
-def memory(folder, patterns, out: pathlib.Path, sizes: tuple[float, ...]) -> dict:
+def memory(folder: pathlib.Path, patterns: Sequence[str], out: pathlib.Path, sizes: tuple[float, ...]) -> dict:
     """Peak memory of our filters and our deduplication on inputs of several sizes: it must not grow with them."""
     rows, found = [], {}
     for megabytes in sizes:
         documents = folder / f"{megabytes:g}mb" / "documents.jsonl"
         planted = folder / f"{megabytes:g}mb_planted" / "documents.jsonl"
-        count, (planted_count, key) = (
-            write_corpus(documents, patterns, megabytes),
-            write_planted(planted, patterns, megabytes),
-        )
+        count = write_corpus(documents, patterns, megabytes)
+        planted_count, key = write_planted(planted, patterns, megabytes)
         filtered = ours("corpus_filters.py", documents, out / "memory", "default")
         rows.append((f"filters, {megabytes:g} MB", count, *_figures(count, filtered)))
         unique = ours("corpus_dedup.py", planted, out / "memory", "default")

@@ -63,7 +63,7 @@ def write_contaminated(folder: pathlib.Path, patterns: Sequence[str], megabytes:
 def _write(folder: pathlib.Path, megabytes: float, patterns: Sequence[str]) -> None:
     plain = folder / "plain" / "documents.jsonl"
     count = write_corpus(plain, patterns, megabytes)
-    items = list(_items(list(documents_of(patterns))))
+    items = list(_items(documents_of(patterns)))
     (folder / "items.jsonl").write_text("".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(items)))
     copies, planted, rng = _copies(items), {}, random.Random(1)
     with plain.open() as lines, (folder / "documents.jsonl").open("w") as out:

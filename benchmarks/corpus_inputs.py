@@ -6,6 +6,7 @@ import pathlib
 import random
 from collections.abc import Iterator, Sequence
 
+from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import expand
 
 SAMPLE = pathlib.Path(__file__).resolve().parent.parent / "sample" / "documents"
@@ -21,10 +22,9 @@ def write_corpus(path: pathlib.Path, patterns: Sequence[str], megabytes: float) 
     count = path.parent.parent / f"{path.parent.name}.count"  # not beside the documents: peers read all of a folder
     if not count.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        sources = list(documents_of(patterns))
         written = documents = 0
         with path.open("wb") as out:
-            for document in _repeated(sources):
+            for document in _repeated(documents_of(patterns)):
                 written += out.write(json.dumps(document, ensure_ascii=False).encode() + b"\n")
                 documents += 1
                 if written >= megabytes * 1e6:
@@ -33,8 +33,19 @@ def write_corpus(path: pathlib.Path, patterns: Sequence[str], megabytes: float) 
     return int(count.read_text())
 
 
-def documents_of(patterns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """{id, url, text} of the inputs in their order; without patterns, of the sample's Chinese documents."""
+def documents_of(patterns: Sequence[str]) -> list[dict[str, str]]:
+    """{id, url, text} of the inputs in their order; without patterns, of the sample's Chinese documents.
+
+    Raises:
+      UserError: a pattern names no file, or none of the files has a document.
+    """
+    found = list(_documents(patterns))
+    if not found:
+        raise UserError(f"{', '.join(patterns)}: no line is a JSON object with an id and a text")
+    return found
+
+
+def _documents(patterns: Sequence[str]) -> Iterator[dict[str, str]]:
     for file in expand(patterns or [f"{SAMPLE}/zh_*.jsonl"]):
         with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as lines:
             for line in lines:

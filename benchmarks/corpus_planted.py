@@ -199,7 +199,7 @@ def convert(pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 def _sources(patterns: Sequence[str]) -> list[dict]:
     """The documents without those that are similar to an earlier one, all in simplified script."""
-    documents = list(documents_of(patterns))
+    documents = documents_of(patterns)
     simplified = convert([("t2s", document["text"]) for document in documents])
     kept, sets, index = [], [], defaultdict(list)
     for number, (document, text) in enumerate(zip(documents, simplified, strict=True)):

@@ -10,14 +10,13 @@ import argparse
 import contextlib
 import json
 import pathlib
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from common import Cost, environment, finish, least, made, peer, pin, table, take_turns
+from common import Cost, environment, finish, least, made, middle, peer, pin, table, take_turns
 from train_step import config_of
 
 from ctllm_jax.data.tokenizer import load_tokenizer
@@ -143,7 +142,7 @@ def compare(
             (
                 name,
                 speed[name],
-                count / statistics.median(cost.cpu for cost in costs[name]),
+                count / middle(costs[name]),
                 first[name].cpu,
                 speed[name] / min(speed.values()),
             )

@@ -114,12 +114,17 @@ def token_mixture(
 def mean_tokens(store: str | os.PathLike, unit: str) -> dict[str, float]:
     """{source: mean tokens} of a store's training "documents" or "rows", exactly, from its manifest.
 
-    Of documents only in stores of kind pretrain: every token of a document but the first is learned there, and once.
+    Raises:
+      UserError: another unit; or documents of a store that is not of kind pretrain, where each token of a document but
+        the first is learned once.
     """
-    entries = open_store(store).info["splits"]["train"]
+    opened = open_store(store)
+    entries = opened.info["splits"]["train"]
     present = {source: entry for source, entry in entries.items() if entry["rows"]}
     if unit == "rows":
         return {source: entry["tokens"] / entry["rows"] for source, entry in present.items()}
+    if unit != "documents" or opened.kind != "pretrain":
+        raise UserError(f"{store}: mean tokens of {unit}: there are those of rows and, of kind pretrain, of documents")
     return {source: entry["learned"] / entry["documents"] + 1 for source, entry in present.items()}
 
 

@@ -210,6 +210,9 @@ def test_mean_tokens_are_exact(root):
     store = open_store(root / "pretrain")
     for source, mean in mixtures.mean_tokens(root / "pretrain", "rows").items():
         assert mean == pytest.approx(np.mean([len(row.tokens) for row in store.rows("train", source)]), abs=1e-9)
+    for kind, unit in (("chat", "documents"), ("pretrain", "row")):
+        with pytest.raises(UserError, match=f"mean tokens of {unit}: there are those of rows and, of kind pretrain"):
+            mixtures.mean_tokens(root / kind, unit)
 
 
 def test_a_source_that_the_corpus_lacks_is_a_choice(root, registered, capsys):
