@@ -66,6 +66,12 @@ class TokenizerConfig:
             raise ValueError(f"{missing} is needed to train a tokenizer; to take one as it is, give model")
         if self.report_bytes < 1 or (self.sample_bytes is not None and self.sample_bytes < 1):
             raise ValueError("report_bytes and sample_bytes must be at least 1")
+        if self.character_coverage is not None and not 0.98 <= self.character_coverage <= 1:  # SentencePiece's bounds
+            raise ValueError(f"character_coverage {self.character_coverage} must lie in 0.98..1")
+        if self.vocab_size is not None and not 1 <= self.vocab_size < 2**31:
+            raise ValueError(f"vocab_size {self.vocab_size} must be at least 1, and less than 2^31")
+        if self.threads is not None and not 1 <= self.threads <= 1024:  # SentencePiece's
+            raise ValueError(f"threads {self.threads} must lie in 1..1024")
         if self.weights and (min(self.weights.values()) < 0 or not sum(self.weights.values())):
             raise ValueError(f"weights {self.weights} must not be negative, nor all 0")
 

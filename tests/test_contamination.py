@@ -1,6 +1,7 @@
 """Items of benchmarks in training data: units, n-grams, planted contamination, every kind of source."""
 
 import dataclasses
+import gzip
 import importlib
 import json
 import random
@@ -200,7 +201,8 @@ def test_planted_items_are_found_and_nothing_else(planted, tmp_path):
     found = hits_of(tmp_path / "out")
     assert {hit["document"]: hit["item"] for hit in found} == truth and len(found) == len(truth)
     entry = {"items": 40, "too_short": 0, "seen": 40, "documents": 40}
-    assert result == {"texts": 190, "unreadable": 0, "documents": 40, "hits": 40, "tasks": {"items": entry}}
+    looked_through = {"texts": 190, "unreadable": 0, "damaged_files": []}
+    assert result == {**looked_through, "documents": 40, "hits": 40, "tasks": {"items": entry}}
     said = {record["id"]: record["text"] for record in map(json.loads, texts.read_text().splitlines())}
     for hit in found:
         assert said[hit["document"]][hit["begin"] : hit["end"]].startswith(hit["found"])
@@ -223,7 +225,22 @@ def test_a_shard_that_was_searched_is_not_read_again(planted, tmp_path):
     contamination.search([gone, dataclasses.replace(gone, index=1)], settings, tmp_path)
     kept, read = (json.loads(contamination._counts(tmp_path, index).read_text()) for index in range(2))
     assert kept["texts"] and not kept["unreadable"]
-    assert read == {"texts": 0, "unreadable": 1}  # it was looked for: a file that is missing is counted as damage
+    assert read == {"texts": 0, "unreadable": 1, "damage": "/nowhere: no such file (after 0 records)"}  # looked for
+
+
+def test_what_could_not_be_looked_through_is_said_and_kept(planted, tmp_path, capsys):
+    items, texts, _ = planted
+    packed = gzip.compress(texts.read_bytes())
+    (tmp_path / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    jsonl(tmp_path / "bad.jsonl", [b"{", {"id": "no text"}, {"id": "a", "text": "文"}])
+    settings = config({"documents": [f"{tmp_path}/*.jsonl*"]}, {"items": [str(items)]})
+    result = contamination.run(settings, str(tmp_path / "out"))
+    (entry,) = result["damaged_files"]
+    assert entry["file"] == f"{tmp_path}/cut.jsonl.gz" and "EOFError" in entry["damage"]
+    assert result["unreadable"] == 3 and 1 < result["texts"] < 190
+    told = capsys.readouterr().err
+    assert f"cut.jsonl.gz is damaged: {entry['damage']}; read up to there" in told
+    assert "contamination: 3 records hold no text that can be read" in told
 
 
 def test_coverage_decides_from_its_threshold_on(tmp_path):

@@ -201,6 +201,7 @@ def test_a_rule_or_subset_that_does_not_exist_is_an_error(change):
         (lambda: MeasureConfig((), "pkuseg", None), "'pkuseg' is neither"),
         (lambda: MeasureConfig((), "rjieba", 0), "segmented_characters"),
         (lambda: LanguageConfig(None, "\n"), "line_break"),
+        (lambda: LanguageConfig(0, ""), "sample_characters must be at least 1"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_an_error(make, message):

@@ -349,6 +349,9 @@ def test_a_tokenizer_that_cannot_be_trained_is_refused(made, tmp_path, change, m
         ("train", {"weights": {"en": -1.0}}, "must not be negative"),
         ("train", {"weights": {"en": 0.0}}, "nor all 0"),
         ("train", {"sample_bytes": 0}, "must be at least 1"),
+        ("train", {"vocab_size": 0}, "vocab_size 0 must be at least 1"),
+        ("train", {"character_coverage": 0.9}, r"character_coverage 0.9 must lie in 0.98..1"),
+        ("train", {"threads": 0}, "threads 0 must lie in 1..1024"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(kind, change, message):

@@ -10,21 +10,21 @@ import dataclasses
 import pathlib
 import shutil
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
 import orjson
 
-from ctllm_jax.common.files import read_json, write_json
+from ctllm_jax.common.files import read_json, shown, write_json
 from ctllm_jax.common.manifest import open_stage
 from ctllm_jax.common.progress import Watch
 from data_pipeline.batches import batched
 from data_pipeline.contamination.hits import Finder
 from data_pipeline.contamination.index import build_index, load_index, save_index
 from data_pipeline.contamination.items import BenchmarkConfig, Item, read_items
-from data_pipeline.contamination.sources import Shard, SourceConfig, Text, read, shards_of
+from data_pipeline.contamination.sources import Shard, SourceConfig, Text, Unreadable, read, shards_of
 from data_pipeline.documents import Fields
 from data_pipeline.runner import BeamConfig, make_pipeline, make_runner
 from data_pipeline.shards import HITS, json_line, save_bytes
@@ -42,8 +42,9 @@ class ContaminationConfig(SourceConfig):
 
 def run(config: ContaminationConfig, workdir: str) -> dict:
     """Writes `hits.jsonl` (see hits.py); returns the manifest's result: texts, unreadable (records without a text),
-    documents (with a hit), hits, and tasks: {task: {items, too_short, seen, documents}}, `seen` the items that a text
-    has, `too_short` those with fewer units than an n-gram, which cannot be found.
+    damaged_files ([{file, damage}]: looked through up to there), documents (with a hit), hits, and tasks: {task:
+    {items, too_short, seen, documents}}, `seen` the items that a text has, `too_short` those with fewer units than an
+    n-gram, which cannot be found.
 
     Raises:
       UserError: no item to look for, nothing to look through, or another run's folder.
@@ -57,6 +58,7 @@ def run(config: ContaminationConfig, workdir: str) -> dict:
         make_index(items, config.benchmarks.ngram, work)
         search(shards, config, work)
         result = _collect(shards, items, work, stage.folder)
+        _print_unread(result)
         print_summary(result)
         stage.finish(result)
     shutil.rmtree(stage.folder / "work", ignore_errors=True)
@@ -87,7 +89,8 @@ def search(shards: Sequence[Shard], config: ContaminationConfig, work: pathlib.P
 
 
 def _search_shard(shard: Shard, work: pathlib.Path, least: float, fields: Fields) -> Shard:
-    finder, counts = Finder(work, least), Counter(texts=0, unreadable=0)
+    finder = Finder(work, least)
+    counts: dict[str, Any] = {"texts": 0, "unreadable": 0, "damage": ""}
     with save_bytes(_hits(work, shard.index)) as out:
         for batch in batched(_readable(read(shard, fields), counts), lambda text: len(text.text)):
             for hits in finder.hits(batch):
@@ -97,12 +100,15 @@ def _search_shard(shard: Shard, work: pathlib.Path, least: float, fields: Fields
     return shard
 
 
-def _readable(texts: Iterator[Text | None], counts: Counter) -> Iterator[Text]:
-    """The texts that there are; counts `texts` and `unreadable`."""
-    for text in texts:
-        counts["unreadable" if text is None else "texts"] += 1
-        if text is not None:
-            yield text
+def _readable(items: Iterator[Text | Unreadable], counts: dict[str, Any]) -> Iterator[Text]:
+    """The texts that there are; counts `texts` and `unreadable`, and notes `damage`."""
+    for item in items:
+        if isinstance(item, Text):
+            counts["texts"] += 1
+            yield item
+        else:
+            counts["unreadable"] += 1
+            counts["damage"] = item.damage
 
 
 def _hits(work: pathlib.Path, index: int) -> pathlib.Path:
@@ -114,11 +120,22 @@ def _counts(work: pathlib.Path, index: int) -> pathlib.Path:
 
 
 def _collect(shards: Sequence[Shard], items: Sequence[Item], work: pathlib.Path, folder: pathlib.Path) -> dict:
-    totals: Counter = Counter()
-    for shard in shards:
-        totals.update(read_json(_counts(work, shard.index)))
-    found = gather([_hits(work, shard.index) for shard in shards], folder / HITS, items, work)
-    return {"texts": totals["texts"], "unreadable": totals["unreadable"]} | found
+    counts = [read_json(_counts(work, shard.index)) for shard in shards]
+    read = {name: sum(own[name] for own in counts) for name in ("texts", "unreadable")}
+    read["damaged_files"] = [
+        {"file": shown(shard.file), "damage": own["damage"]}
+        for shard, own in zip(shards, counts, strict=True)
+        if own["damage"]
+    ]
+    return read | gather([_hits(work, shard.index) for shard in shards], folder / HITS, items, work)
+
+
+def _print_unread(result: dict) -> None:
+    """Says on standard error what was not looked through."""
+    for entry in result["damaged_files"]:
+        print(f"contamination: {entry['file']} is damaged: {entry['damage']}; read up to there", file=sys.stderr)
+    if result["unreadable"]:
+        print(f"contamination: {result['unreadable']:,} records hold no text that can be read", file=sys.stderr)
 
 
 def gather(parts: Sequence[pathlib.Path], out: pathlib.Path, items: Sequence[Item], index: pathlib.Path) -> dict:

@@ -32,6 +32,13 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """A record that holds no text; with `damage`, which says why, all that is left of its file."""
+
+    damage: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Shard:
     """A part of what is looked through. kind: a key of READERS; the other fields say where it lies."""
 
@@ -93,29 +100,29 @@ def _store_shards(splits: Mapping[str, Mapping], folder: str) -> Iterator[Shard]
                 index += 1
 
 
-def read(shard: Shard, fields: Fields) -> Iterator[Text | None]:
-    """The shard's texts; None for a record that holds none."""
+def read(shard: Shard, fields: Fields) -> Iterator[Text | Unreadable]:
+    """The shard's texts, and what there is instead of one."""
     return _READERS[shard.kind](shard, fields)
 
 
-def _documents(shard: Shard, fields: Fields) -> Iterator[Text | None]:
+def _documents(shard: Shard, fields: Fields) -> Iterator[Text | Unreadable]:
     file = InputFile(shard.index, shard.file, shard.name, rest=shard.rest)
     reader = DocumentReader(file, fields, SUBSETS[0], MAX_RECORD_BYTES)
     for item in reader:
         where = {"file": shown(shard.file), "line": item.line}
-        yield None if isinstance(item, Malformed) else Text(item.id, item.source, item.text, where)
+        yield Unreadable() if isinstance(item, Malformed) else Text(item.id, item.source, item.text, where)
     if reader.damage:
-        yield None
+        yield Unreadable(reader.damage)
 
 
-def _records(shard: Shard, fields: Fields) -> Iterator[Text | None]:
+def _records(shard: Shard, fields: Fields) -> Iterator[Text | Unreadable]:
     for number, entry in entries(shard.file):
         try:
             if not isinstance(entry, dict):
                 raise Unusable("not a JSON object")
             text = "\n".join(part for body in normalise(entry) for part in _texts_of(body))
         except Unusable:
-            yield None
+            yield Unreadable()
             continue
         name = entry.get("id") if entry.get("id") not in (None, "") else f"{shard.name}:{number}"
         yield Text(str(name), shard.name, text, {"file": shown(shard.file), "line": number})
@@ -130,7 +137,7 @@ def _texts_of(body: Mapping[str, Any]) -> Iterator[str]:
     yield from (body[side] for side in ("chosen", "rejected") if isinstance(body.get(side), str))
 
 
-def _corpus(shard: Shard, fields: Fields) -> Iterator[Text | None]:
+def _corpus(shard: Shard, fields: Fields) -> Iterator[Text]:
     from data_pipeline import map_cc
 
     with open(shard.file, "rb") as file:
@@ -139,7 +146,7 @@ def _corpus(shard: Shard, fields: Fields) -> Iterator[Text | None]:
             yield Text(name, source, text, {})
 
 
-def _store(shard: Shard, fields: Fields) -> Iterator[Text | None]:
+def _store(shard: Shard, fields: Fields) -> Iterator[Text]:
     """Segments of rows. A document that was cut lies in several, all in one shard."""
     store, (split, source) = open_store(shard.file), shard.name.split("/", 1)
     first, last = shard.rows

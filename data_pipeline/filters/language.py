@@ -24,6 +24,8 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         if "\n" in self.line_break:
             raise UserError("filters.language.line_break: the model reads one line; give ' ' or ''")
+        if self.sample_characters is not None and self.sample_characters < 1:
+            raise UserError("filters.language.sample_characters must be at least 1, or None for the whole text")
 
 
 @functools.cache
