@@ -3,18 +3,17 @@
     ctllm corpus --config=configs/corpus.py --config.input="('raw/*.jsonl.gz',)" --workdir=runs/corpus
 
 Input: globs, local or gs://, of JSON lines, Parquet, WARC or WET, plain, gzip or zstd, told by content; NAME.part00,
-NAME.part01 ... (the released MAP-CC) are one file. A file called .txt is one document in UTF-8, whose id is
-its path. `--config.input="('zh_books=books/*.part*', 'en=wet/*.gz')"` says of
-which subset an input's records are; else their `source` does, or `default_source`. A file, or all parts of one, is read
-by one worker; many can share what was cut at lines first:
+NAME.part01 ... (the released MAP-CC) are one file. A file called .txt is one document in UTF-8, whose id is its path.
+`--config.input="('zh_books=books/*.part*', 'en=wet/*.gz')"` says to which subset an input's records belong; otherwise
+their `source` does, or `default_source`. One worker reads a file, or all parts of one; several can share what was cut
+at lines first:
 
     cat zh_cc.jsonl.gz.part* | zcat | split -C 1G -a 5 --additional-suffix=.jsonl.gz --filter='gzip -1 > $FILE' - zh_cc.
 
-Output in the work folder: map_cc/<subset> (TFDS),
-rejected/ (every rejected document with every reason, value and threshold), report.html, report.json, signals/ (every
-measured value, in Parquet: `ctllm sweep` and `ctllm explain` read it), hashes/ (for comparing a later corpus with this
-one: `--config.dedup.earlier="('runs/corpus',)"`) and, where benchmarks are named (configs/contamination.py says how),
-hits.jsonl.
+Output in the work folder: map_cc/<subset> (TFDS), rejected/ (every rejected document with every reason, value and
+threshold), report.html, report.json, signals/ (every measured value, in Parquet: `ctllm sweep` and `ctllm explain` read
+it), hashes/ (for comparing a later corpus with this one: `--config.dedup.earlier="('runs/corpus',)"`) and, where
+benchmarks are named (configs/contamination.py says how), hits.jsonl.
 
 `--config.pilot=0.01` builds one document in a hundred, says what time, disk and documents all of them will take, and
 leaves nothing behind. docs/beam.md says how to run on Prism, Flink and other clusters.

@@ -190,7 +190,7 @@ def _decoded(number: int, row: parquet.Row) -> Record | Malformed:
 
 
 def _as_text(value: Any) -> str | None:
-    """Binary columns hold texts often enough; what is none of theirs is dropped."""
+    """What JSON has no form for. Binary columns often hold texts; bytes that are no text become null."""
     if not isinstance(value, bytes):
         return str(value)
     try:

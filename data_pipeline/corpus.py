@@ -81,7 +81,7 @@ def run(config: CorpusConfig, workdir: str) -> dict:
 
 
 def _input_of(file: InputFile) -> list[str | None]:
-    """What an input is by; of texts the paths too, as they were given, for those are the documents' ids."""
+    """What identifies an input: name, subset and content; of texts also the paths as given, the documents' ids."""
     ids = map(shown, file.paths) if TEXT.search(file.path) else ()
     return [file.name, file.source, *map(identity, file.paths), *ids]
 

@@ -123,8 +123,8 @@ def remove_links_as_released(text: str) -> str:
     return _without(text, _name)
 
 
-def _without(text, find) -> str:
-    """The text without what `find(text, run)` says (begin, end) of each run of letters, digits, dots and hyphens."""
+def _without(text: str, find: Callable[[str, re.Match], tuple[int, int] | None]) -> str:
+    """The text without what `find` returns, (begin, end), for each run of letters, digits, dots and hyphens."""
     pieces, done = [], 0
     for run in _RUN.finditer(text):
         if "." in run.group() and (span := find(text, run)):
