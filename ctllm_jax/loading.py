@@ -1,5 +1,4 @@
-"""A model ready for use: from a run directory of ours or from a Hugging Face folder, told apart by what they
-hold."""
+"""A model ready for use: from a run directory of ours or a Hugging Face folder, told apart by what they hold."""
 
 import contextlib
 import dataclasses

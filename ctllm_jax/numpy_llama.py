@@ -1,8 +1,6 @@
-"""A Llama in plain numpy, float64, straight from a Hugging Face folder's tensors: the witness for
-conversions.
+"""A Llama in plain numpy, float64, straight from the tensors of a Hugging Face folder: the witness for conversions.
 
-It shares no code with `ctllm_jax.model` nor with the name table of `ctllm_jax.hf`, so that an error in either
-shows.
+It shares no code with `ctllm_jax.model`, nor the table of names with `ctllm_jax.hf`, so that an error in either shows.
 
 Legend: L length, D model width, N query heads, K key/value heads, H head size, V vocabulary.
 """
