@@ -12,7 +12,9 @@ import pytest
 from test_lora import config_of as adapter_config
 from test_lora import origin  # noqa: F401 (a fixture)
 from test_optim import STEADY, assert_equal, clock, compiled_step, slope
-from test_train import (  # noqa: F401 (a fixture)
+from tiny_models import tiny_config
+from tiny_objectives import dpo
+from tiny_runs import (  # noqa: F401 (a fixture)
     ROOT,
     STEPS,
     assert_close_entries,
@@ -23,8 +25,6 @@ from test_train import (  # noqa: F401 (a fixture)
     params_of,
     stopped,
 )
-from tiny_models import tiny_config
-from tiny_objectives import dpo
 from tiny_stores import tiny_store, train_values
 
 from configs import pretrain
@@ -186,8 +186,8 @@ def test_training_is_not_touched_by_it_and_a_half_life_in_tokens_is_one_in_steps
 def test_a_killed_run_ends_in_the_same_bits(averaged, stores, tmp_path):
     workdir = tmp_path / "run"
     program = (
-        "import sys; sys.path.insert(0, 'tests'); import conftest, test_train; "
-        f"test_train.killed_run({str(stores['pretrain'])!r}, {str(workdir)!r}, **{CHANGE!r})"
+        "import sys; sys.path.insert(0, 'tests'); import conftest, tiny_runs; "
+        f"tiny_runs.killed_run({str(stores['pretrain'])!r}, {str(workdir)!r}, **{CHANGE!r})"
     )
     process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()

@@ -12,7 +12,7 @@ from clusters import slurm, sshd
 from test_processes import OPTIONS
 from test_targets_gke import fake_cluster
 from test_targets_tpu import install_gcloud
-from test_train import assert_same_run
+from tiny_runs import assert_same_run
 from tiny_stores import tiny_store
 from waiting import ROOT, WAIT, once_saved, once_there, pids_of
 

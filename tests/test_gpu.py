@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 from test_attention import SEGMENTS, compare, draw
-from test_train import ROOT, assert_same_run, config_of
+from tiny_runs import ROOT, assert_same_run, config_of
 from tiny_stores import tiny_store
 
 from ctllm_jax import train
@@ -35,8 +35,8 @@ def test_the_attention_kernel_is_as_good_as_plain_attention(segments, L, N, K, H
 RUN = """
 import sys
 sys.path.insert(0, "tests")
-import test_gpu, test_train
-test_train.killed_run({store!r}, {workdir!r}, **test_gpu.changes())
+import test_gpu, tiny_runs
+tiny_runs.killed_run({store!r}, {workdir!r}, **test_gpu.changes())
 """
 
 

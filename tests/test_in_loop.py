@@ -6,8 +6,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_train import compiled_once, config_of, params_of  # noqa: F401 (a fixture)
 from tiny_models import tiny_config, write_jsonl
+from tiny_runs import compiled_once, config_of, params_of  # noqa: F401 (a fixture)
 from tiny_stores import tiny_store
 
 from ctllm_jax import train
@@ -78,7 +78,7 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(store, tasks):
-    """Changes to the config of test_train's run, whose step is compiled once for both."""
+    """Changes to the config of tiny_runs's run, whose step is compiled once for both."""
     looked_at = {"tasks": tasks, "items": 20, "prompts": PROMPTS, "sample_tokens": 8}
     return {f"eval__{name}": value for name, value in looked_at.items()}
 

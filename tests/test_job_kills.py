@@ -10,7 +10,7 @@ import pytest
 from test_checkpoint import cut, largest
 from test_kills import assert_same_bits, saved
 from test_processes import started
-from test_train import assert_close_entries
+from tiny_runs import assert_close_entries
 from tiny_stores import tiny_store
 
 from ctllm_jax.common.status import EXIT_LOST

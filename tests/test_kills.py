@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from kill_points import POINTS, arm
-from test_train import compiled_once, config_of, entries  # noqa: F401 (a fixture that applies here too)
+from tiny_runs import compiled_once, config_of, entries  # noqa: F401 (a fixture that applies here too)
 from tiny_stores import tiny_store
 
 from ctllm_jax import train

@@ -10,7 +10,7 @@ import sys
 import pytest
 from command import ctllm
 from test_processes import OPTIONS
-from test_train import assert_same_run
+from tiny_runs import assert_same_run
 from tiny_stores import tiny_store
 from waiting import ROOT, WAIT, once_saved, once_there, pids_of
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 from test_invariance import LENGTH, batch_for, random_params
-from test_train import assert_same_run, compiled_once, entries, stopped  # noqa: F401 (compiled_once is a fixture)
 from tiny_models import tiny_config, tiny_model
 from tiny_objectives import dpo, lm
+from tiny_runs import assert_same_run, compiled_once, entries, stopped  # noqa: F401 (compiled_once is a fixture)
 from tiny_stores import tiny_store, train_values
 
 from ctllm_jax import convert, train

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 from test_report import told
-from test_train import assert_same_run, at_step, compiled_once, config_of  # noqa: F401 (a fixture applies here too)
 from tiny_models import tiny_config
+from tiny_runs import assert_same_run, at_step, compiled_once, config_of  # noqa: F401 (a fixture applies here too)
 from tiny_stores import tiny_store
 
 from ctllm_jax import train

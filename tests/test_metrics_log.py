@@ -8,7 +8,7 @@ import types
 import jax
 import pytest
 from test_metrics import PLAIN, lines_of
-from test_train import config_of
+from tiny_runs import config_of
 
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.metrics import MetricsLog, profile

@@ -20,7 +20,7 @@ from gcsfs.retry import HttpError
 from test_checkpoint import POLICY, RECORD, assert_is_step, cut, largest, mesh, newest, save, state
 from test_kills import assert_same_bits
 from test_processes import job, started
-from test_train import assert_same_run, at_step, compiled_once, config_of, entries  # noqa: F401 (a fixture)
+from tiny_runs import assert_same_run, at_step, compiled_once, config_of, entries  # noqa: F401 (a fixture)
 from tiny_stores import tiny_store
 
 from ctllm_jax import bucket, checkpoint, mirror, restore, stage_mirror, train

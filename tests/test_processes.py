@@ -160,7 +160,7 @@ def test_one_process_takes_up_what_two_left(alike, tmp_path):
 ALIGN = """
 import dataclasses, os, sys
 sys.path.insert(0, "tests")
-from test_train import config_of
+from tiny_runs import config_of
 from tiny_objectives import dpo
 from ctllm_jax import train
 from ctllm_jax.data.store import open_store

@@ -1,16 +1,15 @@
 """The training loop: it learns, and kill, stop and resume leave no trace in the result."""
 
+# ruff: noqa: F811 (fixtures)
 import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import jax
 import numpy as np
@@ -18,105 +17,33 @@ import pytest
 from test_checkpoint import cut
 from test_watch import metadata_server, until
 from tiny_objectives import dpo
-from tiny_stores import tiny_store, train_values
+from tiny_runs import (  # noqa: F401 (fixtures too)
+    ROOT,
+    STEPS,
+    TIMINGS,
+    assert_close_entries,
+    assert_same_run,
+    at_step,
+    compiled_once,
+    config_of,
+    entries,
+    finished,
+    params_of,
+    stopped,
+    stores,
+)
+from tiny_stores import tiny_store
 
 from ctllm_jax import restore, stopping, train
-from ctllm_jax.common.config import build
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import read_json
 from ctllm_jax.data.batches import row_arrays
 from ctllm_jax.data.order import Mixture, Phase
 from ctllm_jax.data.store import open_store
-from ctllm_jax.loading import load_model, load_stored
-from ctllm_jax.metrics import MetricsLog, read_metrics
-from ctllm_jax.metrics.definitions import METRICS
+from ctllm_jax.loading import load_model
+from ctllm_jax.metrics import MetricsLog
 from ctllm_jax.step import UPDATE_METRICS
 from ctllm_jax.train_config import TrainConfig
-
-ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 12
-TIMINGS = {metric.name for metric in METRICS if metric.timing}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of all modules that use this, in processes of their own too, share what XLA compiled."""
-    base = tmp_path_factory.getbasetemp()
-    folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", folder)
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        jax.config.update("jax_compilation_cache_dir", folder)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1)
-
-
-def config_of(store, **changes) -> TrainConfig:
-    """A run of 12 steps over 8 devices; a key may reach into a group, as in `data__rates`."""
-    values = train_values(store)
-    for key, value in changes.items():
-        *groups, name = key.split("__")
-        target = values
-        for group in groups:
-            target = target[group]
-        assert name in target
-        target[name] = value
-    return build(TrainConfig, values)
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stores")
-    return {kind: tiny_store(folder / kind, kind).folder for kind in ("pretrain", "chat", "preference")}
-
-
-@pytest.fixture(scope="module")
-def finished(stores, tmp_path_factory):
-    """(run directory, result) of an undisturbed run."""
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    return workdir, train.run(config_of(stores["pretrain"]), str(workdir))
-
-
-def at_step(number: int, act, prefetched=train.prefetched):
-    """A stand-in for `prefetched` that acts before the batch of a step (counted from 1) is handed over."""
-
-    def batches(stream, start, stop, mesh):
-        for step, batch in enumerate(prefetched(stream, start, stop, mesh), start + 1):
-            if step == number:
-                act()
-            yield batch
-
-    return batches
-
-
-def entries(workdir, *kinds) -> list[dict]:
-    """Lines of metrics.jsonl without timings."""
-    found = [entry for kind in kinds or ("train", "eval") for entry in read_metrics(workdir, kind)]
-    return [{name: value for name, value in entry.items() if name not in TIMINGS} for entry in found]
-
-
-def assert_close_entries(workdir, other, rtol: float) -> None:
-    """The same lines, their counts exactly, everything else within a tolerance."""
-    for ours, theirs in zip(entries(workdir), entries(other), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            if name in ("kind", "step", "count", "skipped"):
-                assert ours[name] == value, name
-            else:
-                np.testing.assert_allclose(ours[name], value, rtol=rtol, atol=1e-6, err_msg=f"{name} of {theirs}")
-
-
-def params_of(workdir):
-    return load_stored(str(workdir)).params
-
-
-def assert_same_run(workdir, other):
-    jax.tree.map(np.testing.assert_array_equal, params_of(workdir), params_of(other))
-    assert entries(workdir) == entries(other)
-    assert read_json(workdir / "manifest.json")["result"] == read_json(other / "manifest.json")["result"]
-
 
 # ---- An undisturbed run
 
@@ -227,23 +154,11 @@ def test_another_run_is_refused_in_the_same_folder_and_the_difference_named(fini
 # ---- Cut short and taken up
 
 
-def killed_run(store: str, workdir: str, **changes) -> None:
-    """Trains and dies without warning in step 8, after the checkpoint of step 5 is committed."""
-
-    def die():
-        while not pathlib.Path(workdir, "checkpoints", "5").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    train.prefetched = at_step(8, die)
-    train.run(config_of(store, **changes), workdir)
-
-
 def test_a_killed_run_ends_in_the_same_bits(finished, stores, tmp_path, capsys):
     workdir = tmp_path / "run"
     program = (
-        "import sys; sys.path.insert(0, 'tests'); import conftest, test_train; "
-        f"test_train.killed_run({str(stores['pretrain'])!r}, {str(workdir)!r})"
+        "import sys; sys.path.insert(0, 'tests'); import conftest, tiny_runs; "
+        f"tiny_runs.killed_run({str(stores['pretrain'])!r}, {str(workdir)!r})"
     )
     process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
@@ -291,17 +206,6 @@ def test_a_metric_of_the_best_that_does_not_exist_stops_a_run_before_its_first_s
     with pytest.raises(UserError, match="keep_best goes by 'accuracy'.*they give: bits_per_byte.*count, loss"):
         train.run(config_of(stores["pretrain"], **change), str(tmp_path / "run"))
     assert not entries(tmp_path / "run")
-
-
-def stopped(monkeypatch, step: int, config: TrainConfig, workdir) -> None:
-    """A run that gets SIGTERM at the start of a step."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "prefetched", at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        with pytest.raises(SystemExit) as stop:
-            train.run(config, str(workdir))
-    assert stop.value.code == train.EXIT_RESUME == 75
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_a_stopped_run_saves_says_so_and_goes_on(finished, stores, tmp_path, monkeypatch, capsys):

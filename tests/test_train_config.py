@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from test_train import config_of
 from tiny_objectives import dpo
+from tiny_runs import config_of
 from tiny_stores import tiny_store
 
 from ctllm_jax import train
