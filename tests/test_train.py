@@ -203,7 +203,7 @@ def test_checkpoints_by_the_clock_and_by_held_out_loss_leave_no_trace_in_the_res
 
 def test_a_metric_of_the_best_that_does_not_exist_stops_a_run_before_its_first_step(stores, tmp_path):
     change = {"checkpoints__every": 4, "checkpoints__keep_best": 1, "checkpoints__best": "highest accuracy"}
-    with pytest.raises(UserError, match="keep_best goes by 'accuracy'.*they give: bits_per_byte.*count, loss"):
+    with pytest.raises(UserError, match="keep_best goes by 'accuracy'.*they have: bits_per_byte.*count, loss"):
         train.run(config_of(stores["pretrain"], **change), str(tmp_path / "run"))
     assert not entries(tmp_path / "run")
 
