@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-from data_pipeline.streams import Damaged
+from data_pipeline.damage import Damaged
 
 _HEADER_BYTES, _HEADERS = 1 << 16, 200  # of a line, and lines, of one record's header
 _STEP = 1 << 20  # bytes skipped at a time

@@ -1,7 +1,7 @@
 """Records of input files, one at a time and under a size limit: JSON lines, Parquet, web archives, plain texts.
 
 What a file holds is told by its first bytes, but for texts, which are named so (.txt): each is one record. A record
-that cannot be read comes out as `Malformed`; where nothing more can be read, `streams.Damaged` is raised.
+that cannot be read comes out as `Malformed`; where nothing more can be read, `damage.Damaged` is raised.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from ctllm_jax.common.files import shown
 from data_pipeline import archives, parquet
-from data_pipeline.streams import Damaged, open_file, open_stream, refuse_bomb
+from data_pipeline.damage import Damaged, refuse_bomb
+from data_pipeline.streams import open_file, open_stream
 
 UNKNOWN = "unknown"  # where a record is counted whose source cannot be told
 EXCERPT = 120  # characters of a text shown in lists and reports

@@ -19,7 +19,8 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import expand, shown
 from data_pipeline.containers import EXCERPT as EXCERPT
 from data_pipeline.containers import TEXT, UNKNOWN, Malformed, Record, excerpt, read_records
-from data_pipeline.streams import PART, Damaged
+from data_pipeline.damage import Damaged
+from data_pipeline.streams import PART
 
 _TEXTS = 256  # text files that are one input
 SUBSETS = ("zh_cc", "zh_baike", "zh_papers", "zh_books", "zh_others", "en", "code")

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.damage import Damaged, refuse_bomb
 from data_pipeline.parquet_footer import row_groups
-from data_pipeline.streams import Damaged, refuse_bomb
 
 _PAGE = 1 << 20  # bytes of a column read at a time
 _ROWS, _DECODED = 64, 1 << 28  # decoded together at most: rows, and bytes of their dictionary's texts

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from data_pipeline.streams import Damaged
+from data_pipeline.damage import Damaged
 
 _TAIL = 8  # bytes behind the footer: its length and the magic number
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)

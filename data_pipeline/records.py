@@ -18,6 +18,7 @@ import orjson
 from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, shown
 from ctllm_jax.data.chat import ChatTemplate, check_messages
+from data_pipeline.damage import Damaged, refuse_bomb
 from data_pipeline.documents import file_names
 from data_pipeline.formats import Unusable, normalise
 
@@ -117,7 +118,7 @@ def entries(file: str) -> Iterator[tuple[int, Any]]:
                     return
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise UserError(f"{file}: damaged gzip ({error}); fetch the file again") from None
-        yield from _lines(stream)
+        yield from _lines(stream, raw)
 
 
 def _start(stream: BinaryIO) -> bytes:
@@ -138,15 +139,24 @@ def _array(stream: BinaryIO, file: str) -> list:
         raise UserError(f"{file}: the array is not valid JSON ({error}); mend it, or {advice}") from None
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _lines(stream: BinaryIO, packed: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """packed: the file that the stream is unpacked from; one that gives too much for its size is left."""
+    given = 0
     for number in itertools.count(1):
         try:
             raw = stream.readline(MAX_LINE + 1)
-            too_long = len(raw) > MAX_LINE and not raw.endswith(b"\n")
-            while too_long and (piece := stream.readline(_SKIP)) and not piece.endswith(b"\n"):
-                pass
+            given += len(raw)
+            too_long, piece = len(raw) > MAX_LINE and not raw.endswith(b"\n"), raw
+            while too_long and piece and not piece.endswith(b"\n"):
+                refuse_bomb(given, packed.tell())
+                piece = stream.readline(_SKIP)
+                given += len(piece)
+            refuse_bomb(given, packed.tell())
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             yield number, Unusable(f"damaged gzip, nothing more can be read ({type(error).__name__})")
+            return
+        except Damaged as damage:
+            yield number, Unusable(f"{damage}, nothing more can be read")
             return
         if not raw:
             return

@@ -16,16 +16,12 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from ctllm_jax.common.files import as_path, shown
+from data_pipeline.damage import Damaged, refuse_bomb
 
-EXPANSION, JUDGED = 200, 1 << 27  # times its size that a file may expand to, once it has so many bytes
 PART = re.compile(r"\.part(\d+)$")  # how the pieces of a file end that was cut by bytes
 _BUFFER = 1 << 18
 _STEP = 1 << 16  # bytes unpacked at a time: so much before a damaged place may be lost
 _GZIP, _ZSTD, _SKIPPED_BY_ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"*M\x18"
-
-
-class Damaged(Exception):
-    """The rest of an input cannot be read; the text says why."""
 
 
 @contextlib.contextmanager
@@ -130,9 +126,3 @@ class _Unpacked(io.RawIOBase):
         refuse_bomb(self._given, self._packed.tell())
         buffer[: len(piece)] = piece
         return len(piece)
-
-
-def refuse_bomb(given: int, taken: int) -> None:
-    """Raises Damaged when `given` bytes are more than `taken` packed ones can honestly hold."""
-    if given > max(JUDGED, EXPANSION * taken):
-        raise Damaged(f"a decompression bomb: more than {EXPANSION} times its size")

@@ -16,7 +16,7 @@ import zstandard
 from test_corpus import config, prose, rejected
 from tiny_archives import answer, by_member, entry, page
 
-from data_pipeline import corpus, map_cc, streams
+from data_pipeline import corpus, damage, map_cc
 from data_pipeline.filters.mask import MaskConfig
 
 pytest.importorskip("resiliparse", exc_type=ImportError)
@@ -91,7 +91,7 @@ def built(tmp_path_factory):
     wanted = good(folder)
     harm(folder / "harm", 1 << 25)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "JUDGED", 1 << 22)
+        patch.setattr(damage, "JUDGED", 1 << 22)
         settings = config([*wanted, f"{folder}/harm/*"], max_record_bytes=LIMIT)
         filters = dataclasses.replace(settings.filters, mask=MaskConfig("<邮箱>", "", "", ""))
         return folder, corpus.run(dataclasses.replace(settings, filters=filters), str(folder / "out" / "corpus"))
@@ -123,8 +123,8 @@ def test_damage_is_counted_and_reported_file_by_file(built):
     folder, result = built
     damaged = {entry["file"].rpartition("/")[2]: entry["damage"] for entry in result["damaged_files"]}
     assert set(damaged) == {"cut.jsonl.gz", "cut.jsonl.zst", "bomb.jsonl.gz", "bomb.jsonl.zst", "bomb.parquet"}
-    for name, damage in damaged.items():
-        assert ("decompression bomb" if name.startswith("bomb") else "Error") in damage, name
+    for name, said in damaged.items():
+        assert ("decompression bomb" if name.startswith("bomb") else "Error") in said, name
     assert [path.rpartition("/")[2] for path in result["empty_files"]] == ["empty.jsonl"]
     reasons = {"invalid_utf8": 1, "no_text": 1, "empty_text": 1, "invalid_json": 1, "record_too_long": 1}
     reasons |= {"no_page": 1, "page_too_deep": 1}

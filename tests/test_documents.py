@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from ctllm_jax.common.errors import UserError
-from data_pipeline import batches, streams
+from data_pipeline import batches, damage
 from data_pipeline.documents import Document, DocumentReader, Fields, Malformed, input_files
 
 FIELDS = Fields(id="id", url="url", source="source", text="text")
@@ -128,8 +128,8 @@ def test_a_record_over_the_limit_is_never_held_whole(tmp_path):
 
 @pytest.mark.parametrize("unit", [b"x", b"{}\n", b"\n"], ids=["one line", "many records", "many empty lines"])
 def test_a_decompression_bomb_is_left_where_it_shows(tmp_path, monkeypatch, unit):
-    monkeypatch.setattr(streams, "JUDGED", 1 << 19)
-    monkeypatch.setattr(streams, "EXPANSION", 20)  # of the 128 KiB that gzip takes at once from Python 3.12 on
+    monkeypatch.setattr(damage, "JUDGED", 1 << 19)
+    monkeypatch.setattr(damage, "EXPANSION", 20)  # of the 128 KiB that gzip takes at once from Python 3.12 on
     path = tmp_path / "bomb.jsonl.gz"
     member = gzip.compress(unit * (1 << 20), mtime=0)
     path.write_bytes(gzip.compress(b'{"text": "good"}\n') + member * 1000)
@@ -139,7 +139,7 @@ def test_a_decompression_bomb_is_left_where_it_shows(tmp_path, monkeypatch, unit
 
 
 def test_text_that_compresses_well_is_no_bomb(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "JUDGED", 1)
+    monkeypatch.setattr(damage, "JUDGED", 1)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(b'{"text": "page %d"}\n' % i for i in range(20_000))))
     items, reader = read(path)

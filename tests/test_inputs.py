@@ -15,7 +15,7 @@ from fake_gcs import serving
 from tiny_archives import answer, by_member, entry
 
 from ctllm_jax.common.errors import UserError
-from data_pipeline import streams
+from data_pipeline import damage
 from data_pipeline.documents import Document, DocumentReader, Fields, Malformed, find_inputs, input_files
 from data_pipeline.shards import json_line
 
@@ -250,7 +250,7 @@ KINDS = ["gzip", "zstd", "gzip in an archive", "parquet page", "parquet dictiona
 def test_a_decompression_bomb_takes_little_memory_and_is_named(tmp_path, monkeypatch, kind):
     path = bomb(kind, tmp_path / "bomb")
     assert path.stat().st_size < 100_000
-    monkeypatch.setattr(streams, "JUDGED", 1 << 22)
+    monkeypatch.setattr(damage, "JUDGED", 1 << 22)
     monkeypatch.setattr("data_pipeline.parquet._DECODED", 1 << 22)
     own = pa.default_memory_pool()
     pool = pa.proxy_memory_pool(own)

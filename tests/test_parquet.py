@@ -128,7 +128,7 @@ NESTED = pa.table({"text": ["t"] * 9, "x": [["a"] * i for i in range(9)], "y": [
 FLIPPED = """
 import io, pathlib, sys
 from data_pipeline.containers import _rows
-from data_pipeline.streams import Damaged
+from data_pipeline.damage import Damaged
 
 data = bytearray(pathlib.Path(sys.argv[1]).read_bytes())
 footer = int.from_bytes(data[-8:-4], "little")

@@ -10,7 +10,7 @@ from tiny_models import write_jsonl
 from tiny_records import say
 
 from ctllm_jax.common.errors import UserError
-from data_pipeline import records
+from data_pipeline import damage, records
 from data_pipeline.formats import FORMATS, UNKNOWN_FORMAT
 from data_pipeline.records import check_chat, check_preference, read_records
 
@@ -224,6 +224,19 @@ def test_of_a_gzip_file_cut_short_what_can_be_read_is_kept(tmp_path):
     (tmp_path / "a.json.gz").write_bytes(packed(f"[{', '.join(lines)}]".encode())[:-500])
     with pytest.raises(UserError, match="a.json.gz: damaged gzip .*; fetch the file again"):
         read_records([str(tmp_path / "a.json.gz")], check_chat)
+
+
+@pytest.mark.parametrize("unit", [b"x", b"{}\n", b"\n"], ids=["one line", "many records", "many empty lines"])
+def test_a_decompression_bomb_is_left_where_it_shows(tmp_path, monkeypatch, unit):
+    monkeypatch.setattr(damage, "JUDGED", 1 << 19)
+    monkeypatch.setattr(damage, "EXPANSION", 20)
+    monkeypatch.setattr(records, "MAX_LINE", 1 << 16)
+    good = json.dumps({"messages": say("q", "a")}).encode() + b"\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(packed(good) + packed(unit * (1 << 20)) * 100)
+    found = read_records([str(tmp_path / "a.jsonl.gz")], check_chat)
+    assert len(found.kept) == 1 and len(found.rejected) < 1_000_000
+    reason = "a decompression bomb: more than 20 times its size, nothing more can be read"
+    assert found.rejected[-1]["reason"] == reason
 
 
 def test_arrays_that_are_broken_or_too_large_are_refused(tmp_path, monkeypatch):
