@@ -7,8 +7,6 @@ line and reason. A record longer than the limit is skipped piece by piece and ne
 import dataclasses
 import itertools
 import os
-import pathlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from ctllm_jax.common.files import expand, shown
 from data_pipeline.containers import EXCERPT as EXCERPT
 from data_pipeline.containers import TEXT, UNKNOWN, Malformed, Record, excerpt, read_records
 from data_pipeline.damage import Damaged
+from data_pipeline.naming import file_names
 from data_pipeline.streams import PART
 
 _TEXTS = 256  # text files that are one input
@@ -123,21 +122,6 @@ def input_files(paths: Sequence[str], sources: Mapping[str, str | None] | None =
 def single_files(paths: Sequence[str]) -> list[InputFile]:
     """Numbers the inputs, each file by itself."""
     return [InputFile(i, path, name) for i, (path, name) in enumerate(zip(paths, file_names(paths), strict=True))]
-
-
-def file_names(paths: Sequence[str]) -> list[str]:
-    """Names each file by its stem, or by as much of its path as sets it apart."""
-    paths = list(map(shown, paths))
-    parts = [(*pathlib.PurePath(path).parts[:-1], pathlib.PurePath(path).name.split(".jsonl")[0]) for path in paths]
-    names, unnamed, depth = paths, list(range(len(parts))), 1
-    while any(depth == 1 or depth <= len(parts[i]) for i in unnamed):
-        counts = Counter(parts[i][-depth:] for i in unnamed)
-        shared = [i for i in unnamed if counts[parts[i][-depth:]] > 1]
-        for i in set(unnamed) - set(shared):
-            if depth <= len(parts[i]):
-                names[i] = "/".join(parts[i][-depth:])
-        unnamed, depth = shared, depth + 1
-    return names
 
 
 def _in_order(name: str, pieces: list[str]) -> list[str]:

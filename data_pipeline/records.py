@@ -19,8 +19,8 @@ from ctllm_jax.common.errors import UserError
 from ctllm_jax.common.files import as_path, shown
 from ctllm_jax.data.chat import ChatTemplate, check_messages
 from data_pipeline.damage import Damaged, refuse_bomb
-from data_pipeline.documents import file_names
 from data_pipeline.formats import Unusable, normalise
+from data_pipeline.naming import file_names
 
 MAX_LINE = 50_000_000  # bytes of a record; longer ones are skipped piece by piece, never held whole
 MAX_ARRAY = 256 * 2**20  # bytes of a .json array, unpacked: it is parsed whole

@@ -3,6 +3,9 @@
 import collections
 import gzip
 import json
+import pathlib
+import subprocess
+import sys
 import zlib
 
 import pytest
@@ -261,6 +264,13 @@ def test_ids_are_unique_over_the_files(tmp_path):
         (files[0], 3, "the id was seen before"),
         (files[2], 3, "the id was seen before"),
     ]
+
+
+def test_accelerator_hosts_read_records_with_orjson_alone():
+    """Of what the data extra has; ctllm_jax/data/conversations.py says so."""
+    missing = ("pyarrow", "xxhash", "numba", "zstandard", "resiliparse", "apache_beam", "tensorflow", "seqio", "jieba")
+    program = f"import sys; sys.modules.update(dict.fromkeys({missing})); import data_pipeline.records"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=pathlib.Path(__file__).parent.parent)
 
 
 # ---- Published data
