@@ -159,8 +159,7 @@ class LoopWatch:
         threading.Thread(target=self._write_file, args=(path, summary, written), daemon=True).start()
         if written.wait(_WRITE):
             write_past_stderr(f"train: {summary}; stacks of all its threads in {path}")
-        else:
-            write_past_stderr(f"train: {summary}; {path} could not be written, so they are here:")
+        elif write_past_stderr(f"train: {summary}; {path} could not be written, so they are here:"):
             faulthandler.dump_traceback(sys.__stderr__.fileno(), all_threads=True)
 
     def _write_file(self, path: pathlib.Path, summary: str, written: threading.Event) -> None:

@@ -159,12 +159,27 @@ def test_a_full_disk_under_standard_error_keeps_no_run_alive(tmp_path, clock, mo
             look(loop, clock, 10)
 
 
+EXITS = [sys.executable, "-c", "from ctllm_jax import processes; processes.exit_lost('process 1 is gone')"]
+
+
 @FULL
 def test_a_process_without_the_others_ends_with_its_status_under_a_full_disk_too():
-    program = "from ctllm_jax import processes; processes.exit_lost('process 1 is gone')"
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=full, check=False)
-    assert ended.returncode == EXIT_LOST
+        assert subprocess.run(EXITS, cwd=ROOT, stderr=full, check=False).returncode == EXIT_LOST
+
+
+def test_a_process_without_the_others_ends_though_nobody_reads_what_it_says():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    os.set_blocking(writer, True)
+    try:
+        assert subprocess.run(EXITS, cwd=ROOT, stderr=writer, check=False, timeout=60).returncode == EXIT_LOST
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 def test_a_process_that_keeps_the_others_waiting_is_named_once(tmp_path, clock, monkeypatch, capsys):

@@ -3,11 +3,13 @@
 import contextlib
 import errno
 import os
+import select
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_PATIENCE = 5.0  # seconds that a pipe or terminal may take to have room for a line
 
 
 class _Lossy:
@@ -45,11 +47,15 @@ def lossy_stderr() -> Iterator[None]:
         yield
 
 
-def write_past_stderr(line: str) -> None:
+def write_past_stderr(line: str) -> bool:
     """Writes a line to the process's standard error without `sys.stderr`, which a thread that hangs may hold.
 
-    A line that cannot be written (a full disk, a terminal that is gone) is lost: what the caller does next, such as
-    ending the process, must happen all the same.
+    Whether it was written: on a full disk, to a terminal that is gone or a pipe that nobody reads it is lost, for what
+    the caller does next, such as ending the process, must happen all the same.
     """
+    descriptor = sys.__stderr__.fileno()
     with contextlib.suppress(OSError):
-        os.write(sys.__stderr__.fileno(), f"{line}\n".encode())
+        if select.select([], [descriptor], [], _PATIENCE)[1]:
+            os.write(descriptor, f"{line}\n".encode())
+            return True
+    return False
