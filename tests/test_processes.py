@@ -306,5 +306,5 @@ def test_half_an_address_is_refused(monkeypatch):
 def test_a_jax_whose_insides_have_changed_is_refused_by_name(monkeypatch):
     for changed in (types.SimpleNamespace(client=object()), types.SimpleNamespace()):
         monkeypatch.setattr("jax._src.distributed.global_state", changed)
-        with pytest.raises(UserError, match=f"jax {jax.__version__} does not let .* use jax 0.10 to 0.12"):
+        with pytest.raises(UserError, match=f"jax {jax.__version__} lacks .* use jax 0.10 to 0.12"):
             join()
