@@ -135,7 +135,8 @@ def test_limits_are_swept_without_a_model(scored, config, tmp_path, monkeypatch,
     assert f"ifd below {ifd.least:g}" in why[by_ifd[0]] and f"ifd above {ifd.most:g}" in why[by_ifd[4]]
     assert f"perplexity above {perplexity.most:g}" in why[by_perplexity[4]]
     assert any("not among the highest 0.5" in reason for own in why.values() for reason in own)
-    assert (result["unusable"], result["cut"]) == (UNUSABLE, 2) and "1 records are not conversations" in capsys.readouterr().out
+    assert (result["unusable"], result["cut"]) == (UNUSABLE, 2)
+    assert "1 records are not conversations" in capsys.readouterr().out
     with pytest.raises(UserError, match="took its values from another folder"):
         selection.run(dataclasses.replace(chosen, scores=str(tmp_path / "some")), str(tmp_path / "other"))
     with pytest.raises(UserError, match=r"settings\.hardest: 0\.5 there, 1\.0 now"):
