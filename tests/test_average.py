@@ -1,5 +1,6 @@
 """The moving average of the parameters: that of numpy, without what was skipped, and the model wherever one is read."""
 
+# ruff: noqa: F811 (fixtures)
 import dataclasses
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from test_lora import origin  # noqa: F401 (a fixture)
 from test_optim import STEADY, assert_equal, clock, compiled_step, slope
 from tiny_models import tiny_config
 from tiny_objectives import dpo
-from tiny_runs import (  # noqa: F401 (a fixture)
+from tiny_runs import (  # noqa: F401 (fixtures too)
     ROOT,
     STEPS,
     assert_close_entries,
@@ -24,8 +25,9 @@ from tiny_runs import (  # noqa: F401 (a fixture)
     entries,
     params_of,
     stopped,
+    stores,
 )
-from tiny_stores import tiny_store, train_values
+from tiny_stores import train_values
 
 from configs import pretrain
 from ctllm_jax import train
@@ -118,12 +120,6 @@ def test_a_plan_counts_it():
 
 
 # ---- A run
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stores")
-    return {kind: tiny_store(folder / kind, kind).folder for kind in ("pretrain", "chat", "preference")}
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +228,7 @@ def test_dpo_starts_from_the_average_and_its_reference_is_that(averaged, stores,
 
 
 @pytest.mark.slow
-def test_the_average_of_adapters_is_merged(stores, tmp_path, origin):  # noqa: F811
+def test_the_average_of_adapters_is_merged(stores, tmp_path, origin):
     values = dataclasses.asdict(adapter_config(open_store(stores["chat"]), origin))
     values["optimizer"]["ema_half_life"] = f"{HALF_LIFE} steps"
     values["checkpoints"] |= {"every": 1, "kept": 6}

@@ -1,20 +1,15 @@
 """What does not go together in a training config, or between it, its store and its mesh, is refused by name."""
 
+# ruff: noqa: F811 (fixtures)
 import dataclasses
 
 import pytest
 from tiny_objectives import dpo
-from tiny_runs import config_of
+from tiny_runs import config_of, stores  # noqa: F401 (a fixture too)
 from tiny_stores import tiny_store
 
 from ctllm_jax import train
 from ctllm_jax.common.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stores")
-    return {kind: tiny_store(folder / kind, kind).folder for kind in ("pretrain", "preference")}
 
 
 @pytest.mark.parametrize(
